@@ -1,0 +1,67 @@
+"""The one place for private or version-bound APIs of deepspeed, transformers and trl.
+
+pyproject.toml pins these packages to the range that the tests ran with. Imports stand inside the functions: this
+module is below everything and must cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def chunked_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    vocab_chunk: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> torch.Tensor:
+    """TRL's kernel for log softmax(hidden @ weight.T + bias)[target], without the [C, V] logits.
+
+    Args:
+        hidden: [C, H].
+        weight, bias: [V, H] and [V] or None.
+        targets: int64 [C].
+        vocab_chunk: vocabulary columns computed at a time.
+        softcap: cap on the logits' size through tanh, or None.
+        logit_scale: factor on the logits.
+
+    Returns:
+        fp32 [C].
+    """
+    from trl.kernels import ChunkedLogProbFunction
+
+    logps, *_ = ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.0, vocab_chunk, softcap, logit_scale, ())
+    return logps
+
+
+@contextmanager
+def zero3_loading(engine_config: dict[str, Any]) -> Iterator[None]:
+    """Load models under ZeRO-3: parameters are partitioned as they are created. Other stages: nothing happens.
+
+    transformers keeps only a weak reference to the HfDeepSpeedConfig and reads it on every load. It is dropped at
+    the end, or the next model would be partitioned as well, even one that trains with ZeRO-2.
+    """
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    if engine_config.get("zero_optimization", {}).get("stage", 0) != 3:
+        yield
+        return
+    alive = HfDeepSpeedConfig(engine_config)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del alive
+
+
+def is_partitioned(parameter: torch.nn.Parameter) -> bool:
+    """Whether ZeRO-3 holds this parameter in pieces."""
+    return hasattr(parameter, "ds_id")

@@ -1,0 +1,227 @@
+"""Every option of a run, with its meaning in the docstring under it.
+
+The docstrings are the one source for `dsdpo train --help` and for the table in the docs, so each says the
+unit and what a special value means. Names are those of Hugging Face, TRL and LLaMA-Factory where one exists.
+No torch here: reading a config must cost nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+LossType = Literal["sigmoid", "sft"]
+
+
+class RunConfig(BaseModel):
+    """One run: model, data, objective, optimization and output."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True)
+
+    # --- model ---
+    model_name_or_path: str
+    """Hugging Face model id, or a local folder with `config.json`, weights and tokenizer."""
+
+    stage: Literal["dpo"] = "dpo"
+    """Training stage. `dpo`: direct preference optimization on chosen/rejected pairs."""
+
+    finetuning_type: Literal["full", "lora"] = "lora"
+    """`full` trains every parameter; `lora` trains low-rank adapters beside frozen weights."""
+
+    lora_rank: int = Field(8, ge=1)
+    """Rank of the LoRA matrices."""
+
+    lora_alpha: int | None = Field(None, ge=1)
+    """LoRA scale numerator: updates are scaled by lora_alpha / lora_rank. Empty: 2 * lora_rank."""
+
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout on the LoRA input, a probability."""
+
+    lora_target: list[str] = ["all"]
+    """Module names that get adapters, such as `q_proj,v_proj`. `all`: every linear layer but the output
+    head."""
+
+    attn_implementation: Literal["auto", "sdpa", "varlen", "flash_attention_2"] = "auto"
+    """Attention over packed rows. `sdpa`: one torch SDPA call per segment, runs everywhere. `varlen`: one
+    `torch.nn.attention.varlen` call, CUDA in bf16. `flash_attention_2`: the flash-attn package, CUDA in bf16.
+    `auto`: varlen on CUDA in bf16, sdpa elsewhere."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of weights and activations; gradients and the optimizer stay in fp32. `auto`: bf16 on CUDA,
+    fp32 on CPU."""
+
+    gradient_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+
+    disable_dropout: bool = True
+    """Set every dropout of the model to 0, as TRL does. LoRA's own dropout stays as `lora_dropout` says."""
+
+    # --- data ---
+    dataset: list[str]
+    """Names from dataset_info.json, paths inside dataset_dir, or hub ids; several are joined in this
+    order."""
+
+    eval_dataset: list[str] = []
+    """Held-out sets, named like `dataset`."""
+
+    val_size: float = Field(0.0, ge=0.0)
+    """Held-out share of `dataset` when there is no eval_dataset: below 1 a fraction, from 1 on a number of
+    pairs. 0: none."""
+
+    dataset_dir: str = "data"
+    """Folder that holds dataset_info.json and the data files; a file outside it is refused."""
+
+    template: Literal["default", "llama2", "llama3", "chatml", "qwen", "none", "gpt2"] = "default"
+    """Chat template. `default`: the tokenizer's own. `none` (or `gpt2`): prompt and completion as they
+    stand."""
+
+    default_system: str | None = None
+    """System message for conversations without one. Empty: what the template itself does."""
+
+    max_length: int = Field(1024, ge=8)
+    """Longest prompt + completion, in tokens. What happens beyond it: `truncation_mode`."""
+
+    truncation_mode: Literal["keep_start", "keep_end", "refuse"] = "keep_start"
+    """Pairs over max_length. `keep_start`: cut the completion's end, as TRL does. `keep_end`: drop the
+    prompt's oldest tokens. `refuse`: leave the pair out. All are counted and reported."""
+
+    max_samples: int | None = Field(None, ge=1)
+    """Use only the first so many rows of each set. Empty: all."""
+
+    max_refused: float = Field(0.01, ge=0.0, le=1.0)
+    """Largest share of rows that may be refused before the run stops with exit code 65."""
+
+    preprocessing_num_workers: int = Field(1, ge=1)
+    """Processes that template and tokenize."""
+
+    cache_dir: str | None = None
+    """Folder for prepared data and reference log-probs, shared between runs. Empty: `.dsdpo_cache` beside
+    output_dir."""
+
+    # --- objective ---
+    loss_type: list[LossType] = ["sigmoid"]
+    """Losses to sum. `sigmoid`: the DPO loss. `sft`: mean negative log-likelihood per chosen token, as in
+    TRL."""
+
+    loss_weights: list[float] | None = None
+    """One weight per loss_type. Empty: 1 each."""
+
+    beta: float = Field(0.1, gt=0.0)
+    """Strength of the pull to the reference model; a larger beta keeps the policy closer."""
+
+    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
+    """Assumed probability that a pair is labelled the wrong way round (conservative DPO)."""
+
+    reference: Literal["cached"] = "cached"
+    """Where reference log-probs come from. `cached`: one pass of the untrained policy over the data, stored
+    and reused while weights, token ids and settings stay the same."""
+
+    # --- batches ---
+    train_batch_size: int = Field(32, ge=1)
+    """Pairs per optimizer step over all GPUs together, whatever their number."""
+
+    max_tokens_per_row: int | None = Field(None, ge=16)
+    """Longest packed row, in tokens: what one GPU computes at a time. At least 2 * max_length. Empty:
+    4 * max_length."""
+
+    share_prefix: bool = True
+    """Compute a pair's prompt once for both completions. False: prompt+chosen and prompt+rejected as two
+    sequences of a packed row."""
+
+    # --- optimization ---
+    num_train_epochs: float = Field(1.0, gt=0.0)
+    """Passes over the data."""
+
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; wins over num_train_epochs. Empty: by epochs."""
+
+    learning_rate: float = Field(1e-6, gt=0.0)
+    """Peak learning rate of AdamW. LoRA takes 10 times more than full training, or above."""
+
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up: half a cosine or a line down to 0, or constant."""
+
+    warmup_ratio: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of all steps with a learning rate that rises linearly from 0."""
+
+    warmup_steps: int = Field(0, ge=0)
+    """Warm-up in steps; wins over warmup_ratio when above 0."""
+
+    weight_decay: float = Field(0.0, ge=0.0)
+    """Decoupled weight decay on matrices; biases and norms have none."""
+
+    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    """AdamW's decay of the first moment."""
+
+    adam_beta2: float = Field(0.999, ge=0.0, lt=1.0)
+    """AdamW's decay of the second moment."""
+
+    adam_epsilon: float = Field(1e-8, gt=0.0)
+    """AdamW's denominator offset."""
+
+    max_grad_norm: float = Field(1.0, ge=0.0)
+    """Gradients are scaled down to this global L2 norm. 0: no clipping."""
+
+    seed: int = Field(42, ge=0)
+    """Seed of data order, adapter initialization and dropout."""
+
+    # --- running ---
+    deepspeed: str | None = None
+    """DeepSpeed JSON, such as ds_configs/zero3.json. Empty: ZeRO stage 0, every GPU holds everything."""
+
+    output_dir: str
+    """Folder for this run's metrics, weights and plots."""
+
+    logging_steps: int = Field(1, ge=1)
+    """Steps between lines on the terminal and in TensorBoard or wandb; metrics.jsonl has every step."""
+
+    save_steps: int | None = Field(None, ge=1)
+    """Steps between exports of the weights to output_dir/weights. Empty: only at the end."""
+
+    eval_steps: int | None = Field(None, ge=1)
+    """Steps between evaluations on the held-out pairs. Empty: only at the end."""
+
+    report_to: list[Literal["tensorboard", "wandb"]] = []
+    """Further places for the metrics; needs the `track` extra."""
+
+    run_name: str | None = None
+    """Name of the run in wandb. Empty: the name of output_dir."""
+
+    plot_loss: bool = False
+    """Write loss.png and the other curves at the end."""
+
+    disable_tqdm: bool = False
+    """No progress bar: a line per logging_steps instead, as when the output is no terminal."""
+
+    @field_validator("lora_target", "dataset", "eval_dataset", "loss_type", "report_to", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        """Accept `a,b` for a list of names, as LLaMA-Factory's files and command lines write it."""
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return value
+
+    @field_validator("loss_weights", mode="before")
+    @classmethod
+    def _one_weight(cls, value: object) -> object:
+        """Accept a bare number for a list of one, and `1,0.5` from the command line."""
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",")]
+        return [value] if isinstance(value, (int, float)) else value
+
+    @property
+    def row_tokens(self) -> int:
+        """`max_tokens_per_row`, or its default."""
+        return self.max_tokens_per_row or 4 * self.max_length
+
+    @property
+    def cache_path(self) -> Path:
+        """`cache_dir`, or its default."""
+        return Path(self.cache_dir) if self.cache_dir else Path(self.output_dir).parent / ".dsdpo_cache"
+
+    @property
+    def weighted_losses(self) -> dict[str, float]:
+        """loss_type -> weight."""
+        return dict(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type)))
