@@ -1,0 +1,102 @@
+"""The rows of this rank for each optimizer step, streamed from the prepared shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from dsdpo.data.order import step_pair_ids
+from dsdpo.data.packing import Row, TokenPair, build_row, dummy_row, plan_step, row_lengths
+from dsdpo.dist import Ranks
+
+
+class PairSource(Protocol):
+    """What the loader reads: a prepared set, or anything with these methods of one."""
+
+    def __len__(self) -> int: ...
+
+    def lengths(self, ids: np.ndarray) -> np.ndarray: ...
+
+    def pair(self, index: int) -> TokenPair: ...
+
+    def where(self, index: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step as this rank sees it.
+
+    Attributes:
+        pair_ids: int64 [B], the pairs of the step over all ranks.
+        rows: this rank's rows, one per micro-step; all ranks have the same number.
+        mean_chosen_tokens: chosen tokens per pair over the whole step.
+        logical_tokens: 2p + c + r summed over all B pairs, what padded training would count.
+        physical_tokens: tokens in the rows of all ranks.
+    """
+
+    pair_ids: np.ndarray
+    rows: list[Row]
+    mean_chosen_tokens: float
+    logical_tokens: int
+    physical_tokens: int
+
+
+class PairLoader:
+    """Batches as a pure function of the pair ids, the world size and the row settings.
+
+    Args:
+        pairs: the prepared set.
+        ranks: this rank's place.
+        max_tokens_per_row: longest row.
+        share_prefix: whether a pair's prompt stands once in its row.
+    """
+
+    def __init__(self, pairs: PairSource, ranks: Ranks, max_tokens_per_row: int, share_prefix: bool) -> None:
+        self.pairs = pairs
+        self.ranks = ranks
+        self.max_tokens_per_row = max_tokens_per_row
+        self.share_prefix = share_prefix
+
+    def batch(self, pair_ids: np.ndarray) -> Batch:
+        """This rank's rows for one step's pairs."""
+        lengths = self.pairs.lengths(pair_ids)
+        tokens = row_lengths(lengths, self.share_prefix)
+        plan = plan_step(tokens, self.ranks.world_size, self.max_tokens_per_row)
+        rows = [self._row(pair_ids, micro_step[self.ranks.rank]) for micro_step in plan]
+        return Batch(
+            pair_ids=pair_ids,
+            rows=rows,
+            mean_chosen_tokens=float(lengths[:, 1].mean()),
+            logical_tokens=int(row_lengths(lengths, share_prefix=False).sum()),
+            physical_tokens=int(tokens.sum()),
+        )
+
+    def _row(self, pair_ids: np.ndarray, indices: list[int]) -> Row:
+        if not indices:
+            return dummy_row(self.share_prefix)
+        return build_row([self.pairs.pair(int(pair_ids[i])) for i in indices], indices, self.share_prefix)
+
+    def stream(self, id_batches: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """Batches in order, each built on a thread while the one before it is in use."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            ahead = None
+            for pair_ids in id_batches:
+                following = pool.submit(self.batch, pair_ids)
+                if ahead is not None:
+                    yield ahead.result()
+                ahead = following
+            if ahead is not None:
+                yield ahead.result()
+
+    def training_batches(self, steps: range, train_batch_size: int, seed: int) -> Iterator[Batch]:
+        """The batches of optimizer steps `steps`: starting anywhere costs nothing."""
+        n = len(self.pairs)
+        return self.stream(step_pair_ids(step, n, train_batch_size, seed) for step in steps)
+
+    def in_order(self, pair_ids: np.ndarray, batch_size: int) -> Iterator[Batch]:
+        """Each of `pair_ids` once, in order: for evaluation and for the reference pass."""
+        return self.stream(pair_ids[i : i + batch_size] for i in range(0, len(pair_ids), batch_size))

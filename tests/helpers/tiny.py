@@ -1,0 +1,79 @@
+"""Tiny models and synthetic pairs, made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from dsdpo.data.packing import TokenPair
+
+VOCAB = 96
+
+
+def tiny_llama_config(tied: bool = True, **changes: object) -> LlamaConfig:
+    """Two layers, grouped-query attention, a vocabulary of 96."""
+    settings: dict[str, object] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+    }
+    return LlamaConfig(**{**settings, **changes})
+
+
+def save_model(folder: Path, config: object, seed: int = 0) -> PreTrainedModel:
+    """A randomly initialized model, saved to `folder` and returned in eval mode."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def random_pairs(n: int, seed: int = 0, vocab: int = VOCAB) -> list[TokenPair]:
+    """Pairs of random ids: prompts of 1 to 30 tokens, completions of 1 to 20."""
+    rng = np.random.default_rng(seed)
+
+    def ids(longest: int) -> np.ndarray:
+        return rng.integers(3, vocab, size=rng.integers(1, longest + 1))
+
+    return [TokenPair(ids(30), ids(20), ids(20)) for _ in range(n)]
+
+
+class ListOfPairs:
+    """Pairs in memory with the methods of a prepared set."""
+
+    def __init__(self, pairs: list[TokenPair]) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def lengths(self, ids: np.ndarray) -> np.ndarray:
+        return np.array([[len(part) for part in self._pairs[i]] for i in ids], dtype=np.int64).reshape(-1, 3)
+
+    def pair(self, index: int) -> TokenPair:
+        return self._pairs[index]
+
+    def where(self, index: int) -> str:
+        return f"memory:{index + 1}"
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer over `w3` … `w95` with <s>, </s> and <unk>, no chat template."""
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    ).save_pretrained(folder)
