@@ -1,0 +1,56 @@
+"""LoRA adapters around a frozen base model, through PEFT."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import peft
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.errors import ConfigError
+
+
+def add_lora(model: PreTrainedModel, config: RunConfig) -> peft.PeftModel:
+    """Freeze `model` and put trainable adapters beside its linear layers.
+
+    The matrices A are drawn from the CPU generator, which is seeded here, so that all ranks get the same ones. B
+    is 0: the tuned model starts as the base model.
+
+    Raises:
+        ConfigError: lora_target names no module of the model.
+    """
+    torch.manual_seed(config.seed)
+    targets: str | list[str] = "all-linear" if config.lora_target == ["all"] else config.lora_target
+    lora = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        task_type=peft.TaskType.CAUSAL_LM,
+    )
+    try:
+        return peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+    except ValueError as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ConfigError(
+            f"lora_target {config.lora_target}: {error}. Linear layers of this model: {linear}"
+        ) from error
+
+
+def is_adapter(folder: str) -> bool:
+    """Whether a folder holds a PEFT adapter rather than a whole model."""
+    return (Path(folder) / "adapter_config.json").exists()
+
+
+def load_lora(model: PreTrainedModel, folder: str) -> peft.PeftModel:
+    """Put a trained adapter on `model`, trainable."""
+    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
+
+
+def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, a PEFT model computes what its base model computes; any other model is left alone."""
+    return model.disable_adapter() if isinstance(model, peft.PeftModel) else nullcontext()

@@ -1,0 +1,31 @@
+"""From hidden states to log-probabilities, without ever holding the logits of a whole row."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from dsdpo.compat import chunked_logps
+
+# Vocabulary columns computed at a time: [tokens, 8192] in fp32 stays in a CPU's cache and is small on a GPU.
+VOCAB_CHUNK = 8192
+
+
+class LogProbHead(nn.Module):
+    """Log-probability of each target token under the model's output head.
+
+    It holds the output embedding's own parameters and is a module of its own, so that DeepSpeed's ZeRO-3 hooks
+    gather them for its forward and backward as for any linear layer.
+    """
+
+    def __init__(self, output_embeddings: nn.Linear, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.weight = output_embeddings.weight
+        self.bias = output_embeddings.bias
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.logit_scale: float = getattr(config, "logit_scale", None) or 1.0
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """hidden [C, hidden size], targets int64 [C] -> log-probs fp32 [C]."""
+        return chunked_logps(hidden, self.weight, self.bias, targets, VOCAB_CHUNK, self.softcap, self.logit_scale)

@@ -1,0 +1,21 @@
+"""Supervised term: the chosen completion's negative log-likelihood."""
+
+from __future__ import annotations
+
+import torch
+
+
+def sft_loss(chosen_logps: torch.Tensor, mean_tokens: float) -> torch.Tensor:
+    """Per-pair terms whose mean over a step is the mean negative log-likelihood per chosen token.
+
+    The mean over the P pairs of (-logp_i / (N/P)), N chosen tokens in all, is -sum(logp_i) / N: every token of
+    the step weighs the same, as in TRL's `sft` loss, however the pairs are spread over ranks and rows.
+
+    Args:
+        chosen_logps: fp32 [P], summed over tokens.
+        mean_tokens: chosen tokens per pair, averaged over the whole step.
+
+    Returns:
+        fp32 [P].
+    """
+    return -chosen_logps / mean_tokens

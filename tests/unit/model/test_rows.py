@@ -1,0 +1,105 @@
+"""Packed rows against the plain computation: one sequence at a time through stock transformers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from dsdpo.data.packing import TokenPair, build_row
+from dsdpo.model.rows import RowModel, RowTensors
+from tests.helpers.tiny import VOCAB, random_pairs, save_model, tiny_llama_config
+
+CPU = torch.device("cpu")
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "initializer_range": 0.2,
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": tiny_llama_config(tied=False),
+    "llama tied": tiny_llama_config(tied=True),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(**SMALL, head_dim=8),
+    "mistral": MistralConfig(**SMALL, sliding_window=None),
+    "gpt2": GPT2Config(**GPT2, **NO_DROPOUT, bos_token_id=0, eos_token_id=1),
+}
+
+
+def plain_logps(model: PreTrainedModel, pairs: list[TokenPair]) -> torch.Tensor:
+    """Sums of completion log-probs, [2P], from full logits of prompt + completion alone."""
+    sums = []
+    for prompt, *answers in pairs:
+        for answer in answers:
+            ids = torch.from_numpy(np.concatenate([prompt, answer]))[None]
+            logps = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+            sums.append(logps.gather(1, torch.from_numpy(answer)[:, None]).sum())
+    return torch.stack(sums)
+
+
+@pytest.fixture(params=FAMILIES)
+def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedModel, RowModel]:
+    """The same weights twice: stock eager attention, and packed rows."""
+    save_model(tmp_path, FAMILIES[request.param])
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="dsdpo_sdpa", dtype=torch.float32)
+    return stock.eval(), RowModel(packed.eval())
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_log_probs_and_gradients_match(models: tuple[PreTrainedModel, RowModel], share_prefix: bool) -> None:
+    stock, packed = models
+    pairs = random_pairs(5, seed=1)
+    weights = torch.linspace(-1.0, 1.0, 10)
+    expected = plain_logps(stock, pairs)
+    (expected * weights).sum().backward()
+    row = build_row(pairs, range(5), share_prefix)
+    found = packed(RowTensors.from_row(row, CPU))
+    (found * weights).sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    wanted = {name: parameter.grad for name, parameter in stock.named_parameters()}
+    for name, parameter in packed.model.named_parameters():
+        assert parameter.grad is not None and wanted[name] is not None
+        scale = wanted[name].abs().max()
+        torch.testing.assert_close(parameter.grad / scale, wanted[name] / scale, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_pairs_of_a_row_do_not_see_each_other(models: tuple[PreTrainedModel, RowModel]) -> None:
+    _, packed = models
+    pairs = random_pairs(3, seed=2)
+    together = packed(RowTensors.from_row(build_row(pairs, range(3), True), CPU))
+    others = [random_pairs(1, seed=9)[0], pairs[1], random_pairs(1, seed=10)[0]]
+    changed = packed(RowTensors.from_row(build_row(others, range(3), True), CPU))
+    torch.testing.assert_close(changed[2:4], together[2:4], rtol=1e-5, atol=1e-5)
+
+
+def test_a_stock_call_of_a_packed_model_is_refused(models: tuple[PreTrainedModel, RowModel]) -> None:
+    with pytest.raises(RuntimeError, match="row_layout"):
+        models[1].model(torch.tensor([[5, 6, 7]]))
+
+
+def test_every_parameter_has_one_name(models: tuple[PreTrainedModel, RowModel]) -> None:
+    names = [name for name, _ in models[1].named_parameters()]
+    assert all(name.startswith("model.") for name in names)
