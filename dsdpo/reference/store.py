@@ -1,0 +1,101 @@
+"""Reference log-probs on disk, found again only for the same weights, token ids and settings.
+
+`<cache_dir>/reference/<key>/` belongs to one reference: the key is a hash of its weights and of every setting that
+changes a log-prob. Inside, chunks hold entries by pair: a 128-bit digest of the pair's token ids and the two
+log-probs. So the order of the data, the learning rate or beta do not matter, and a grown set computes its new pairs
+only. A chunk is named by the hash of its content and appears by rename: a damaged or half-written one is as if it
+were absent, and two jobs can fill one store at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from dsdpo.data.packing import TokenPair
+from dsdpo.files import write_atomically
+
+_DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
+
+
+def store_key(settings: dict[str, object]) -> str:
+    """Name of a reference: a hash of what determines its log-probs (weights, precision, layout, attention)."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def pair_digest(pair: TokenPair) -> bytes:
+    """128 bits of a pair's token ids; the lengths keep [1,2],[3] and [1],[2,3] apart."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(np.array([len(ids) for ids in pair], dtype="<i8").tobytes())
+    for ids in pair:
+        digest.update(np.ascontiguousarray(ids, dtype="<i8").tobytes())
+    return digest.digest()
+
+
+def digests(pairs: Iterable[TokenPair]) -> np.ndarray:
+    """Digests of several pairs as one array of 128-bit records, [N]."""
+    return np.frombuffer(b"".join(pair_digest(pair) for pair in pairs), dtype=_DIGEST)
+
+
+class ReferenceStore:
+    """One reference's log-probs by pair digest.
+
+    Args:
+        folder: `<cache_dir>/reference/<key>`; made when the first chunk is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._digests = np.empty(0, dtype=_DIGEST)
+        self._logps = np.empty((0, 2), dtype=np.float32)
+
+    def reload(self) -> None:
+        """Read every chunk that is there and whole."""
+        chunks = [chunk for path in sorted(self.folder.glob("*.safetensors")) if (chunk := _read_chunk(path))]
+        if not chunks:
+            return
+        digests = np.concatenate([chunk["digests"] for chunk in chunks]).view(_DIGEST).reshape(-1)
+        logps = np.concatenate([chunk["logps"] for chunk in chunks])
+        self._digests, first = np.unique(digests, return_index=True)
+        self._logps = logps[first]
+
+    def find(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Look digests up.
+
+        Returns:
+            found, bool [N]; logps, fp32 [N, 2] of chosen and rejected, NaN where not found.
+        """
+        logps = np.full((len(wanted), 2), np.nan, dtype=np.float32)
+        if len(self._digests) == 0:
+            return np.zeros(len(wanted), dtype=bool), logps
+        at = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
+        found = self._digests[at] == wanted
+        logps[found] = self._logps[at[found]]
+        return found, logps
+
+    def write_chunk(self, digests: np.ndarray, logps: np.ndarray) -> None:
+        """Add entries: digests [N] as `digests()` makes them, logps fp32 [N, 2]. Visible to others at once or never."""
+        entries = {"digests": digests.view("<u8").reshape(-1, 2), "logps": logps.astype(np.float32)}
+        content = safetensors.numpy.save(entries)
+        write_atomically(self.folder / f"{_content_name(content)}.safetensors", content)
+
+
+def _content_name(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _read_chunk(path: Path) -> dict[str, np.ndarray] | None:
+    """A chunk's arrays, or None when its content is not what its name says."""
+    content = path.read_bytes()
+    if _content_name(content) != path.stem:
+        return None
+    try:
+        return safetensors.numpy.load(content)
+    except SafetensorError:
+        return None
