@@ -1,0 +1,131 @@
+"""Weights in the form that transformers, PEFT, TRL and vLLM load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero import GatheredParameters
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from dsdpo.compat import is_partitioned
+from dsdpo.errors import CheckpointError, IOFailure
+
+FINAL = "final"
+INTERMEDIATE = "weights"
+
+
+def export_engine(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, is_main: bool) -> None:
+    """Write the policy as a Hugging Face folder, or a PEFT adapter when it has one. A collective call.
+
+    Under ZeRO-3 parameters are gathered one at a time and kept in the main rank's host memory. The folder appears
+    by rename, complete or not at all.
+
+    Raises:
+        IOFailure: the file system refused.
+    """
+    model = engine.module.model
+    adapter_only = isinstance(model, peft.PeftModel)
+    state = _whole_state(model, trainable_only=adapter_only, keep=is_main)
+    if not is_main:
+        return
+    if adapter_only:
+        _resolve_base(model.peft_config["default"])
+    _write_folder(folder, model, tokenizer, state)
+
+
+def _whole_state(model: nn.Module, trainable_only: bool, keep: bool) -> dict[str, torch.Tensor]:
+    """Parameters by name, whole and on the host; a tied parameter stands under its first name only."""
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if trainable_only and not parameter.requires_grad:
+            continue
+        with GatheredParameters([parameter], enabled=is_partitioned(parameter)):
+            if keep:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    return state
+
+
+def _resolve_base(adapter_config: peft.PeftConfig) -> None:
+    """Name a local base model by its absolute path: an adapter moves, and is loaded from other folders."""
+    base = adapter_config.base_model_name_or_path
+    if base and Path(base).is_dir():
+        adapter_config.base_model_name_or_path = str(Path(base).resolve())
+
+
+def _write_folder(
+    folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, state: dict[str, torch.Tensor] | None
+) -> None:
+    """save_pretrained into a temporary neighbour, then rename over `folder`."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
+        tokenizer.save_pretrained(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError as error:
+        raise IOFailure(f"cannot write {folder}: {error}; free space or choose another folder") from error
+
+
+def newest_weights(output_dir: Path) -> Path:
+    """The weights of a run: `final`, else the newest of `weights/step-…`, else the folder itself.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    candidates = [
+        output_dir / FINAL,
+        *sorted((output_dir / INTERMEDIATE).glob("step-*"), reverse=True),
+        output_dir,
+    ]
+    for folder in candidates:
+        if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
+            return folder
+    raise CheckpointError(
+        f"{output_dir} holds no weights: expected final/, weights/step-… or a model's own files; "
+        "has the run ended, and is this its output_dir?"
+    )
+
+
+def export(output_dir: Path, to: Path, merge: bool) -> Path:
+    """Copy a run's newest weights to `to`, merged into the base model when asked.
+
+    Args:
+        output_dir: of a run, or a folder of weights.
+        to: must not exist, or be empty.
+        merge: fold a LoRA adapter into its base and write a whole model.
+
+    Returns:
+        The folder that was exported.
+
+    Raises:
+        CheckpointError: no weights, a target that is not empty, or `merge` without an adapter.
+    """
+    source = newest_weights(output_dir)
+    if to.exists() and any(to.iterdir()):
+        raise CheckpointError(f"{to} is not empty: choose another folder for --to")
+    is_adapter = (source / "adapter_config.json").exists()
+    if merge and not is_adapter:
+        raise CheckpointError(f"{source} is a whole model, there is no adapter to merge: leave --merge away")
+    if merge:
+        from dsdpo.model.load import load_tokenizer
+
+        _write_folder(to, merged(source), load_tokenizer(str(source)), None)
+    else:
+        shutil.copytree(source, to, dirs_exist_ok=True)
+    return source
+
+
+def merged(adapter: Path) -> PreTrainedModel:
+    """An adapter's base model with the adapter folded in, on the CPU, in the precision that the base is stored in."""
+    base_name = peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    base = AutoModelForCausalLM.from_pretrained(base_name, dtype="auto")
+    return peft.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()

@@ -1,0 +1,156 @@
+"""The only place that starts a process group and calls deepspeed.initialize."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
+
+from dsdpo.config.deepspeed import engine_config, zero_stage
+from dsdpo.config.schema import RunConfig
+from dsdpo.dist import Ranks
+from dsdpo.model.adapters import add_lora, is_adapter, load_lora
+from dsdpo.model.attention import choose
+from dsdpo.model.load import load_causal_lm
+from dsdpo.model.rows import RowModel
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where this rank computes: its device, and whether in bf16 or fp32."""
+
+    device: torch.device
+    bf16: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+
+def start_process_group(config: RunConfig, ranks: Ranks) -> Hardware:
+    """Join the other ranks (NCCL on CUDA, gloo on CPU) and pick this rank's device."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(ranks.local_rank)
+    deepspeed.init_distributed(verbose=False)
+    device = torch.device(accelerator.current_device_name())
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return Hardware(device, bf16)
+
+
+def build_engine(config: RunConfig, ranks: Ranks, hardware: Hardware, weights: str | None = None) -> DeepSpeedEngine:
+    """The policy in a DeepSpeed engine: `engine(row)` gives a row's log-probs, as `RowModel` does.
+
+    Args:
+        weights: a folder of trained weights, a whole model or an adapter of the run's model, in place of the
+            untrained policy.
+    """
+    settings = engine_config(config, ranks.world_size, hardware.bf16)
+    attention = choose(config.attn_implementation, hardware.device, hardware.bf16)
+    torch.manual_seed(config.seed)
+    adapter = weights if weights is not None and is_adapter(weights) else None
+    whole = config.model_name_or_path if weights is None or adapter else weights
+    base = load_causal_lm(whole, config, settings, attention, hardware.dtype)
+    model: torch.nn.Module = base
+    if adapter:
+        model = load_lora(base, adapter)
+    elif weights is None and config.finetuning_type == "lora":
+        model = add_lora(base, config)
+    row_model = RowModel(model)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(row_model, config.weight_decay),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=hardware.device.type == "cuda",
+    )
+    engine, *_ = deepspeed.initialize(model=row_model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in one group, or in two when there is weight decay: matrices with it, the rest without."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if weight_decay == 0:
+        return [{"params": trainable, "weight_decay": 0.0}]
+    # ZeRO-3 has replaced the data by an empty vector; ds_shape keeps the true shape.
+    matrices = [len(getattr(p, "ds_shape", p.shape)) >= 2 for p in trainable]
+    return [
+        {
+            "params": [p for p, is_matrix in zip(trainable, matrices) if is_matrix == decayed],
+            "weight_decay": decay,
+        }
+        for decayed, decay in ((True, weight_decay), (False, 0.0))
+        if decayed in matrices
+    ]
+
+
+def optimizer_step(engine: DeepSpeedEngine) -> torch.Tensor | float:
+    """engine.step(): updates the weights at a gradient accumulation boundary and does nothing before it.
+
+    Returns:
+        The global L2 norm of the averaged gradients before clipping; 0 where there was no update. ZeRO computes it;
+        for stage 0 it is taken here, from `.grad`, which is whole and averaged there.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return 0.0
+    if engine.zero_optimization():
+        engine.step()
+        return engine.get_global_grad_norm()
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return grad_norm
+
+
+def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
+    """Set it on every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Number of steps and the learning rate of each: pure functions of the step."""
+
+    total_steps: int
+    warmup_steps: int
+    peak: float
+    kind: str
+
+    @classmethod
+    def of(cls, config: RunConfig, steps_per_epoch: int) -> Schedule:
+        """The schedule of a run over a set with so many steps per epoch."""
+        total = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
+        warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
+        return cls(total, warmup, config.learning_rate, config.lr_scheduler_type)
+
+    def learning_rate(self, step: int) -> float:
+        """Of 0-based step: linear from 0 over the warm-up, then as `lr_scheduler_type` says, as in transformers."""
+        if step < self.warmup_steps:
+            return self.peak * step / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        if self.kind == "linear":
+            return self.peak * max(0.0, 1 - progress)
+        if self.kind == "cosine":
+            return self.peak * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.peak
+
+
+def describe(engine: DeepSpeedEngine, config: RunConfig, ranks: Ranks, hardware: Hardware) -> str:
+    """One line on what trains where."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
+    total, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+    stage, asked = engine.zero_optimization_stage(), zero_stage(config)
+    raised = f" (stage {asked} with bf16 runs as stage 1)" if stage != asked else ""
+    return (
+        f"{config.stage} of {config.model_name_or_path}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M "
+        f"trainable ({config.finetuning_type}); ZeRO stage {stage}{raised}, {ranks.world_size} ranks on "
+        f"{hardware.device.type}, {'bf16' if hardware.bf16 else 'fp32'}"
+    )

@@ -1,0 +1,41 @@
+"""Loss, reward accuracy and margin on held-out pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from deepspeed import DeepSpeedEngine
+
+from dsdpo.data.loader import PairLoader
+from dsdpo.model.rows import RowTensors
+from dsdpo.objectives.preference import PreferenceObjective
+from dsdpo.train.metrics import StepVector
+from dsdpo.train.reference import Reference
+
+
+def evaluate(
+    engine: DeepSpeedEngine,
+    loader: PairLoader,
+    reference: Reference,
+    objective: PreferenceObjective,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Means over all pairs of the loader's set, each counted once, the same on all ranks and for every world size.
+
+    Args:
+        batch_size: pairs that all ranks together take at a time.
+    """
+    vector = StepVector(device)
+    mean_chosen_tokens = float(loader.pairs.lengths(np.arange(len(loader.pairs)))[:, 1].mean())
+    engine.eval()
+    with torch.no_grad():
+        for batch in loader.in_order(np.arange(len(loader.pairs)), batch_size):
+            for row in batch.rows:
+                logps = engine(RowTensors.from_row(row, device))
+                if len(row.pairs):
+                    losses, stats = objective(logps, reference.of(batch.pair_ids, row), mean_chosen_tokens)
+                    vector.add(stats, losses)
+    engine.train()
+    vector.reduce()
+    return vector.read()[0]

@@ -1,0 +1,60 @@
+"""The training loop. What it calls is set up in `session.py`; evaluation, saving and reporting are calls."""
+
+from __future__ import annotations
+
+import time
+
+from dsdpo.model.rows import RowTensors
+from dsdpo.train.engine import optimizer_step, set_learning_rate
+from dsdpo.train.metrics import StepVector
+from dsdpo.train.session import Session
+from dsdpo.train.steplog import StepEnd, StepLog
+
+
+def train(s: Session) -> bool:
+    """Run the schedule's steps.
+
+    Returns:
+        True when the run was asked to stop before its last step.
+
+    Raises:
+        NumericError: a loss or gradient norm is not finite; names the step and its pairs.
+    """
+    engine, config, device = s.engine, s.config, s.hardware.device
+    log = StepLog(s)
+    batches = s.loader.training_batches(range(s.schedule.total_steps), config.train_batch_size, config.seed)
+    stopping = False
+    engine.train()
+    # ----------------------------------------------------------------------------------------------------------
+    for step, batch in enumerate(batches):
+        started = time.perf_counter()
+        learning_rate = s.schedule.learning_rate(step)
+        set_learning_rate(engine, learning_rate)
+        vector = StepVector(device)
+        row_losses = []
+
+        for micro_step, row in enumerate(batch.rows, 1):
+            engine.set_gradient_accumulation_boundary(micro_step == len(batch.rows))
+            logps = engine(RowTensors.from_row(row, device))[: 2 * len(row.pairs)]
+            ref_logps = s.reference.of(batch.pair_ids, row)
+            losses, stats = s.objective(logps, ref_logps, batch.mean_chosen_tokens)
+            # DeepSpeed averages gradients over ranks: times their number, this is the mean over the step's pairs.
+            loss = losses.sum() * (s.ranks.world_size / len(batch.pair_ids))
+            engine.backward(loss, scale_wrt_gas=False)
+            grad_norm = optimizer_step(engine)
+            vector.add(stats, losses)
+            row_losses.append(losses.detach())
+
+        vector.reduce(stop=bool(s.stop_flag))
+        stopping = log.end(StepEnd(step + 1, batch, vector, row_losses, grad_norm, learning_rate, started))
+        if s.evaluation_is_due(step + 1):
+            log.flush()
+            s.evaluate(step + 1)
+        if s.save_is_due(step + 1):
+            log.flush()
+            s.save(step + 1)
+        if stopping:
+            break
+    # ----------------------------------------------------------------------------------------------------------
+    log.flush()
+    return stopping and step + 1 < s.schedule.total_steps

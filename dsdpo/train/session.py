@@ -1,0 +1,132 @@
+"""What one rank sets up around the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepspeed import DeepSpeedEngine, comm
+from transformers import PreTrainedTokenizerBase
+
+from dsdpo.checkpoint.export import FINAL, INTERMEDIATE, export_engine
+from dsdpo.config.schema import RunConfig
+from dsdpo.data.loader import PairLoader, PairSource
+from dsdpo.data.order import steps_per_epoch
+from dsdpo.dist import Ranks
+from dsdpo.model.load import load_tokenizer
+from dsdpo.objectives.preference import PreferenceObjective
+from dsdpo.train.engine import Hardware, Schedule, build_engine, describe
+from dsdpo.train.evaluate import evaluate
+from dsdpo.train.metrics import Reporter
+from dsdpo.train.reference import Reference, open_store, reference_for
+from dsdpo.train.stop import StopFlag
+
+
+@dataclass
+class Session:
+    """Everything that the training loop uses, built once per rank."""
+
+    config: RunConfig
+    ranks: Ranks
+    hardware: Hardware
+    engine: DeepSpeedEngine
+    tokenizer: PreTrainedTokenizerBase
+    objective: PreferenceObjective
+    loader: PairLoader
+    reference: Reference
+    held_out: tuple[PairLoader, Reference] | None
+    schedule: Schedule
+    steps_per_epoch: int
+    reporter: Reporter
+    stop_flag: StopFlag
+
+    def _is_due(self, step: int, every: int | None) -> bool:
+        return every is not None and step % every == 0 and step < self.schedule.total_steps
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """Every eval_steps; the one after the last step is made by the caller of the loop."""
+        return self.held_out is not None and self._is_due(step, self.config.eval_steps)
+
+    def save_is_due(self, step: int) -> bool:
+        """Every save_steps; the last step's weights are `final`."""
+        return self._is_due(step, self.config.save_steps)
+
+    def evaluate(self, step: int) -> dict[str, float] | None:
+        """Means over the held-out pairs, reported; None without held-out pairs."""
+        if self.held_out is None:
+            return None
+        loader, reference = self.held_out
+        means = evaluate(
+            self.engine, loader, reference, self.objective, self.config.train_batch_size, self.hardware.device
+        )
+        self.reporter.evaluation(step, means)
+        return means
+
+    def save(self, step: int) -> Path:
+        """Export the weights after `step` steps."""
+        return self._export(Path(self.config.output_dir) / INTERMEDIATE / f"step-{step:08d}")
+
+    def save_final(self) -> Path:
+        """Export the trained weights."""
+        return self._export(Path(self.config.output_dir) / FINAL)
+
+    def _export(self, folder: Path) -> Path:
+        export_engine(self.engine, self.tokenizer, folder, self.ranks.is_main)
+        comm.barrier()
+        self.reporter.say(f"weights: {folder}")
+        return folder
+
+
+def objective_of(config: RunConfig) -> PreferenceObjective:
+    """The objective that a run config asks for."""
+    return PreferenceObjective(config.weighted_losses, config.beta, config.label_smoothing)
+
+
+def loader_of(config: RunConfig, pairs: PairSource, ranks: Ranks) -> PairLoader:
+    """The loader of a set with the run's row settings."""
+    return PairLoader(pairs, ranks, config.row_tokens, config.share_prefix)
+
+
+def build_session(
+    config: RunConfig,
+    ranks: Ranks,
+    hardware: Hardware,
+    train_set: PairSource,
+    eval_set: PairSource | None,
+    stop_flag: StopFlag,
+) -> Session:
+    """Load the model and fill what the reference store lacks for the two sets.
+
+    Raises:
+        ConfigError: the model cannot be trained this way.
+        NumericError: the reference gives log-probs that are not finite.
+    """
+    per_epoch = steps_per_epoch(len(train_set), config.train_batch_size)
+    schedule = Schedule.of(config, per_epoch)
+    reporter = Reporter(config, schedule.total_steps, ranks.is_main)
+    engine = build_engine(config, ranks, hardware)
+    reporter.say(describe(engine, config, ranks, hardware))
+    store = open_store(config, ranks, hardware)
+
+    def with_reference(pairs: PairSource) -> tuple[PairLoader, Reference]:
+        loader = loader_of(config, pairs, ranks)
+        return loader, reference_for(loader, store, lambda: engine, hardware.device, reporter.say)
+
+    loader, reference = with_reference(train_set)
+    held_out = with_reference(eval_set) if eval_set is not None else None
+    reporter.say(f"{len(train_set)} pairs, {schedule.total_steps} steps of {config.train_batch_size} pairs")
+    return Session(
+        config=config,
+        ranks=ranks,
+        hardware=hardware,
+        engine=engine,
+        tokenizer=load_tokenizer(config.model_name_or_path),
+        objective=objective_of(config),
+        loader=loader,
+        reference=reference,
+        held_out=held_out,
+        schedule=schedule,
+        steps_per_epoch=per_epoch,
+        reporter=reporter,
+        stop_flag=stop_flag,
+    )

@@ -1,0 +1,110 @@
+"""What a launched rank can be asked to do: train, fill the reference store, evaluate."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from deepspeed import comm
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.data.prepare import open_prepared
+from dsdpo.dist import Ranks, launched
+from dsdpo.errors import DataError, DsdpoError, StopRequested
+from dsdpo.files import write_atomically
+from dsdpo.train.engine import Hardware, build_engine, start_process_group
+from dsdpo.train.evaluate import evaluate
+from dsdpo.train.loop import train
+from dsdpo.train.reference import open_store, reference_for
+from dsdpo.train.session import Session, build_session, loader_of, objective_of
+from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE, StopFlag, write_exit
+
+
+def run(config: RunConfig, task: str = "train", model: str | None = None) -> None:
+    """Do one task as one rank; the data is prepared already.
+
+    Args:
+        config: the run, the same on every rank.
+        task: `train`, `reference` or `eval`.
+        model: for `eval`, the folder of trained weights.
+
+    Raises:
+        DsdpoError: with the exit code; said in output_dir/EXIT too, for the supervisor.
+    """
+    ranks = launched() or Ranks(0, 1, 0)
+    stop_flag = StopFlag(Path(config.output_dir))
+    stop_flag.install()
+    with _exit_told(config, ranks):
+        hardware = start_process_group(config, ranks)
+        if task == "eval":
+            assert model is not None, "eval needs the weights to evaluate"
+            _evaluate(config, ranks, hardware, model)
+        else:
+            train_set = open_prepared(config, "train")
+            assert train_set is not None, "a run has a training set"
+            eval_set = open_prepared(config, "eval")
+            session = build_session(config, ranks, hardware, train_set, eval_set, stop_flag)
+            if task == "train":
+                _train(session)
+            session.reporter.close()
+        comm.barrier()
+
+
+@contextmanager
+def _exit_told(config: RunConfig, ranks: Ranks) -> Iterator[None]:
+    """Write output_dir/EXIT on the main rank, however the body ends."""
+    output_dir = Path(config.output_dir)
+    try:
+        yield
+    except DsdpoError as error:
+        if ranks.is_main:
+            write_exit(output_dir, error.exit_code, str(error))
+        raise
+    except BaseException:
+        if ranks.is_main:
+            write_exit(output_dir, 1, traceback.format_exc())
+        raise
+    if ranks.is_main:
+        write_exit(output_dir, 0, "done")
+
+
+def _train(session: Session) -> None:
+    """The run itself, its last evaluation and the export of its weights."""
+    config, is_main = session.config, session.ranks.is_main
+    output_dir = Path(config.output_dir)
+    if is_main:
+        write_atomically(output_dir / "run_config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
+        write_atomically(output_dir / STARTED_FILE, "")
+    comm.barrier()
+    stopped = train(session)
+    if not stopped:
+        session.evaluate(session.schedule.total_steps)
+    weights = session.save_final()
+    if stopped:
+        raise StopRequested(
+            f"stopped on request; the weights so far are in {weights}. This version cannot resume in the middle: "
+            "train again into another output_dir"
+        )
+    if is_main:
+        write_atomically(output_dir / COMPLETED_FILE, "")
+
+
+def _evaluate(config: RunConfig, ranks: Ranks, hardware: Hardware, model: str) -> None:
+    """Loss, accuracy and margin of trained weights on the held-out pairs, printed as one JSON line."""
+    pairs = open_prepared(config, "eval")
+    if pairs is None:
+        raise DataError("there is nothing to evaluate on: name an eval_dataset, or a val_size above 0")
+
+    def say(line: str) -> None:
+        if ranks.is_main:
+            print(line, flush=True)
+
+    loader, store = loader_of(config, pairs, ranks), open_store(config, ranks, hardware)
+    reference = reference_for(loader, store, lambda: build_engine(config, ranks, hardware), hardware.device, say)
+    engine = build_engine(config, ranks, hardware, weights=model)
+    means = evaluate(engine, loader, reference, objective_of(config), config.train_batch_size, hardware.device)
+    say(json.dumps({"model": model, "pairs": len(pairs), **{key: round(value, 6) for key, value in means.items()}}))

@@ -1,0 +1,120 @@
+"""Training the same few steps in many settings; runs on every rank of a group."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.data.packing import Segment
+from dsdpo.dist import launched
+from dsdpo.model.attention import RowLayout
+from dsdpo.train.engine import start_process_group
+from dsdpo.train.loop import train
+from dsdpo.train.session import build_session
+from dsdpo.train.stop import StopFlag
+from tests.helpers.tiny import ListOfPairs, random_pairs
+
+STEPS = 5
+
+
+def zero_json(folder: Path, stage: int) -> str:
+    """A DeepSpeed JSON of one ZeRO stage in which even tiny parameters are partitioned."""
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    return str(path)
+
+
+def run_config(model: str, folder: Path, stage: int = 0, **changes: Any) -> RunConfig:
+    """A short run on a tiny model."""
+    settings: dict[str, Any] = {
+        "model_name_or_path": model,
+        "finetuning_type": "full",
+        "lora_rank": 4,
+        "dataset": "memory",
+        "max_length": 64,
+        "max_tokens_per_row": 512,
+        "train_batch_size": 8,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 1,
+        "beta": 0.5,
+        "max_grad_norm": 0.5,
+        "loss_type": "sigmoid,sft",
+        "loss_weights": [1.0, 0.3],
+        "precision": "fp32",
+        "deepspeed": zero_json(folder, stage),
+        "output_dir": str(folder / "out"),
+        "disable_tqdm": True,
+        **changes,
+    }
+    return RunConfig(**settings)
+
+
+def logits_of(engine: Any, ids: list[int]) -> torch.Tensor:
+    """The engine's own logits [T, V] for one sequence; a collective call under ZeRO-3."""
+    layout = RowLayout([Segment(0, len(ids))], torch.device("cpu"))
+    engine.eval()
+    with torch.no_grad():
+        positions = torch.arange(len(ids))[None]
+        output = engine.module.model(input_ids=torch.tensor([ids]), position_ids=positions, row_layout=layout)
+    return output.logits[0]
+
+
+def train_and_export(cases: list[dict[str, Any]], folders: list[str], ids: list[int]) -> list[Any]:
+    """Train each case for a few steps, export it to its folder, and return the engine's logits for `ids`."""
+    ranks = launched()
+    assert ranks is not None
+    logits = []
+    for case, folder in zip(cases, folders, strict=True):
+        config = run_config(folder=Path(folder), **case)
+        hardware = start_process_group(config, ranks)
+        pairs = ListOfPairs(random_pairs(17))
+        session = build_session(config, ranks, hardware, pairs, None, StopFlag(Path(folder)))
+        train(session)
+        session.save_final()
+        session.reporter.close()
+        logits.append(logits_of(session.engine, ids).numpy())
+        session.engine.destroy()
+    torch.distributed.destroy_process_group()
+    return logits
+
+
+def run_cases(cases: list[dict[str, Any]], n_pairs: int) -> list[dict[str, Any]]:
+    """Train each case (changes to `run_config`) for a few steps in one process group.
+
+    Returns, for each case: the metrics of each step, this rank's pair ids of each step, micro-steps of each step.
+    """
+    ranks = launched()
+    assert ranks is not None
+    pairs = ListOfPairs(random_pairs(n_pairs))
+    results = []
+    for case in cases:
+        folder = Path(tempfile.mkdtemp())
+        config = run_config(folder=folder, **case)
+        hardware = start_process_group(config, ranks)
+        session = build_session(config, ranks, hardware, pairs, None, StopFlag(folder))
+        batches = list(session.loader.training_batches(range(STEPS), config.train_batch_size, config.seed))
+        train(session)
+        session.reporter.close()
+        metrics = Path(config.output_dir, "metrics.jsonl")
+        results.append(
+            {
+                "metrics": [json.loads(line) for line in metrics.read_text().splitlines()] if ranks.is_main else [],
+                "pair_ids": [[i for row in b.rows for i in b.pair_ids[row.pairs].tolist()] for b in batches],
+                "micro_steps": [len(b.rows) for b in batches],
+            }
+        )
+        session.engine.destroy()
+        shutil.rmtree(folder)
+    torch.distributed.destroy_process_group()
+    return results
