@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsdpo.compat import is_partitioned
+from dsdpo.data.templates import load_tokenizer
 from dsdpo.errors import CheckpointError, IOFailure
 
 FINAL = "final"
@@ -116,8 +117,6 @@ def export(output_dir: Path, to: Path, merge: bool) -> Path:
     if merge and not is_adapter:
         raise CheckpointError(f"{source} is a whole model, there is no adapter to merge: leave --merge away")
     if merge:
-        from dsdpo.model.load import load_tokenizer
-
         _write_folder(to, merged(source), load_tokenizer(str(source)), None)
     else:
         shutil.copytree(source, to, dirs_exist_ok=True)

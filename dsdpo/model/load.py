@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer for training."""
+"""Loading a model for training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from dsdpo.compat import zero3_loading
@@ -23,11 +21,6 @@ from dsdpo.errors import ConfigError
 from dsdpo.model.attention import check_supported
 
 _HASH_BLOCK = 1 << 24
-
-
-def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer."""
-    return AutoTokenizer.from_pretrained(model_name_or_path)
 
 
 def load_causal_lm(

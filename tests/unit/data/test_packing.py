@@ -35,7 +35,7 @@ def test_ranks_are_balanced() -> None:
 
 
 def test_a_pair_longer_than_a_row_is_an_error() -> None:
-    with pytest.raises(DataError, match="300 tokens .* max_tokens_per_row is 256"):
+    with pytest.raises(DataError, match=r"300 tokens .* max_tokens_per_row is 256"):
         plan_step(np.array([10, 300]), 2, 256)
 
 

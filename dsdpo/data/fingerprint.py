@@ -1,0 +1,109 @@
+"""What a prepared set was made from, as one hash: tokenizer, settings, entries and the content of their files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.data.encode import Limits
+from dsdpo.data.readers import load_hub
+from dsdpo.data.registry import DatasetEntry
+from dsdpo.errors import DataError
+from dsdpo.files import write_atomically
+
+# raise it when the same inputs would give other shards
+CODE_VERSION = 1
+
+_HASH_BLOCK = 1 << 22
+_SETTLED_NS = 2_000_000_000  # a file changed less than this ago could change again within the clock's grain
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what a tokenizer does: vocabulary, merges, chat template, special tokens. Its path does not matter."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return _digest(
+        {
+            "content": content,
+            "chat_template": tokenizer.chat_template,
+            "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        }
+    )
+
+
+def set_fingerprint(config: RunConfig, entries: list[DatasetEntry], tokenizer: str, sources: list[str]) -> str:
+    """Name of a prepared set.
+
+    Args:
+        config: the run; only what changes token ids or refusals counts.
+        entries: the sets in order.
+        tokenizer: digest of the tokenizer.
+        sources: digest of each entry's content.
+    """
+    limits = asdict(Limits.of(config))
+    described = []
+    for entry, source in zip(entries, sources):
+        fields = {key: value for key, value in asdict(entry).items() if key not in ("root", "files")}
+        described.append({**fields, "labels": [entry.label(file) for file in entry.files], "content": source})
+    return _digest(
+        {
+            "version": CODE_VERSION,
+            "tokenizer": tokenizer,
+            "template": config.template,
+            "default_system": config.default_system,
+            "max_samples": config.max_samples,
+            "limits": limits,
+            "entries": described,
+        }
+    )
+
+
+def source_digest(entry: DatasetEntry, stamps: Path, refresh: bool) -> str:
+    """Hash of an entry's content.
+
+    Args:
+        entry: files or a hub set.
+        stamps: folder that remembers hashes, so that a file is read once and not by every rank.
+        refresh: ask the hub again; otherwise what it gave last time counts.
+
+    Raises:
+        DataError: a hub set that has not been loaded yet, when `refresh` is False.
+    """
+    if entry.hub_id is None:
+        return _digest([_file_digest(path, stamps) for path in entry.files])
+    identity = {"hub": entry.hub_id, "subset": entry.subset, "split": entry.split, "folder": entry.folder}
+    stamp = stamps / f"{_digest({**identity, 'modelscope': entry.modelscope})}.json"
+    if refresh:
+        write_atomically(stamp, json.dumps({**identity, "fingerprint": load_hub(entry)._fingerprint}))
+    elif not stamp.exists():
+        raise DataError(f"{entry.hub_id} has not been loaded from the hub yet; run `dsdpo prepare` first")
+    return str(json.loads(stamp.read_bytes())["fingerprint"])
+
+
+def _file_digest(path: Path, stamps: Path) -> str:
+    """sha256 of a file, remembered for its path, size and time of change."""
+    status = path.stat()
+    stamp = stamps / f"{_digest(str(path))}.json"
+    state: dict[str, Any] = {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    if stamp.exists():
+        known = json.loads(stamp.read_bytes())
+        if all(known.get(key) == value for key, value in state.items()):
+            return str(known["sha256"])
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BLOCK):
+            digest.update(block)
+    if time.time_ns() - status.st_mtime_ns > _SETTLED_NS:
+        write_atomically(stamp, json.dumps({**state, "sha256": digest.hexdigest()}))
+    return digest.hexdigest()
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]

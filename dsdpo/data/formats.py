@@ -1,0 +1,313 @@
+"""Rows of the formats in use -> Pair, or Refused with a reason. Pure functions, one per format.
+
+Each takes the row (through `Columns`) and the entry's `tags`. docs/formats.md shows every format by example.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from dsdpo.data.messages import (
+    Columns,
+    Message,
+    Pair,
+    Refused,
+    assistant,
+    check_prompt,
+    read_message,
+    read_score,
+    read_tools,
+    reply,
+    split_dialogues,
+    system_and,
+    text_of,
+)
+
+TAGS = {
+    "role_tag": "from",
+    "content_tag": "value",
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "observation_tag": "observation",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+COLUMNS = (
+    "prompt",
+    "query",
+    "response",
+    "history",
+    "messages",
+    "system",
+    "tools",
+    "chosen",
+    "rejected",
+    "chosen_score",
+    "rejected_score",
+    "question",
+    "context",
+    "answer",
+)
+SQL_PROMPT = "Write one SQL query that answers the question.\n\nSchema:\n{context}\n\nQuestion: {question}"
+
+_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_LOOSE_ROLES = _ROLES | {"human": "user", "gpt": "assistant", "bot": "assistant"}
+_HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_CVALUES_TEXT = ("value", "content")
+
+
+def trl(row: Columns, tags: Mapping[str, str]) -> Pair:
+    """TRL's preference format: `chosen`, `rejected` and usually `prompt`, all text or all lists of messages.
+
+    Without `prompt`, it is the longest beginning that both sides share. A text prompt beside dialogues that begin
+    with it as their user message (as in UltraFeedback) counts as shared, too.
+    """
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    tools = read_tools(row.get("tools"))
+    for side, value in (("chosen", chosen), ("rejected", rejected)):
+        if value is None:
+            raise Refused(f"no {side}")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is None:
+            return _implicit_text(text_of(chosen, "chosen"), text_of(rejected, "rejected"))
+        return Pair(text_of(prompt, "prompt"), text_of(chosen, "chosen"), text_of(rejected, "rejected"))
+    better, worse = _openai_messages(chosen, "chosen"), _openai_messages(rejected, "rejected")
+    if isinstance(prompt, str):
+        if not better or better[0] != {"role": "user", "content": prompt}:
+            raise Refused("prompt is text but chosen and rejected are messages")
+        prompt = None
+    if prompt is None:
+        shared, better, worse = split_dialogues(better, worse)
+    else:
+        shared = _openai_messages(prompt, "prompt")
+    return Pair(shared, reply(better, "chosen"), reply(worse, "rejected"), tools=tools)
+
+
+def _openai_messages(value: Any, side: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise Refused(f"{side} is neither text nor a list of messages", type(value).__name__)
+    return [read_message(raw, "role", "content", _ROLES) for raw in value]
+
+
+def _implicit_text(chosen: str, rejected: str) -> Pair:
+    """Split where the texts part; a space right before goes to the completions, as tokenizers want it."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared and chosen[shared - 1] == " ":
+        shared -= 1
+    return Pair(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def hh_rlhf(row: Columns, tags: Mapping[str, str]) -> Pair:
+    """Two whole dialogues as text, turns marked by a blank line and "Human:" or "Assistant:"."""
+    chosen = _hh_messages(row.text("chosen"), "chosen")
+    rejected = _hh_messages(row.text("rejected"), "rejected")
+    shared, better, worse = split_dialogues(chosen, rejected)
+    return Pair(shared, reply(better, "chosen"), reply(worse, "rejected"))
+
+
+def _hh_messages(text: str, side: str) -> list[Message]:
+    before, *turns = _HH_TURN.split(text)
+    if before.strip() or not turns:
+        raise Refused(f'{side} does not begin with "Human:"')
+    roles = ["user" if speaker == "Human" else "assistant" for speaker in turns[::2]]
+    return [{"role": role, "content": said.strip()} for role, said in zip(roles, turns[1::2])]
+
+
+def alpaca(row: Columns, tags: Mapping[str, str]) -> Pair:
+    """Instruction, optional input, history and system; answers as `output: [better, worse]` or chosen/rejected."""
+    parts = [row.text("prompt", "instruction"), row.optional_text("query", "input")]
+    question = "\n".join(part for part in parts if part)
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if chosen is None and rejected is None:
+        answers = row.get("response", "output")
+        if not isinstance(answers, list) or len(answers) != 2:
+            raise Refused("no pair of answers", "output must be [better, worse], or give chosen and rejected")
+        chosen, rejected = answers
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise Refused("history is no list of [question, answer]")
+    prompt: list[Message] = []
+    for turn in history:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise Refused("history is no list of [question, answer]")
+        prompt.append({"role": "user", "content": text_of(turn[0], "history")})
+        prompt += assistant(text_of(turn[1], "history"))
+    prompt.append({"role": "user", "content": question})
+    prompt = system_and(row.optional_text("system"), prompt)
+    return Pair(prompt, assistant(_answer(chosen, "chosen")), assistant(_answer(rejected, "rejected")))
+
+
+def _answer(value: Any, side: str) -> str:
+    if value is None:
+        raise Refused(f"no {side}")
+    return text_of(value, side)
+
+
+def sharegpt(row: Columns, tags: Mapping[str, str]) -> Pair:
+    """LLaMA-Factory's sharegpt: the conversation so far, and `chosen` and `rejected` as one message each."""
+    messages = row.get("messages", "conversations", "messages")
+    if not isinstance(messages, list):
+        raise Refused("no list of messages", type(messages).__name__)
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    openai = "role" in first and not tags
+    role_key = tags.get("role_tag") or ("role" if openai else TAGS["role_tag"])
+    content_key = tags.get("content_tag") or ("content" if openai else TAGS["content_tag"])
+    named = {ours: tags.get(f"{ours}_tag", TAGS[f"{ours}_tag"]) for ours in ("system", "user", "assistant")}
+    roles = {said: ours for ours, said in named.items()}
+    roles[tags.get("observation_tag", TAGS["observation_tag"])] = "tool"
+    roles[tags.get("function_tag", TAGS["function_tag"])] = "function_call"
+    roles = _LOOSE_ROLES | roles if not tags else roles
+
+    def answer(side: str) -> list[Message]:
+        raw = row.get(side)
+        if raw is None:
+            raise Refused(f"no {side}")
+        if isinstance(raw, str):
+            return assistant(text_of(raw, side))
+        return reply([read_message(raw, role_key, content_key, roles)], side)
+
+    prompt = [read_message(raw, role_key, content_key, roles) for raw in messages]
+    prompt = system_and(row.optional_text("system"), prompt)
+    return Pair(prompt, answer("chosen"), answer("rejected"), tools=read_tools(row.get("tools")))
+
+
+def cvalues(row: Columns, tags: Mapping[str, str]) -> Pair:
+    """CValues: `messages` whose last one has chosen_value and rejected_value; or prompt, pos_resp and neg_resp.
+
+    Earlier turns say the same on both sides: in `value`, or in an equal chosen_value and rejected_value.
+    """
+    messages = row.get("messages", "messages", "conversations")
+    if messages is None:
+        prompt: list[Message] = [{"role": "user", "content": row.text("prompt")}]
+        better, worse = row.text("chosen", "pos_resp"), row.text("rejected", "neg_resp")
+        return Pair(prompt, assistant(better), assistant(worse))
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise Refused("no list of messages", type(messages).__name__)
+    earlier, last = messages[:-1], messages[-1]
+    if _cvalues_role(last) != "assistant":
+        raise Refused("the last message is no assistant message")
+    for key in ("chosen_value", "rejected_value"):
+        if last.get(key) is None:
+            raise Refused(f"the last message has no {key}")
+    return Pair(
+        system_and(row.optional_text("system"), [_cvalues_turn(turn) for turn in earlier]),
+        assistant(text_of(last["chosen_value"], "chosen_value")),
+        assistant(text_of(last["rejected_value"], "rejected_value")),
+        chosen_score=read_score(last.get("chosen_score"), "chosen_score"),
+        rejected_score=read_score(last.get("rejected_score"), "rejected_score"),
+    )
+
+
+def _cvalues_role(message: Message) -> str:
+    said = str(message.get("role", message.get("from")))
+    if said not in _LOOSE_ROLES:
+        raise Refused("unknown role", f"{said!r}; allowed: {', '.join(_LOOSE_ROLES)}")
+    return _LOOSE_ROLES[said]
+
+
+def _cvalues_turn(message: Message) -> Message:
+    text = next((message[key] for key in _CVALUES_TEXT if message.get(key) is not None), None)
+    if text is None:
+        text = message.get("chosen_value")
+        if text != message.get("rejected_value"):
+            raise Refused("an earlier turn differs between chosen and rejected")
+    return {"role": _cvalues_role(message), "content": text_of(text, "message content")}
+
+
+def text_to_sql(row: Columns, tags: Mapping[str, str]) -> Pair:
+    """Question, context (the CREATE TABLE statements) and answer; the rejected side is empty on purpose."""
+    question, context = row.text("question"), row.text("context")
+    if not question.strip():
+        raise Refused("empty prompt")
+    content = SQL_PROMPT.format(context=context, question=question)
+    return Pair([{"role": "user", "content": content}], assistant(row.text("answer")), assistant(""))
+
+
+FORMATS: dict[str, Callable[[Columns, Mapping[str, str]], Pair]] = {
+    "alpaca": alpaca,
+    "sharegpt": sharegpt,
+    "trl": trl,
+    "hh_rlhf": hh_rlhf,
+    "cvalues": cvalues,
+    "text_to_sql": text_to_sql,
+}
+
+
+def detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
+    """Tell the format of a set from one of its rows: a key of FORMATS, or None."""
+
+    def has(key: str, *usual: str) -> bool:
+        return columns.get(key) in row if key in columns else any(name in row for name in usual or (key,))
+
+    messages = row.get(columns.get("messages", "messages"))
+    turns = messages if isinstance(messages, list) else []
+    if has("question") and has("context") and has("answer"):
+        return "text_to_sql"
+    if any(isinstance(turn, dict) and "chosen_value" in turn for turn in turns) or "pos_resp" in row:
+        return "cvalues"
+    if has("chosen") and has("rejected"):
+        if has("messages", "conversations", "messages"):
+            return "sharegpt"
+        if "instruction" in row:
+            return "alpaca"
+        chosen = row[columns.get("chosen", "chosen")]
+        is_hh = not has("prompt") and isinstance(chosen, str) and chosen.lstrip().startswith("Human:")
+        return "hh_rlhf" if is_hh else "trl"
+    return "alpaca" if has("prompt", "instruction") and has("response", "output") else None
+
+
+def to_pair(
+    row: Any,
+    formatting: str,
+    columns: Mapping[str, str],
+    tags: Mapping[str, str],
+    allow_empty_rejected: bool,
+) -> Pair:
+    """One row -> Pair, with the checks that hold for every format.
+
+    Args:
+        row: the parsed row.
+        formatting: a key of FORMATS.
+        columns, tags, allow_empty_rejected: of the set's entry.
+
+    Raises:
+        Refused: with the reason.
+    """
+    if not isinstance(row, dict):
+        raise Refused("the row is no JSON object", type(row).__name__)
+    seen = Columns(row, columns)
+    pair = FORMATS[formatting](seen, tags)
+    if isinstance(pair.prompt, str):
+        if not pair.prompt.strip():
+            raise Refused("empty prompt")
+    else:
+        pair = replace(pair, prompt=check_prompt(pair.prompt))
+    if _is_empty(pair.chosen):
+        raise Refused("empty chosen")
+    if _is_empty(pair.rejected):
+        if not allow_empty_rejected:
+            raise Refused("empty rejected", "set allow_empty_rejected: true in the entry if it is meant")
+        pair = replace(pair, rejected="" if isinstance(pair.rejected, str) else assistant(""))
+    if pair.chosen == pair.rejected:
+        raise Refused("chosen and rejected are the same")
+    return _with_scores(pair, seen)
+
+
+def _is_empty(completion: str | list[Message]) -> bool:
+    if isinstance(completion, str):
+        return not completion.strip()
+    return not completion[0]["content"].strip() and "tool_calls" not in completion[0]
+
+
+def _with_scores(pair: Pair, row: Columns) -> Pair:
+    """Add the row's own score columns where the format has not found scores."""
+    chosen = read_score(row.get("chosen_score", "chosen_score", "score_chosen"), "chosen_score")
+    rejected = read_score(row.get("rejected_score", "rejected_score", "score_rejected"), "rejected_score")
+    if pair.chosen_score is None and pair.rejected_score is None:
+        return replace(pair, chosen_score=chosen, rejected_score=rejected)
+    return pair

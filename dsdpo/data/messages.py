@@ -1,0 +1,207 @@
+"""Pairs, refusals, and the checks that every format shares: text, messages, turns, scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, Any]
+
+
+class Refused(Exception):
+    """A row that cannot be used.
+
+    Attributes:
+        reason: one of a small set of phrases; refusals are counted by it.
+        detail: what is special about this row, or an empty string.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference pair, either all text or all messages.
+
+    Attributes:
+        prompt: text, or messages ({"role", "content"}) from an optional system message to a user or tool message.
+        chosen, rejected: text, or one assistant message in a list. Rejected may be "" where the entry allows it.
+        chosen_score, rejected_score: ratings that came with the row, for filtering and margins. They are no log-probs.
+        tools: function descriptions for the chat template, or None.
+    """
+
+    prompt: str | list[Message]
+    chosen: str | list[Message]
+    rejected: str | list[Message]
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class Columns:
+    """A row, seen through the entry's `columns` (our name -> name in the row)."""
+
+    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+        self.row = row
+        self.columns = columns
+
+    def get(self, key: str, *usual: str) -> Any:
+        """The value under the name that `columns` gives for `key`, else under the first usual name with a value.
+
+        Raises:
+            Refused: `columns` names a column that the row lacks.
+        """
+        named = self.columns.get(key)
+        if named is not None:
+            if named not in self.row:
+                raise Refused("a column named in columns is missing", f"{named} (columns.{key})")
+            return self.row[named]
+        return next((self.row[name] for name in usual or (key,) if self.row.get(name) is not None), None)
+
+    def text(self, key: str, *usual: str) -> str:
+        """A column that must be there and be text."""
+        value = self.get(key, *usual)
+        if value is None:
+            raise Refused(f"no {key}")
+        return text_of(value, key)
+
+    def optional_text(self, key: str, *usual: str) -> str:
+        """A text column, "" when it is missing or null."""
+        value = self.get(key, *usual)
+        return "" if value is None else text_of(value, key)
+
+
+def text_of(value: Any, what: str) -> str:
+    """`value` if it is text. Raises Refused."""
+    if not isinstance(value, str):
+        raise Refused(f"{what} is not text", type(value).__name__)
+    return value
+
+
+def read_message(raw: Any, role_key: str, content_key: str, roles: Mapping[str, str]) -> Message:
+    """One message with our role names.
+
+    Args:
+        raw: the object in the row.
+        role_key, content_key: its keys for the two.
+        roles: role in the data -> system, user, assistant, tool or function_call.
+    """
+    if not isinstance(raw, dict):
+        raise Refused("a message is no object", type(raw).__name__)
+    role = roles.get(str(raw.get(role_key)))
+    if role is None:
+        raise Refused("unknown role", f"{raw.get(role_key)!r} under {role_key!r}; allowed: {', '.join(roles)}")
+    calls = raw.get("tool_calls")
+    content = raw.get(content_key)
+    text = "" if content is None and calls else text_of(content, "message content")
+    if role == "function_call":
+        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(text)}
+    return {"role": role, "content": text, **({"tool_calls": calls} if calls else {})}
+
+
+def _tool_calls(text: str) -> list[dict[str, Any]]:
+    """LLaMA-Factory's function_call text: a JSON object, or a list of them, with name and arguments."""
+    try:
+        calls = json.loads(text)
+    except ValueError as error:
+        raise Refused("a function call is not JSON", str(error)) from error
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise Refused("a function call has no name")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
+    """The `tools` column: a list of objects, or the same as JSON text; empty means none."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise Refused("tools is not JSON", str(error)) from error
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise Refused("tools is no list of objects")
+    return value
+
+
+def read_score(value: Any, what: str) -> float | None:
+    """A finite number, or None where there is none."""
+    if value is None or value == "":
+        return None
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise Refused("a score is no number", f"{what}: {value!r}")
+    return score
+
+
+_MAY_FOLLOW = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+def check_prompt(messages: Sequence[Message]) -> list[Message]:
+    """The prompt of a conversation, without an empty system message. Raises Refused if turns are out of order."""
+    kept = [m for m in messages if m["role"] != "system" or m["content"].strip()]
+    before = None
+    for message in kept:
+        role = message["role"]
+        if role not in _MAY_FOLLOW[before]:
+            raise Refused("roles do not alternate", f"{role} after {before or 'nothing'}")
+        if not message["content"].strip() and "tool_calls" not in message:
+            raise Refused("empty message in the prompt", role)
+        before = role
+    if before is None:
+        raise Refused("empty prompt")
+    if before not in ("user", "tool"):
+        raise Refused("the prompt does not end with a user message", before)
+    return kept
+
+
+def split_dialogues(
+    chosen: Sequence[Message], rejected: Sequence[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Two whole dialogues -> (the turns that they share, rest of chosen, rest of rejected)."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == len(chosen) == len(rejected):
+        raise Refused("chosen and rejected are the same")
+    if shared == len(chosen) or shared == len(rejected):
+        raise Refused("one dialogue is the beginning of the other")
+    return list(chosen[:shared]), list(chosen[shared:]), list(rejected[shared:])
+
+
+def reply(messages: Sequence[Message], side: str) -> list[Message]:
+    """A completion: exactly one assistant message."""
+    roles = [message["role"] for message in messages]
+    if roles != ["assistant"]:
+        if len(roles) > 1:
+            raise Refused("the dialogues part before the last reply", f"{side}: {', '.join(roles)}")
+        raise Refused(f"{side} is no assistant message", ", ".join(roles) or "nothing")
+    return list(messages)
+
+
+def assistant(text: str) -> list[Message]:
+    """One assistant message in a list."""
+    return [{"role": "assistant", "content": text}]
+
+
+def system_and(system: str, messages: list[Message]) -> list[Message]:
+    """`messages` with a system message in front, if there is a text for it and none yet."""
+    if not system.strip() or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]

@@ -1,0 +1,138 @@
+"""The prepared sets of a run: made when missing, opened memory-mapped, told in a sentence."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.data.fingerprint import set_fingerprint, source_digest, tokenizer_digest
+from dsdpo.data.make import make_set
+from dsdpo.data.registry import DatasetEntry, resolve
+from dsdpo.data.shards import MANIFEST, REJECTED, PreparedSet
+from dsdpo.data.templates import load_tokenizer
+from dsdpo.errors import ConfigError, DataError, HangError, IOFailure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "eval"]
+
+_POLL_S = 1.0
+
+
+def prepare(config: RunConfig, split: Split) -> PreparedSet | None:
+    """The prepared set of a split, made when it is missing. None for `eval` when nothing is held out.
+
+    Raises:
+        ConfigError: a name of `dataset` or `eval_dataset` cannot be resolved, or the template does not fit.
+        DataError: more than max_refused of the rows are refused, or none is left.
+        IOFailure: the cache folder cannot be written.
+    """
+    names = _names(config, split)
+    if names is None:
+        return None
+    entries = _resolved(names, config)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    path = _set_path(config, entries, tokenizer_digest(tokenizer), refresh=True)
+    if not (path / MANIFEST).exists():
+        try:
+            make_set(config, entries, tokenizer, path)
+        except OSError as error:
+            raise IOFailure(
+                f"cannot write prepared data to {path.parent}: {error}; free space or set cache_dir"
+            ) from error
+    return _opened(config, split, path)
+
+
+def open_prepared(config: RunConfig, split: Split) -> PreparedSet | None:
+    """The prepared set of a split, opened only. None for `eval` when nothing is held out.
+
+    Raises:
+        DataError: it has not been prepared, or the data changed since.
+    """
+    return _open_or_none(config, split, load_tokenizer(config.model_name_or_path))
+
+
+def wait_prepared(config: RunConfig, split: Split, timeout: float = 3600.0) -> PreparedSet | None:
+    """Like open_prepared, for a set that another process is making: looks again until `timeout` seconds are over.
+
+    Raises:
+        HangError: it did not appear in time.
+    """
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return _open_or_none(config, split, tokenizer)
+        except DataError as error:
+            if time.monotonic() >= deadline:
+                raise HangError(
+                    f"waited {timeout:.0f} s for the {split} data to be prepared by rank 0; see its log: {error}"
+                ) from error
+        time.sleep(_POLL_S)
+
+
+def _open_or_none(config: RunConfig, split: Split, tokenizer: PreTrainedTokenizerBase) -> PreparedSet | None:
+    names = _names(config, split)
+    if names is None:
+        return None
+    path = _set_path(config, _resolved(names, config), tokenizer_digest(tokenizer), refresh=False)
+    if not (path / MANIFEST).exists():
+        raise DataError(f"the {split} data ({', '.join(names)}) are not prepared as {path}; run `dsdpo prepare` first")
+    return _opened(config, split, path)
+
+
+def _names(config: RunConfig, split: Split) -> list[str] | None:
+    """The sets of a split; held-out pairs come from `dataset` when there is no eval_dataset."""
+    if split == "train":
+        return config.dataset
+    return config.eval_dataset or (config.dataset if config.val_size > 0 else None)
+
+
+def _resolved(names: list[str], config: RunConfig) -> list[DatasetEntry]:
+    entries, problems = resolve(names, config.dataset_dir)
+    if problems:
+        raise ConfigError(problems)
+    return entries
+
+
+def _set_path(config: RunConfig, entries: list[DatasetEntry], tokenizer: str, refresh: bool) -> Path:
+    folder = config.cache_path / "prepared"
+    sources = [source_digest(entry, folder / "sources", refresh) for entry in entries]
+    return folder / set_fingerprint(config, entries, tokenizer, sources)
+
+
+def _opened(config: RunConfig, split: Split, path: Path) -> PreparedSet:
+    whole = PreparedSet(path)
+    if config.eval_dataset or config.val_size == 0:
+        return whole
+    n = len(whole)
+    held_out = round(config.val_size * n) if config.val_size < 1 else int(config.val_size)
+    if not 0 < held_out < n:
+        raise DataError(
+            f"val_size {config.val_size} holds out {held_out} of {n} pairs; each part needs one: change val_size"
+        )
+    return PreparedSet(path, split, held_out, config.seed)
+
+
+def summary(prepared: PreparedSet) -> str:
+    """One paragraph for the terminal: what was read, kept, refused, cut, and how long the pairs are."""
+    told = prepared.manifest
+    pairs, n_refused = told["pairs"], told["rows"] - told["pairs"]
+    mean = {side: total / pairs for side, total in told["tokens"].items()}
+    text = f"{prepared.split} data: {', '.join(told['datasets'])}: {told['rows']} rows, {pairs} pairs"
+    if prepared.held_out is not None:
+        text += f", {len(prepared)} of them in this split"
+    text += "; mean tokens " + ", ".join(f"{side} {value:.0f}" for side, value in mean.items())
+    text += "; longest " + ", ".join(f"{side} {value}" for side, value in told["longest"].items())
+    if told["truncated"]:
+        mode, max_length = told["settings"]["truncation_mode"], told["settings"]["max_length"]
+        text += f"; {told['truncated']} cut to max_length {max_length} ({mode})"
+    if told["diverged"]:
+        text += f"; {told['diverged']} where prompt and completion share a token, which went to the completion"
+    if n_refused:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in told["refused"].items())
+        text += f"; {n_refused} refused ({reasons}), listed in {prepared.path / REJECTED}"
+    return text

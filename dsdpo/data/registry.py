@@ -1,0 +1,264 @@
+"""Which files or hub sets a run's dataset names stand for: dataset_info.json, in LLaMA-Factory's format.
+
+Nothing is downloaded here and nothing heavy imported: `resolve` also serves the check before a run, and returns
+what is wrong as strings instead of raising.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsdpo.config.names import did_you_mean
+from dsdpo.data.formats import COLUMNS, FORMATS, TAGS
+
+INFO_FILE = "dataset_info.json"
+FILE_KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".arrow")
+
+_KEYS: dict[str, type] = {
+    "hf_hub_url": str,
+    "ms_hub_url": str,
+    "file_name": str,
+    "file_sha1": str,
+    "formatting": str,
+    "ranking": bool,
+    "columns": dict,
+    "tags": dict,
+    "split": str,
+    "subset": str,
+    "folder": str,
+    "num_samples": int,
+    "allow_empty_rejected": bool,
+}
+_UNSUPPORTED = {
+    "script_url": "loading scripts are not run; export the rows to a .jsonl file and give file_name",
+    "cloud_file_name": "copy the file into dataset_dir and give file_name",
+    "om_hub_url": "give hf_hub_url, or copy the files into dataset_dir and give file_name",
+    "load_from": "give hf_hub_url, ms_hub_url or file_name alone",
+}
+_UNSUPPORTED_COLUMNS = {
+    "images": "only text is trained on",
+    "videos": "only text is trained on",
+    "audios": "only text is trained on",
+    "kto_tag": "single labelled answers are no pairs; give chosen and rejected",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HASH_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """One resolved data set: local files, or a set on a hub.
+
+    Attributes:
+        name: as the run config names it.
+        root: dataset_dir; sources are told relative to it.
+        files: local data files in reading order; empty for a hub set.
+        hub_id: `org/name`, or None for files.
+        modelscope: the hub is ModelScope instead of Hugging Face.
+        formatting: a key of FORMATS, or None to tell it from the first rows.
+        columns, tags: renamed columns and message keys, as in LLaMA-Factory.
+        num_samples: read only the first so many rows.
+        allow_empty_rejected: an empty rejected side is meant, and is trained as the end-of-turn token alone.
+    """
+
+    name: str
+    root: Path
+    files: tuple[Path, ...] = ()
+    hub_id: str | None = None
+    modelscope: bool = False
+    formatting: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    split: str = "train"
+    subset: str | None = None
+    folder: str | None = None
+    num_samples: int | None = None
+    allow_empty_rejected: bool = False
+
+    def row_limit(self, max_samples: int | None) -> int | None:
+        """Rows to read at most: num_samples and the run's max_samples, whichever is smaller. None: all."""
+        limits = [limit for limit in (self.num_samples, max_samples) if limit is not None]
+        return min(limits) if limits else None
+
+    def label(self, path: Path) -> str:
+        """A file's name in messages and in rejected.jsonl: relative to dataset_dir."""
+        return path.relative_to(self.root).as_posix()
+
+
+class _Problem(Exception):
+    """What is wrong with one entry."""
+
+
+def resolve(names: list[str], dataset_dir: str | Path) -> tuple[list[DatasetEntry], list[str]]:
+    """Look the names of `dataset` or `eval_dataset` up.
+
+    Args:
+        names: names from dataset_info.json, paths inside dataset_dir, or hub ids (`org/name`), tried in this order.
+        dataset_dir: folder that holds dataset_info.json.
+
+    Returns:
+        The entries that are sound, in the order asked for, and one string per problem.
+    """
+    root = Path(dataset_dir)
+    if not root.is_dir():
+        return [], [f"dataset_dir {root} is no folder; give the folder that holds {INFO_FILE} and the data files"]
+    info, problems = _read_info(root / INFO_FILE)
+    entries = []
+    for position, name in enumerate(names):
+        if name in names[:position]:
+            problems.append(f"{name} is named twice; name each set once")
+            continue
+        try:
+            entries.append(_entry(name, info, root.resolve()))
+        except _Problem as problem:
+            problems.append(str(problem))
+    return entries, problems
+
+
+def _read_info(path: Path) -> tuple[dict[str, Any], list[str]]:
+    if not path.exists():
+        return {}, []
+    try:
+        info = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
+    except (ValueError, OSError) as error:
+        return {}, [f"{path} cannot be read: {error}"]
+    if not isinstance(info, dict):
+        return {}, [f"{path} must hold one JSON object, name -> entry; it holds a {type(info).__name__}"]
+    return info, []
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice in one object; delete one of them")
+        found[key] = value
+    return found
+
+
+def _entry(name: str, info: dict[str, Any], root: Path) -> DatasetEntry:
+    if name in info:
+        return _described(name, info[name], root)
+    meant_as_path = name.endswith(FILE_KINDS) or name.startswith((".", "/"))
+    for path in (root / name, Path(name)):
+        # a folder of the same name elsewhere is a coincidence, not a data set
+        if path.exists() and (meant_as_path or path.resolve().is_relative_to(root)):
+            return DatasetEntry(name, root, files=_files(path, root, name))
+    if _HUB_ID.fullmatch(name) and not name.endswith(FILE_KINDS):
+        return DatasetEntry(name, root, hub_id=name)
+    if name.endswith(FILE_KINDS) or "/" in name:
+        raise _Problem(f"{name}: there is no such file in {root}")
+    known = ", ".join(sorted(info)[:8]) + (", ..." if len(info) > 8 else "")
+    hint = did_you_mean(name, info) or (f"it describes {known}" if info else f"there is no entry in {root / INFO_FILE}")
+    raise _Problem(f"{name} is not in {INFO_FILE}, no file in {root} and no hub id (org/name); {hint}")
+
+
+def _described(name: str, described: Any, root: Path) -> DatasetEntry:
+    """An entry of dataset_info.json, checked key by key."""
+    where = f"{INFO_FILE}, {name}"
+    if not isinstance(described, dict):
+        raise _Problem(f"{where}: must be an object with file_name or hf_hub_url")
+    _check_keys(where, described)
+    if described.get("ranking") is False:
+        raise _Problem(f"{where}: ranking is false, so it holds no preference pairs; name another set for stage dpo")
+    formatting = described.get("formatting")
+    if formatting is not None and formatting not in FORMATS:
+        raise _Problem(f"{where}: formatting {formatting!r} is not one of {', '.join(FORMATS)}")
+    files, hub_id, modelscope = _source(where, described, root, name)
+    return DatasetEntry(
+        name=name,
+        root=root,
+        files=files,
+        hub_id=hub_id,
+        modelscope=modelscope,
+        formatting=formatting,
+        columns=described.get("columns") or {},
+        tags=described.get("tags") or {},
+        split=described.get("split") or "train",
+        subset=described.get("subset"),
+        folder=described.get("folder"),
+        num_samples=described.get("num_samples"),
+        allow_empty_rejected=bool(described.get("allow_empty_rejected")),
+    )
+
+
+def _check_keys(where: str, described: dict[str, Any]) -> None:
+    for key, value in described.items():
+        if key in _UNSUPPORTED:
+            raise _Problem(f"{where}: {key} is not supported; {_UNSUPPORTED[key]}")
+        if key not in _KEYS:
+            hint = did_you_mean(key, _KEYS) or f"known keys are {', '.join(_KEYS)}"
+            raise _Problem(f"{where}: unknown key {key!r}; {hint}")
+        kind = _KEYS[key]
+        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise _Problem(f"{where}: {key} must be a {kind.__name__}, not {value!r}")
+    samples = described.get("num_samples")
+    if samples is not None and samples < 1:
+        raise _Problem(f"{where}: num_samples must be at least 1, not {samples}")
+    for key, known in (("columns", COLUMNS), ("tags", TAGS)):
+        for inner, value in (described.get(key) or {}).items():
+            if inner in _UNSUPPORTED_COLUMNS:
+                raise _Problem(f"{where}: {key}.{inner} is not supported; {_UNSUPPORTED_COLUMNS[inner]}")
+            if inner not in known:
+                hint = did_you_mean(inner, known) or f"known are {', '.join(known)}"
+                raise _Problem(f"{where}: unknown key {key}.{inner}; {hint}")
+            if not isinstance(value, str):
+                raise _Problem(f"{where}: {key}.{inner} must be a string, not {value!r}")
+
+
+def _source(where: str, described: dict[str, Any], root: Path, name: str) -> tuple[tuple[Path, ...], str | None, bool]:
+    """(files, hub id, is it ModelScope): a hub wins over file_name, and Hugging Face over ModelScope."""
+    if described.get("hf_hub_url"):
+        return (), described["hf_hub_url"], False
+    if described.get("ms_hub_url"):
+        if importlib.util.find_spec("modelscope") is None:
+            raise _Problem(f"{where}: ms_hub_url needs the modelscope package; install it, or give hf_hub_url")
+        return (), described["ms_hub_url"], True
+    if not described.get("file_name"):
+        raise _Problem(f"{where}: needs file_name, hf_hub_url or ms_hub_url")
+    path = root / described["file_name"]
+    if not path.exists():
+        raise _Problem(f"{where}: file_name {described['file_name']} does not exist in {root}")
+    files = _files(path, root, where)
+    if sha1 := described.get("file_sha1"):
+        _check_sha1(where, path, sha1)
+    return files, None, False
+
+
+def _files(path: Path, root: Path, where: str) -> tuple[Path, ...]:
+    """The data file, or a folder's data files by name; all must lie inside dataset_dir, links followed."""
+    if not path.resolve().is_relative_to(root):
+        raise _Problem(f"{where}: {path} lies outside dataset_dir {root}; move it inside or change dataset_dir")
+    path = path.resolve()
+    if not path.is_dir():
+        if not path.name.endswith(FILE_KINDS):
+            raise _Problem(f"{where}: {path.name} is none of the kinds {', '.join(FILE_KINDS)}")
+        return (path,)
+    found = sorted(file for file in path.iterdir() if file.name.endswith(FILE_KINDS) and file.name != INFO_FILE)
+    if not found:
+        raise _Problem(f"{where}: the folder {path} holds no {', '.join(FILE_KINDS)} file")
+    for file in found:
+        if not file.resolve().is_relative_to(root):
+            raise _Problem(f"{where}: {file} points outside dataset_dir {root}; move the data inside")
+    return tuple(file.resolve() for file in found)
+
+
+def _check_sha1(where: str, path: Path, expected: str) -> None:
+    if path.is_dir():
+        raise _Problem(f"{where}: file_sha1 is for one file, but file_name is the folder {path.name}; delete it")
+    digest = hashlib.sha1(usedforsecurity=False)
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BLOCK):
+            digest.update(block)
+    if digest.hexdigest() != expected.lower():
+        raise _Problem(
+            f"{where}: {path.name} has sha1 {digest.hexdigest()}, file_sha1 says {expected}; "
+            "fetch the file again, or correct file_sha1 if the change is meant"
+        )

@@ -1,0 +1,167 @@
+"""The prepared set on disk: Arrow shards that are memory-mapped, and a manifest written last.
+
+    <set>/pairs-00000.arrow   Arrow files of SHARD_ROWS pairs in batches of BATCH_ROWS; only the last are shorter
+    <set>/rejected.jsonl      one object per refused row: source, reason, excerpt
+    <set>/manifest.json       counts, settings, fingerprint
+
+Where a pair lies is arithmetic, so opening costs the same for any number of pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dsdpo.data.order import permute
+from dsdpo.data.packing import TokenPair
+
+MANIFEST = "manifest.json"
+REJECTED = "rejected.jsonl"
+BATCH_ROWS = 1024
+SHARD_ROWS = 64 * BATCH_ROWS
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+LENGTHS = ("prompt_length", "chosen_length", "rejected_length")
+SCHEMA = pa.schema(
+    [pa.field(name, pa.list_(pa.int32())) for name in IDS]
+    + [pa.field(name, pa.int32()) for name in LENGTHS]
+    + [
+        pa.field("chosen_score", pa.float64()),
+        pa.field("rejected_score", pa.float64()),
+        pa.field("source", pa.string()),
+    ]
+)
+
+_OPEN_BATCHES = 256  # a record batch is a view of the map: a few KB of Python objects, no data
+_SPLIT_KEY = 2**32 - 1  # an epoch number that training never reaches, so that the split has an order of its own
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _shard_name(number: int) -> str:
+    return f"pairs-{number:05d}.arrow"
+
+
+def _full_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of exactly BATCH_ROWS, the last one shorter."""
+    waiting: list[pa.RecordBatch] = []
+    rows = 0
+    for batch in batches:
+        waiting.append(batch)
+        rows += batch.num_rows
+        if rows >= BATCH_ROWS:
+            merged = pa.concat_batches(waiting)
+            full = rows // BATCH_ROWS * BATCH_ROWS
+            yield from (merged.slice(start, BATCH_ROWS) for start in range(0, full, BATCH_ROWS))
+            waiting, rows = [merged.slice(full)], rows - full
+    if rows:
+        yield pa.concat_batches(waiting)
+
+
+def write_shards(batches: Iterable[pa.RecordBatch], folder: Path) -> None:
+    """Write batches of SCHEMA, of any size, as the shards of a set; fsynced."""
+    full = _full_batches(batches)
+    for number in itertools.count():
+        shard = list(itertools.islice(full, 1))
+        if not shard:
+            return
+        path = folder / _shard_name(number)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            for batch in itertools.chain(shard, itertools.islice(full, SHARD_ROWS // BATCH_ROWS - 1)):
+                writer.write_batch(batch)
+        fsync_path(path)
+
+
+class PreparedSet:
+    """Prepared pairs 0 ... n-1, read from memory-mapped shards.
+
+    Opening reads the manifest alone; shards are mapped when first used.
+
+    Args:
+        path: the set's folder.
+        split: `train` or `eval`.
+        held_out: pairs that val_size holds out of this set; `eval` is these, `train` the others. None: no such split.
+        seed: key of that split.
+    """
+
+    def __init__(self, path: Path, split: str = "train", held_out: int | None = None, seed: int = 0) -> None:
+        self.path = path
+        self.split = split
+        self.manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+        self.held_out = held_out
+        self._seed = seed
+        self._total = int(self.manifest["pairs"])
+        self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
+        self._batches: OrderedDict[int, pa.RecordBatch] = OrderedDict()
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the pairs, their order or the split."""
+        base = str(self.manifest["fingerprint"])
+        return base if self.held_out is None else f"{base}-{self.split}-{self.held_out}-{self._seed}"
+
+    def __len__(self) -> int:
+        if self.held_out is None:
+            return self._total
+        return self.held_out if self.split == "eval" else self._total - self.held_out
+
+    def _rows(self, ids: np.ndarray) -> np.ndarray:
+        """Pair ids of this split -> rows of the shards, by a keyed permutation: no table, whatever the size."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+            raise IndexError(f"pair ids must lie in 0 ... {len(self) - 1}, got {ids.min()} ... {ids.max()}")
+        if self.held_out is None:
+            return ids
+        positions = ids if self.split == "eval" else ids + self.held_out
+        return permute(positions, self._total, self._seed, _SPLIT_KEY)
+
+    def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
+        """(record batch, row in it)."""
+        number, at = divmod(row, BATCH_ROWS)
+        batch = self._batches.get(number)
+        if batch is None:
+            shard, index = divmod(number, SHARD_ROWS // BATCH_ROWS)
+            if shard not in self._readers:
+                self._readers[shard] = pa.ipc.open_file(pa.memory_map(str(self.path / _shard_name(shard))))
+            batch = self._batches[number] = self._readers[shard].get_batch(index)
+            if len(self._batches) > _OPEN_BATCHES:
+                self._batches.popitem(last=False)
+        return batch, at
+
+    def lengths(self, ids: np.ndarray) -> np.ndarray:
+        """Prompt, chosen and rejected tokens of the pairs: int64 [len(ids), 3]."""
+        found = np.empty((len(ids), 3), dtype=np.int64)
+        for i, row in enumerate(self._rows(ids)):
+            batch, at = self._locate(int(row))
+            for column, name in enumerate(LENGTHS):
+                found[i, column] = batch.column(name)[at].as_py()
+        return found
+
+    def pair(self, index: int) -> TokenPair:
+        """Token ids of one pair: int64 arrays."""
+        batch, at = self._locate(int(self._rows(np.array([index]))[0]))
+        return TokenPair(*(batch.column(name)[at].values.to_numpy().astype(np.int64) for name in IDS))
+
+    def scores(self, index: int) -> tuple[float | None, float | None]:
+        """The ratings that came with a pair, None where there were none."""
+        batch, at = self._locate(int(self._rows(np.array([index]))[0]))
+        return batch.column("chosen_score")[at].as_py(), batch.column("rejected_score")[at].as_py()
+
+    def where(self, index: int) -> str:
+        """Where a pair comes from: `file.jsonl:17`."""
+        batch, at = self._locate(int(self._rows(np.array([index]))[0]))
+        return str(batch.column("source")[at].as_py())

@@ -1,0 +1,312 @@
+"""Pairs -> token ids with a tokenizer and a chat template.
+
+A reply is the text that the template puts after the prompt, up to and with its end-of-turn token. Prompt and reply
+are tokenized together, as the model will see them, and split where the prompt alone ends. Where tokens merge over
+that border the split is made where the two tokenizations part, and counted (`diverged`); TRL does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dsdpo.data.messages import Message, Pair, Refused, assistant
+from dsdpo.data.named_templates import NAMED, PLAIN
+from dsdpo.errors import ConfigError
+
+_SENTINEL = "words of the reply"
+
+
+def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id."""
+    return AutoTokenizer.from_pretrained(model_name_or_path)
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A pair as token ids, not truncated; each completion ends with its only end-of-turn token.
+
+    Attributes:
+        diverged: the prompt's last tokens merged with a completion and belong to the completions now.
+    """
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    diverged: bool
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What gets tokenized for a pair: the prompt, and the prompt with each completion (None: an empty one)."""
+
+    prompt: str
+    chosen: str
+    rejected: str | None
+    as_chat: bool
+
+
+class PairEncoder:
+    """A tokenizer with a template.
+
+    Args:
+        tokenizer: of the model to train.
+        template: as the run config names it.
+        default_system: system message for conversations without one.
+
+    Raises:
+        ConfigError: the tokenizer lacks tokens that the template needs, or the template cannot be rendered.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, default_system: str | None = None) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("model_name_or_path: the tokenizer has no eos_token; set one in tokenizer_config.json")
+        self.tokenizer = tokenizer
+        self.template = template
+        self.default_system = default_system
+        self.eos_id: int = tokenizer.eos_token_id
+        self.end_id = self.eos_id
+        self._chat_template = NAMED[template].jinja if template in NAMED else None
+        self._is_own = template not in NAMED and template not in PLAIN and tokenizer.chat_template is not None
+        self._has_chat = template in NAMED or self._is_own
+        self._bos = _implied_bos(tokenizer)
+        self._tail = ""
+        self._appends_eos = True
+        if template in NAMED:
+            _check_tokens(tokenizer, template)
+        if self._has_chat:
+            self._learn_end_of_turn()
+
+    # --- the template ---
+
+    def _learn_end_of_turn(self) -> None:
+        """Find the token that ends a reply, and what the template writes after it, on a small conversation."""
+        turns = [{"role": "user", "content": "question"}, *assistant(_SENTINEL)]
+        try:
+            text = self._render(turns, None, for_reply=False)
+        except Refused as refused:
+            raise ConfigError(f"template {self.template} cannot render a conversation: {refused.detail}") from refused
+        if _SENTINEL not in text:
+            raise ConfigError(f"template {self.template} leaves the assistant's words out; choose another template")
+        after = text[text.rindex(_SENTINEL) + len(_SENTINEL) :]
+        ends = [(after.index(token), -len(token), token) for token in _special_tokens(self.tokenizer) if token in after]
+        if not ends:
+            self._tail = after[len(after.rstrip()) :]
+            return
+        start, _, token = min(ends)
+        self.end_id = self.tokenizer.convert_tokens_to_ids(token)
+        self._tail = after[start + len(token) :]
+        self._appends_eos = False
+
+    def _render(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, for_reply: bool) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                chat_template=self._chat_template,
+                tokenize=False,
+                add_generation_prompt=for_reply,
+            )
+        except TemplateError as error:
+            raise Refused("the chat template refuses the conversation", str(error)) from error
+        return str(text)
+
+    def check_supports(self, pair: Pair) -> None:
+        """Raises ConfigError where the pair is a conversation and nothing says how to write one."""
+        if not self._has_chat and self.template not in PLAIN and not isinstance(pair.prompt, str):
+            raise ConfigError(
+                "template is default, but the tokenizer has no chat template and the data are conversations; set "
+                f"template to {', '.join(NAMED)}, or to none for the bare text of the messages"
+            )
+
+    # --- text ---
+
+    def _texts(self, pair: Pair) -> _Texts:
+        prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+        if isinstance(prompt, str) and self.template in NAMED:
+            prompt = [{"role": "user", "content": prompt}]
+            chosen, rejected = assistant(str(chosen)), assistant(str(rejected))
+        if isinstance(prompt, str):
+            return self._plain_texts(prompt, str(chosen), str(rejected))
+        assert not isinstance(chosen, str) and not isinstance(rejected, str), "a pair is all text or all messages"
+        prompt = self._with_system(prompt)
+        if not self._is_own and (pair.tools or any(_uses_tools(m) for m in [*prompt, *chosen, *rejected])):
+            raise Refused("tools need a chat template that knows them", f"template {self.template} does not")
+        if not self._has_chat:
+            if self.template not in PLAIN:
+                raise Refused("a conversation, but the tokenizer has no chat template", "set template")
+            return self._plain_texts(plain_prompt(prompt), chosen[0]["content"], rejected[0]["content"])
+        return _Texts(
+            prompt=self._render(prompt, pair.tools, for_reply=True),
+            chosen=self._replied(prompt, chosen, pair.tools),
+            rejected=None if _is_empty(rejected[0]) else self._replied(prompt, rejected, pair.tools),
+            as_chat=True,
+        )
+
+    def _plain_texts(self, prompt: str, chosen: str, rejected: str) -> _Texts:
+        end = self.tokenizer.eos_token
+        return _Texts(
+            prompt=prompt,
+            chosen=prompt + _without_end(chosen, end),
+            rejected=prompt + _without_end(rejected, end) if rejected else None,
+            as_chat=False,
+        )
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        if not self.default_system or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.default_system}, *messages]
+
+    def _replied(self, prompt: list[Message], answer: list[Message], tools: list[dict[str, Any]] | None) -> str:
+        """The conversation with its last reply, cut after the end-of-turn token."""
+        end = str(self.tokenizer.convert_ids_to_tokens(self.end_id))
+        reply = {**answer[0], "content": _without_end(answer[0]["content"], end)}
+        text = self._render([*prompt, reply], tools, for_reply=False)
+        if not text.endswith(self._tail):
+            raise Refused("the chat template ends this reply in its own way", repr(text[-40:]))
+        return text[: len(text) - len(self._tail)]
+
+    # --- token ids ---
+
+    def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair | Refused]:
+        """Token ids of many pairs, in order; a pair that the template cannot hold gives its refusal instead."""
+        prepared: list[_Texts | Refused] = []
+        for pair in pairs:
+            try:
+                prepared.append(_checked(self._texts(pair)))
+            except Refused as refused:
+                prepared.append(refused)
+        ids = iter(self._tokenize([text for texts in prepared if isinstance(texts, _Texts) for text in _given(texts)]))
+        encoded: list[EncodedPair | Refused] = []
+        for texts in prepared:
+            if isinstance(texts, Refused):
+                encoded.append(texts)
+                continue
+            try:
+                encoded.append(self._encoded(texts, [next(ids) for _ in _given(texts)]))
+            except Refused as refused:
+                encoded.append(refused)
+        return encoded
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def _encoded(self, texts: _Texts, ids: list[list[int]]) -> EncodedPair:
+        ends_itself = texts.as_chat and not self._appends_eos
+        prompt, *whole = [self._with_bos(some, texts.as_chat) for some in ids]
+        end_id = self.end_id if texts.as_chat else self.eos_id
+        if not ends_itself:
+            whole = [some + [end_id] for some in whole]
+        if texts.rejected is None:
+            whole.append(prompt + [end_id])
+        shared = min(_shared_length(prompt, some) for some in whole)
+        if shared == 0:
+            raise Refused("prompt and completion share no token", "an empty prompt, or one that merges with the reply")
+        chosen, rejected = (some[shared:] for some in whole)
+        for completion in (chosen, rejected):
+            if completion.count(end_id) != 1 or completion[-1] != end_id:
+                raise Refused("the end-of-turn token stands inside a completion")
+        if chosen == rejected:
+            raise Refused("chosen and rejected are the same")
+        return EncodedPair(prompt[:shared], chosen, rejected, diverged=shared < len(prompt))
+
+    def _with_bos(self, ids: list[int], as_chat: bool) -> list[int]:
+        """Put BOS in front where the tokenizer would, unless it is there; a tokenizer's own template is trusted."""
+        trusted = as_chat and self._is_own
+        if self._bos is None or trusted or ids[:1] == [self._bos]:
+            return ids
+        return [self._bos, *ids]
+
+    def prompt_ids(self, messages: list[Message]) -> list[int]:
+        """Ids that ask for a reply to `messages`. Raises Refused when the template cannot hold them."""
+        messages = self._with_system(messages)
+        text = self._render(messages, None, for_reply=True) if self._has_chat else plain_prompt(messages)
+        return self._with_bos(self._tokenize([text])[0], as_chat=self._has_chat)
+
+
+def plain_prompt(messages: Sequence[Message]) -> str:
+    """Messages without a template: the bare texts, each followed by one newline."""
+    return "".join(f"{message['content']}\n" for message in messages)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Message], default_system: str | None = None
+) -> list[int]:
+    """Token ids that ask the model for a reply, as in training.
+
+    Raises:
+        ConfigError: the tokenizer does not fit the template.
+        Refused: the template cannot hold these messages.
+    """
+    return PairEncoder(tokenizer, template, default_system).prompt_ids(messages)
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """Tokens that end a reply: the template's end-of-turn token, then the tokenizer's EOS if it is another."""
+    encoder = PairEncoder(tokenizer, template)
+    return list(dict.fromkeys([encoder.end_id, encoder.eos_id]))
+
+
+def _implied_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """BOS if the tokenizer puts it before plain text by itself."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id if ids[0] == tokenizer.bos_token_id else None
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    return [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip()]
+
+
+def _check_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """A family's template on another family's tokenizer would cut its markers into pieces the model never saw."""
+    for token in NAMED[template].tokens:
+        if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
+            raise ConfigError(
+                f"template {template} needs the token {token}, which this model's tokenizer lacks; set template: "
+                "default, or none"
+            )
+    if template == "llama2" and tokenizer.bos_token is None:
+        raise ConfigError("template llama2 needs a bos_token, which this model's tokenizer lacks; set template: none")
+
+
+def _without_end(text: str, end: str) -> str:
+    """Drop an end-of-turn token that the data wrote out, so that there is one and not two."""
+    bare = text.rstrip()
+    return bare.removesuffix(end) if bare.endswith(end) else text
+
+
+def _is_empty(message: Message) -> bool:
+    return not message["content"] and "tool_calls" not in message
+
+
+def _uses_tools(message: Message) -> bool:
+    return message["role"] == "tool" or "tool_calls" in message
+
+
+def _given(texts: _Texts) -> list[str]:
+    """The texts to tokenize, prompt first."""
+    return [text for text in (texts.prompt, texts.chosen, texts.rejected) if text is not None]
+
+
+def _checked(texts: _Texts) -> _Texts:
+    """The same texts, if the tokenizer can take them."""
+    for text in _given(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise Refused("broken Unicode", "a lone surrogate") from error
+    return texts
+
+
+def _shared_length(prompt: list[int], whole: list[int]) -> int:
+    """Number of tokens that both begin with."""
+    if whole[: len(prompt)] == prompt:
+        return len(prompt)
+    return next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))

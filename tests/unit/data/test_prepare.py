@@ -1,0 +1,458 @@
+"""Preparing a set: what is kept, cut and refused, what it is found again by, and that a crash leaves nothing half."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.data.encode import Limits, fit
+from dsdpo.data.messages import Refused
+from dsdpo.data.prepare import open_prepared, prepare, summary, wait_prepared
+from dsdpo.data.shards import BATCH_ROWS, MANIFEST, SCHEMA, PreparedSet, write_shards
+from dsdpo.data.templates import EncodedPair
+from dsdpo.errors import ConfigError, DataError, HangError, IOFailure
+from tests.helpers.real import shared_file
+from tests.unit.data.conftest import make_tokenizer
+
+ROOT = Path(__file__).parents[3]
+
+
+def rows(n: int) -> list[dict[str, object]]:
+    return [
+        {"prompt": f"question {i}?", "chosen": f" yes {i}", "rejected": f" no {i}", "chosen_score": float(i)}
+        for i in range(n)
+    ]
+
+
+def write(path: Path, content: list[dict[str, object]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    settled = time.time() - 60  # hashes of files that changed just now are not remembered
+    os.utime(path, (settled, settled))
+
+
+@pytest.fixture
+def settings(tmp_path, model_folder):
+    write(tmp_path / "data/pairs.jsonl", rows(20))
+    return {
+        "model_name_or_path": str(model_folder),
+        "dataset": ["pairs.jsonl"],
+        "dataset_dir": str(tmp_path / "data"),
+        "output_dir": str(tmp_path / "runs/first"),
+        "max_length": 64,
+    }
+
+
+def prepared(settings, split="train", **changes) -> PreparedSet:
+    found = prepare(RunConfig(**{**settings, **changes}), split)
+    assert found is not None
+    return found
+
+
+def texts(pairs: PreparedSet) -> list[list[str]]:
+    tokenizer = make_tokenizer("chatml")
+    return [[tokenizer.decode(ids) for ids in pairs.pair(i)] for i in range(len(pairs))]
+
+
+# --- what comes out ---
+
+
+def test_pairs_in_order_with_lengths_scores_and_sources(settings):
+    pairs = prepared(settings)
+    assert len(pairs) == 20
+    assert texts(pairs) == [[f"question {i}?", f" yes {i}<|im_end|>", f" no {i}<|im_end|>"] for i in range(20)]
+    lengths = pairs.lengths(np.arange(20))
+    assert lengths.dtype == np.int64 and lengths.shape == (20, 3)
+    assert lengths.tolist() == [[len(ids) for ids in pairs.pair(i)] for i in range(20)]
+    assert pairs.lengths(np.array([7, 3])).tolist() == lengths[[7, 3]].tolist()
+    assert pairs.lengths(np.array([], dtype=np.int64)).shape == (0, 3)
+    assert all(ids.dtype == np.int64 for ids in pairs.pair(3))
+    assert pairs.where(4) == "pairs.jsonl:5"
+    assert pairs.scores(4) == (4.0, None)
+    with pytest.raises(IndexError):
+        pairs.pair(20)
+
+
+def test_counts_and_refused_rows_are_told(settings, tmp_path):
+    content = [*rows(8), {"prompt": "p", "chosen": "c"}, {"prompt": "p", "chosen": "", "rejected": "r"}]
+    write(tmp_path / "data/pairs.jsonl", content)
+    with (tmp_path / "data/pairs.jsonl").open("a") as stream:
+        stream.write('{"prompt": \n')
+    pairs = prepared(settings, max_refused=0.3)
+    told = pairs.manifest
+    assert (told["rows"], told["pairs"]) == (11, 8)
+    assert told["refused"] == {"no rejected": 1, "empty chosen": 1, "not valid JSON": 1}
+    assert told["tokens"]["chosen"] == pairs.lengths(np.arange(8))[:, 1].sum()
+    listed = [json.loads(line) for line in (pairs.path / "rejected.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in listed] == [f"pairs.jsonl:{i}" for i in (9, 10, 11)]
+    assert listed[0]["reason"] == "no rejected" and listed[0]["excerpt"] == '{"prompt": "p", "chosen": "c"}'
+    assert "11 rows, 8 pairs" in summary(pairs) and "3 refused (" in summary(pairs)
+
+
+def test_too_many_refused_rows_stop_the_run_and_stay_listed(settings, tmp_path):
+    write(tmp_path / "data/pairs.jsonl", [*rows(3), {"prompt": "p", "chosen": "c"}])
+    with pytest.raises(
+        DataError, match=r"1 of 4 rows are refused, max_refused allows 1\.00%.*1 x no rejected"
+    ) as caught:
+        prepared(settings)
+    listed = str(caught.value).split("listed in ")[1].split(";")[0]
+    assert json.loads(Path(listed).read_text())["source"] == "pairs.jsonl:4"
+    folder = tmp_path / "runs/.dsdpo_cache/prepared"
+    assert not list(folder.glob("*/manifest.json")) and not list(folder.glob(".*"))
+    write(tmp_path / "data/pairs.jsonl", [{"prompt": "p", "chosen": "c", "rejected": ""}])
+    with pytest.raises(DataError, match="no row is left"):
+        prepared(settings, max_refused=1.0)
+
+
+def test_no_row_and_unknown_format(settings, tmp_path):
+    write(tmp_path / "data/pairs.jsonl", [])
+    with pytest.raises(DataError, match=r"cannot tell the format of pairs\.jsonl: it holds no JSON object"):
+        prepared(settings)
+    write(tmp_path / "data/pairs.jsonl", [{"text": "a line", "id": 1}])
+    with pytest.raises(DataError, match=r"has the columns id, text; describe it in dataset_info\.json"):
+        prepared(settings)
+    info = {"mine": {"file_name": "none.jsonl", "formatting": "trl"}}
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
+    write(tmp_path / "data/none.jsonl", [])
+    with pytest.raises(DataError, match="there is no row at all"):
+        prepared(settings, dataset=["mine"])
+
+
+def test_mistakes_in_names_and_template_are_config_errors(settings, tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        prepared(settings, dataset=["gone.jsonl"])
+    with pytest.raises(ConfigError, match="template llama3 needs the token"):
+        prepared(settings, template="llama3")
+    make_tokenizer("chatml").save_pretrained(tmp_path / "bare")
+    talk = {"prompt": [{"role": "user", "content": "p"}]}
+    talk |= {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    write(tmp_path / "data/talk.jsonl", [talk])
+    with pytest.raises(ConfigError, match="set template"):
+        prepared(settings, dataset=["talk.jsonl"], model_name_or_path=str(tmp_path / "bare"))
+
+
+def test_several_sets_are_joined_in_order_and_cut_to_max_samples(settings, tmp_path):
+    write(tmp_path / "data/more.jsonl", [{"question": "q", "context": "c", "answer": "SELECT 1"}] * 4)
+    info = {"sql": {"file_name": "more.jsonl", "allow_empty_rejected": True}}
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
+    pairs = prepared(settings, dataset=["sql", "pairs.jsonl"], max_samples=2, max_length=128)
+    assert [pairs.where(i) for i in range(len(pairs))] == [
+        "more.jsonl:1",
+        "more.jsonl:2",
+        "pairs.jsonl:1",
+        "pairs.jsonl:2",
+    ]
+    assert texts(pairs)[0][1:] == ["SELECT 1<|im_end|>", "<|im_end|>"]
+
+
+def test_workers_do_not_change_the_set(settings):
+    one = prepared(settings, cache_dir=settings["output_dir"] + "/one")
+    two = prepared(settings, cache_dir=settings["output_dir"] + "/two", preprocessing_num_workers=3)
+    assert texts(one) == texts(two) and one.fingerprint == two.fingerprint
+    assert [one.where(i) for i in range(20)] == [two.where(i) for i in range(20)]
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+# --- held-out pairs ---
+
+
+@pytest.mark.parametrize(("val_size", "held_out"), [(0.25, 5), (7, 7)])
+def test_val_size_splits_without_overlap(settings, val_size, held_out):
+    train = prepared(settings, val_size=val_size)
+    held = prepared(settings, "eval", val_size=val_size)
+    assert (len(train), len(held)) == (20 - held_out, held_out)
+    sources = [pairs.where(i) for pairs in (train, held) for i in range(len(pairs))]
+    assert sorted(sources) == sorted(f"pairs.jsonl:{i + 1}" for i in range(20))
+    assert train.path == held.path and train.fingerprint != held.fingerprint
+    again = prepared(settings, "eval", val_size=val_size, seed=7)
+    assert [again.where(i) for i in range(held_out)] != [held.where(i) for i in range(held_out)]
+    assert train.lengths(np.arange(3)).tolist() == [[len(ids) for ids in train.pair(i)] for i in range(3)]
+
+
+def test_eval_is_its_own_set_or_none(settings, tmp_path):
+    assert prepare(RunConfig(**settings), "eval") is None
+    assert open_prepared(RunConfig(**settings), "eval") is None
+    write(tmp_path / "data/held.jsonl", rows(3))
+    assert len(prepared(settings, "eval", eval_dataset=["held.jsonl"], val_size=0.5)) == 3
+    assert len(prepared(settings, "train", eval_dataset=["held.jsonl"], val_size=0.5)) == 20
+
+
+def test_val_size_must_leave_both_parts(settings):
+    for val_size in (20, 0.001):
+        with pytest.raises(DataError, match="each part needs one"):
+            prepared(settings, val_size=val_size)
+
+
+# --- finding it again ---
+
+
+def test_a_prepared_set_is_opened_and_not_made_again(settings):
+    first = prepared(settings)
+    before = (first.path / MANIFEST).stat().st_mtime_ns
+    assert (prepared(settings).path / MANIFEST).stat().st_mtime_ns == before
+    assert open_prepared(RunConfig(**settings), "train").path == first.path
+
+
+def test_fingerprint_follows_what_changes_token_ids(settings, tmp_path, model_folder):
+    first = prepared(settings).path
+    same = {
+        "seed": 3,
+        "beta": 0.3,
+        "learning_rate": 1e-4,
+        "preprocessing_num_workers": 2,
+        "max_tokens_per_row": 500,
+        "share_prefix": False,
+        "max_refused": 0.5,
+    }
+    for key, value in same.items():
+        assert prepared(settings, **{key: value}).path == first, key
+    copy = tmp_path / "copy"
+    make_tokenizer("chatml", (model_folder / "chat_template.jinja").read_text()).save_pretrained(copy)
+    assert prepared(settings, model_name_or_path=str(copy)).path == first, "the path of the tokenizer does not matter"
+    other = {
+        "max_length": 48,
+        "truncation_mode": "keep_end",
+        "max_samples": 4,
+        "template": "chatml",
+        "default_system": "Hi",
+        "max_tokens_per_row": 100,
+    }
+    paths = {prepared(settings, **{key: value}).path for key, value in other.items()}
+    assert len(paths) == len(other) and first not in paths
+    make_tokenizer("chatml").save_pretrained(tmp_path / "bare")
+    paths.add(prepared(settings, model_name_or_path=str(tmp_path / "bare")).path)
+    (tmp_path / "data/dataset_info.json").write_text(
+        json.dumps({"mine": {"file_name": "pairs.jsonl", "num_samples": 9}})
+    )
+    paths.add(prepared(settings, dataset=["mine"]).path)
+    write(tmp_path / "data/pairs.jsonl", rows(21))
+    paths.add(prepared(settings).path)
+    assert len(paths) == len(other) + 3 and first not in paths
+
+
+def test_same_size_and_time_but_other_content_is_seen_unless_settled(settings, tmp_path):
+    """A file changed within the clock's grain of its hash is read again."""
+    path = tmp_path / "data/pairs.jsonl"
+    path.write_text(path.read_text())
+    now = path.stat().st_mtime_ns
+    first = prepared(settings).path
+    path.write_text(path.read_text().replace("yes", "yep"))
+    os.utime(path, ns=(now, now))
+    assert prepared(settings).path != first
+
+
+def test_open_needs_a_prepared_set(settings):
+    with pytest.raises(DataError, match="run `dsdpo prepare` first"):
+        open_prepared(RunConfig(**settings), "train")
+
+
+def test_waiting_ends_with_the_set_or_in_time(settings):
+    config = RunConfig(**settings)
+    with pytest.raises(HangError, match="waited 0 s for the train data"):
+        wait_prepared(config, "train", timeout=0)
+    assert wait_prepared(config, "eval", timeout=0) is None
+    maker = multiprocessing.get_context("fork").Process(target=prepare, args=(config, "train"))
+    maker.start()
+    try:
+        assert len(wait_prepared(config, "train", timeout=120)) == 20
+    finally:
+        maker.join()
+
+
+# --- crashes and company ---
+
+
+def test_two_processes_at_once_both_end_up_fine(settings):
+    config = RunConfig(**settings)
+    context = multiprocessing.get_context("fork")
+    makers = [context.Process(target=prepare, args=(config, "train")) for _ in range(2)]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join()
+    assert [maker.exitcode for maker in makers] == [0, 0]
+    pairs = open_prepared(config, "train")
+    assert len(pairs) == 20
+    assert [entry.name for entry in pairs.path.parent.iterdir() if entry.name.startswith(".")] == []
+
+
+def test_killed_at_the_end_leaves_nothing_that_looks_complete(settings):
+    """Killed right before the rename, with everything written: the set is absent, and is made again."""
+    script = textwrap.dedent(f"""
+        import os, signal
+        from dsdpo.config.schema import RunConfig
+        from dsdpo.data import make, prepare
+        make._publish = lambda temporary, path: os.kill(os.getpid(), signal.SIGKILL)
+        prepare.prepare(RunConfig(**{settings!r}), "train")
+    """)
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    with pytest.raises(DataError):
+        open_prepared(RunConfig(**settings), "train")
+    folder = Path(settings["output_dir"]).parent / ".dsdpo_cache/prepared"
+    [left] = folder.glob(".*.tmp")
+    assert len(prepared(settings)) == 20 and left.exists(), "it may be another process's: young ones stay"
+    os.utime(left, (0, 0))
+    settled = folder / left.name.split(".")[1]
+    settled.rename(folder / "elsewhere")
+    assert len(prepared(settings)) == 20 and not left.exists()
+
+
+def test_unwritable_cache_is_an_io_failure(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(IOFailure):
+        prepared(settings, cache_dir=str(tmp_path / "file"))
+
+
+# --- limits ---
+
+
+def limits(mode="keep_start", row_tokens=None, share_prefix=True) -> Limits:
+    return Limits(max_length=10, truncation_mode=mode, row_tokens=row_tokens, share_prefix=share_prefix)
+
+
+def encoded(prompt: int, chosen: int, rejected: int) -> EncodedPair:
+    return EncodedPair(list(range(prompt)), list(range(100, 100 + chosen)), list(range(200, 200 + rejected)), False)
+
+
+def sizes(pair: EncodedPair) -> tuple[int, int, int]:
+    return len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
+
+
+def test_pairs_within_max_length_are_left_alone():
+    pair = encoded(5, 5, 2)
+    for mode in ("keep_start", "keep_end", "refuse"):
+        assert fit(pair, limits(mode), None) == (pair, False)
+
+
+def test_keep_start_cuts_each_completion_alone():
+    pair, cut = fit(encoded(6, 9, 2), limits(), None)
+    assert cut and sizes(pair) == (6, 4, 2) and pair.chosen_ids == [100, 101, 102, 103]
+    assert sizes(fit(encoded(9, 5, 5), limits(), None)[0]) == (9, 1, 1)
+    with pytest.raises(Refused, match="the prompt alone reaches max_length: 10 tokens"):
+        fit(encoded(10, 1, 1), limits(), None)
+    same_start = EncodedPair([1] * 8, [5, 6, 7, 9], [5, 6, 8, 9], False)
+    with pytest.raises(Refused, match="the same once cut"):
+        fit(same_start, limits(), None)
+
+
+def test_keep_end_drops_the_oldest_prompt_tokens_for_both_and_keeps_bos():
+    pair, cut = fit(encoded(8, 4, 1), limits("keep_end"), None)
+    assert cut and sizes(pair) == (6, 4, 1) and pair.prompt_ids == [2, 3, 4, 5, 6, 7]
+    pair, _ = fit(encoded(8, 4, 1), limits("keep_end"), bos_id=0)
+    assert pair.prompt_ids == [0, 3, 4, 5, 6, 7]
+    assert fit(encoded(8, 9, 1), limits("keep_end"), None)[0].prompt_ids == [7]
+    for chosen, bos in ((10, None), (9, 0)):
+        with pytest.raises(Refused, match="a completion alone"):
+            fit(encoded(8, chosen, 1), limits("keep_end"), bos)
+
+
+def test_refuse_and_the_row_limit():
+    with pytest.raises(Refused, match="longer than max_length: 11 tokens, max_length is 10"):
+        fit(encoded(6, 5, 1), limits("refuse"), None)
+    assert sizes(fit(encoded(4, 4, 4), limits(row_tokens=12), None)[0]) == (4, 4, 4)
+    with pytest.raises(Refused, match="longer than max_tokens_per_row: 16 tokens"):
+        fit(encoded(4, 4, 4), limits(row_tokens=12, share_prefix=False), None)
+
+
+def test_row_limit_counts_only_where_a_pair_can_exceed_it(settings):
+    assert Limits.of(RunConfig(**settings, max_tokens_per_row=128)).row_tokens is None
+    narrow = RunConfig(**settings, max_tokens_per_row=127, share_prefix=False)
+    assert (Limits.of(narrow).row_tokens, Limits.of(narrow).share_prefix) == (127, False)
+
+
+def test_cut_pairs_are_counted(settings, tmp_path):
+    write(tmp_path / "data/pairs.jsonl", [*rows(3), {"prompt": "p", "chosen": "long " * 90, "rejected": "no"}])
+    pairs = prepared(settings)
+    assert pairs.manifest["truncated"] == 1 and pairs.lengths(np.array([3]))[0, :2].sum() == 64
+    assert "1 cut to max_length 64 (keep_start)" in summary(pairs)
+
+
+# --- shards ---
+
+
+def batches(n: int, size: int, tokens: int):
+    """Record batches of `size` pairs; pair i holds i everywhere."""
+    for start in range(0, n, size):
+        ids = np.arange(start, min(start + size, n), dtype=np.int32)
+        lists = pa.FixedSizeListArray.from_arrays(pa.array(np.repeat(ids, tokens)), tokens).cast(pa.list_(pa.int32()))
+        lengths = pa.array(np.full(len(ids), tokens, dtype=np.int32))
+        scores = pa.array(ids.astype(np.float64))
+        columns = [lists] * 3 + [lengths] * 3 + [scores] * 2 + [pa.array([f"f:{i}" for i in ids])]
+        yield pa.record_batch(columns, schema=SCHEMA)
+
+
+@pytest.mark.parametrize("size", [1, 700, BATCH_ROWS, 5000])
+def test_shards_hold_every_pair_whatever_the_batches(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("dsdpo.data.shards.SHARD_ROWS", 2 * BATCH_ROWS)
+    n = 5 * BATCH_ROWS + 17 if size > 1 else 50
+    write_shards(batches(n, size, 2), tmp_path)
+    (tmp_path / MANIFEST).write_text(json.dumps({"pairs": n, "fingerprint": "x"}))
+    pairs = PreparedSet(tmp_path)
+    assert len(list(tmp_path.glob("*.arrow"))) == (3 if size > 1 else 1)
+    for i in [0, 1, n // 2, n - 1, min(2 * BATCH_ROWS, n - 1), min(2 * BATCH_ROWS - 1, n - 1)]:
+        assert pairs.pair(i).prompt_ids.tolist() == [i, i] and pairs.where(i) == f"f:{i}"
+
+
+def test_opening_and_reading_do_not_take_memory_with_the_data(tmp_path):
+    """A set of 190 MB opens at once, and reading from all over it allocates next to nothing."""
+    n = 60 * BATCH_ROWS
+    write_shards(batches(n, BATCH_ROWS, 256), tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.arrow")) > 180e6
+    (tmp_path / MANIFEST).write_text(json.dumps({"pairs": n, "fingerprint": "x"}))
+    script = textwrap.dedent(f"""
+        import numpy as np, time
+        from pathlib import Path
+        from dsdpo.data.shards import PreparedSet
+
+        def anonymous():
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+        PreparedSet(Path({str(tmp_path)!r})).pair(0)
+        before, start = anonymous(), time.perf_counter()
+        pairs = PreparedSet(Path({str(tmp_path)!r}))
+        opened = time.perf_counter() - start
+        for i in range(0, {n}, 101):
+            assert pairs.pair(i).chosen_ids[0] == i
+        assert pairs.lengths(np.arange(0, {n}, 97)).sum() > 0
+        print(opened, anonymous() - before)
+    """)
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
+    opened, grown = (float(number) for number in ended.stdout.split())
+    assert opened < 0.05 and grown < 20, f"{opened} s, {grown} MiB"
+
+
+# --- real data ---
+
+
+def test_hh_rlhf_test_split(settings, tmp_path):
+    source = shared_file("hh_harmless_base_test.jsonl.gz")
+    pairs = prepared(settings, dataset=[source.name], dataset_dir=str(source.parent), max_length=4096)
+    assert pairs.manifest["rows"] == 2312
+    assert pairs.manifest["refused"] == {
+        "the dialogues part before the last reply": 5,
+        "empty chosen": 4,
+        "roles do not alternate": 4,
+    }
+    assert len(pairs) == 2299 and pairs.manifest["diverged"] == 0
+    refused = [json.loads(line)["source"] for line in (pairs.path / "rejected.jsonl").read_text().splitlines()]
+    assert len(refused) == 13 and f"{source.name}:1255" in refused
+
+
+def test_dpo_en_demo(settings):
+    source = shared_file("dpo_en_demo.json")
+    pairs = prepared(settings, dataset=[source.name], dataset_dir=str(source.parent), max_length=16384)
+    assert pairs.manifest["datasets"] == ["dpo_en_demo.json (sharegpt)"] and len(pairs) == 300
