@@ -1,0 +1,179 @@
+"""The command line. Heavy imports stand inside the commands, so that `dsdpo --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+from dsdpo import __version__
+from dsdpo.dist import launched
+from dsdpo.errors import CheckpointError, ConfigError, DsdpoError
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code (see `dsdpo.errors`)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    args, overrides = parser.parse_known_args(arguments)
+    if overrides and args.command not in _TAKES_OVERRIDES:
+        parser.error(f"{args.command} does not know {' '.join(overrides)}; see dsdpo {args.command} --help")
+    try:
+        return int(args.function(args, overrides) or 0)
+    except DsdpoError as error:
+        ranks = launched()
+        if ranks is None or ranks.is_main:
+            print(f"dsdpo {args.command}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"dsdpo {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+# --- commands ---
+
+
+def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
+    from dsdpo.use.preflight import ClusterRequest
+    from dsdpo.use.supervisor import Task, join, supervise
+
+    task = Task(args.command, args.config, overrides, getattr(args, "model", None))
+    ranks = launched()
+    if ranks is not None:
+        return join(task, ranks, args.supervised)
+    cluster = ClusterRequest(args.num_accelerators, args.hostfile, args.include, args.exclude, args.master_port)
+    return supervise(task, cluster)
+
+
+def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dsdpo.use.preflight import preflight
+    from dsdpo.use.supervisor import prepare_data
+
+    prepare_data(preflight(args.config, overrides, "prepare"))
+
+
+def _export(args: argparse.Namespace, _: list[str]) -> None:
+    source, target = Path(args.output_dir), Path(args.to)
+    if not source.is_dir():
+        raise CheckpointError(f"there is no folder {source}; give the output_dir of a run")
+    from dsdpo.checkpoint.export import export
+
+    print(f"exported {export(source, target, args.merge)} to {target}")
+
+
+def _chat(args: argparse.Namespace, _: list[str]) -> None:
+    if args.prompts and not Path(args.prompts).is_file():
+        raise ConfigError(f"--prompts: there is no file {args.prompts}")
+    from dsdpo.use.chat import chat
+
+    chat(args.model, args.compare, args.prompts, args.max_new_tokens, args.template, args.system)
+
+
+def _plot(args: argparse.Namespace, _: list[str]) -> None:
+    folder = Path(args.output_dir)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}; give the output_dir of a run")
+    from dsdpo.use.plots import plot
+
+    for picture in plot(folder):
+        print(picture)
+
+
+# --- arguments ---
+
+_TAKES_OVERRIDES = ("train", "prepare", "reference", "eval")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with the exit code of a config error; commands on a run config list all options in their
+    help."""
+
+    def __init__(self, takes_options: bool = False, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+        self._takes_options = takes_options
+
+    def format_help(self) -> str:
+        return super().format_help() + ("\n" + option_help() if self._takes_options else "")
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(ConfigError.exit_code, f"{self.prog}: {message}\n")
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="dsdpo", description="Preference tuning of language models with DeepSpeed.")
+    parser.add_argument("--version", action="version", version=f"dsdpo {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_launch(_add_task(commands, "train", "train, export the weights and write metrics"))
+    _add_task(commands, "prepare", "read, check, template and tokenize the data").set_defaults(function=_prepare)
+    _add_launch(_add_task(commands, "reference", "fill the store of reference log-probs"))
+    evaluate = _add_task(commands, "eval", "loss, accuracy and margin on held-out pairs")
+    evaluate.add_argument("--model", required=True, metavar="DIR", help="folder of trained weights, or a hub id")
+    _add_launch(evaluate)
+    _add_export(commands)
+    _add_chat(commands)
+    plot = commands.add_parser("plot", help="PNG curves from metrics.jsonl")
+    plot.add_argument("output_dir", metavar="OUTPUT_DIR", help="output_dir of a run")
+    plot.set_defaults(function=_plot)
+    return parser
+
+
+def _add_task(commands: Commands, name: str, text: str) -> _Parser:
+    usage = f"dsdpo {name} RUN.yaml [arguments] [--key value ...]"
+    parser = commands.add_parser(name, help=text, usage=usage, takes_options=True)
+    parser.add_argument("config", metavar="RUN.yaml", help="run config; --key value changes one of its options")
+    return parser
+
+
+def _add_launch(parser: _Parser) -> None:
+    launch = parser.add_argument_group("launch", "without them: all accelerators of this machine, or one CPU rank")
+    launch.add_argument("--num_accelerators", type=int, metavar="N", help="ranks per node")
+    launch.add_argument("--hostfile", metavar="FILE", help="nodes, as `host slots=N` lines")
+    launch.add_argument("--include", metavar="NODES", help="only these, such as node-1:0,1@node-2")
+    launch.add_argument("--exclude", metavar="NODES", help="all but these")
+    launch.add_argument("--master_port", type=int, metavar="PORT", help="port for the ranks to meet (a free one)")
+    launch.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
+    launch.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers add it; LOCAL_RANK says it too
+    parser.set_defaults(function=_launched_task)
+
+
+def _add_export(commands: Commands) -> None:
+    parser = commands.add_parser("export", help="a run's weights as a Hugging Face folder")
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="output_dir of a run")
+    parser.add_argument("--to", required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--merge", action="store_true", help="fold the LoRA adapter into its base model")
+    parser.set_defaults(function=_export)
+
+
+def _add_chat(commands: Commands) -> None:
+    parser = commands.add_parser("chat", help="talk to a model, or compare two")
+    parser.add_argument("model", metavar="MODEL", help="model folder, adapter folder or hub id")
+    parser.add_argument("--compare", metavar="BASE", help="show this model's answers beside")
+    parser.add_argument("--prompts", metavar="FILE", help="answer a file's prompts, one a line, and end")
+    parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="longest answer (256)")
+    parser.add_argument("--template", default="default", metavar="T", help="chat template, as in a run config")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.set_defaults(function=_chat)
+
+
+def option_help() -> str:
+    """Every option of a run config by group, with type, default and meaning."""
+    from dsdpo.config.options import options
+
+    lines = ["options of RUN.yaml, each also as --key value:"]
+    group = ""
+    for option in options().values():
+        if option.group != group:
+            group = option.group
+            lines += ["", f"{group}:"]
+        default = option.default if option.default == "required" else f"default {option.default}"
+        lines.append(f"  {option.name} ({option.allowed}; {default})")
+        lines += textwrap.wrap(option.doc, 104, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,175 @@
+"""The user's DeepSpeed JSON: checked against the run config, then completed for `deepspeed.initialize`.
+
+The JSON holds engine keys only. What the run config decides (batch size, precision, optimizer, schedule,
+clipping) may stand there as "auto" or with an equal value; another value is a clash that names both places.
+DeepSpeed itself ignores unknown keys, so a misspelt one would go unnoticed: here it is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dsdpo.config.deepspeed_keys import (
+    BLOCKS,
+    FIXED,
+    OWNED,
+    PASSED,
+    REFUSED,
+    ZERO,
+    ZERO_FLAGS,
+    ZERO_SIZES,
+)
+from dsdpo.config.load import LoadResult
+from dsdpo.config.names import did_you_mean
+from dsdpo.config.schema import RunConfig
+from dsdpo.errors import ConfigError
+
+AUTO = "auto"
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises ConfigError for a missing or malformed file or duplicate keys."""
+    duplicates: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(pairs)
+        keys = [key for key, _ in pairs]
+        duplicates.extend(key for key in seen if keys.count(key) > 1)
+        return seen
+
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise ConfigError(f"deepspeed: there is no file {path}; give a DeepSpeed JSON") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"deepspeed: {path} is not a readable JSON file: {error}") from None
+    if duplicates:
+        raise ConfigError([f"{path}: {key} is given twice in one block; keep one of them" for key in duplicates])
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: found a {type(data).__name__}; a DeepSpeed JSON is an object")
+    return data
+
+
+def check_deepspeed(loaded: LoadResult) -> list[str]:
+    """Every problem of the JSON that the run config names, alone and against the run config."""
+    if loaded.config is None or "deepspeed" in loaded.faulty or not loaded.config.deepspeed:
+        return []
+    path = loaded.config.deepspeed
+    try:
+        data = read_json(path)
+    except ConfigError as error:
+        return error.problems
+    problems = [_check_leaf(key, value, loaded) for key, value in _leaves(data)]
+    return [f"{path}: {problem}" for problem in problems if problem]
+
+
+def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if prefix + key in BLOCKS and isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _check_leaf(key: str, value: Any, loaded: LoadResult) -> str:
+    if key == f"{ZERO}.stage":
+        return "" if value in (0, 1, 2, 3) and type(value) is int else f"{key} is {value!r}; allowed: 0, 1, 2, 3"
+    if key in REFUSED:
+        return "" if _is_off(value) else f"{key} is set; {REFUSED[key]}"
+    if key in BLOCKS:
+        return "" if value == AUTO and key != ZERO else f"{key} is {value!r}; it must be an object {{...}}"
+    if key not in PASSED and key not in OWNED and key not in FIXED:
+        return _unknown(key)
+    if value == AUTO:
+        return ""
+    if key in OWNED:
+        return _check_owned(key, value, loaded)
+    if key in FIXED:
+        fine = value == FIXED[key]
+        return "" if fine else f"{key} is {value!r}; training always uses {FIXED[key]!r}; delete the key"
+    return _check_zero(key, value)
+
+
+def _check_owned(key: str, value: Any, loaded: LoadResult) -> str:
+    option, wanted = OWNED[key]
+    if option in loaded.faulty or loaded.config is None:
+        return ""
+    expected = wanted(loaded.config)
+    if expected is not None and value == expected and isinstance(value, bool) == isinstance(expected, bool):
+        return ""
+    ours = getattr(loaded.config, option)
+    return (
+        f"{key} is {value!r}, but {option} in the run config decides this, and it is "
+        f"{'empty' if ours is None else ours} ({loaded.where(option)}); "
+        'write "auto" in the JSON or delete the key there'
+    )
+
+
+def _check_zero(key: str, value: Any) -> str:
+    if key in ZERO_FLAGS and not isinstance(value, bool):
+        return f"{key} is {value!r}; allowed: true, false or auto"
+    if key in ZERO_SIZES and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+        return f"{key} is {value!r}; allowed: a number of elements, at least 0, or auto"
+    return ""
+
+
+def _unknown(key: str) -> str:
+    block, _, name = key.rpartition(".")
+    prefix = f"{block}." if block else ""
+    known = [k.removeprefix(prefix) for k in (*PASSED, *OWNED, *FIXED, *REFUSED, *BLOCKS) if k.startswith(prefix)]
+    hint = did_you_mean(name, [k for k in known if "." not in k])
+    return f"unknown key {key}; {hint or 'DeepSpeed would ignore it: delete it'}"
+
+
+def _is_off(value: Any) -> bool:
+    """True for a feature block that its JSON switches off: false, none, an object that is not enabled."""
+    if isinstance(value, dict):
+        switch = next((value[key] for key in ("enabled", "device") if key in value), None)
+        return _is_off(switch) if switch is not None else all(_is_off(item) for item in value.values())
+    return value is None or value is False or value in (AUTO, "none", 0) or (value == 1 and value is not True)
+
+
+def zero_stage(config: RunConfig) -> int:
+    """ZeRO stage of the user's JSON; 0 without one. Raises ConfigError when it cannot be read."""
+    return int(read_json(config.deepspeed).get(ZERO, {}).get("stage", 0)) if config.deepspeed else 0
+
+
+def effective_stage(config: RunConfig, bf16: bool) -> int:
+    """The stage that is run: stage 0 in bf16 becomes 1, since only from there on are master weights fp32."""
+    return zero_stage(config) or int(bf16)
+
+
+def engine_config(config: RunConfig, world_size: int, bf16: bool) -> dict[str, Any]:
+    """The complete config for `deepspeed.initialize`. A row is one micro-batch: batch sizes count rows.
+
+    The caller sets the accumulation boundary itself and passes its own optimizer; in bf16 gradients
+    accumulate and travel in fp32. Assumes a config that passed `check_deepspeed`.
+    """
+    user = _without(read_json(config.deepspeed)) if config.deepspeed else {}
+    return {
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+        **user,
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {**user.get("bf16", {}), "enabled": bf16},
+        "zero_optimization": {**user.get(ZERO, {}), "stage": effective_stage(config, bf16)},
+        "data_types": {**user.get("data_types", {}), "grad_accum_dtype": "fp32"},
+        **({"communication_data_type": "fp32"} if bf16 else {}),
+    }
+
+
+def _without(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`data` less what is "auto", owned by the run config or switched off."""
+    kept = {}
+    for key, value in data.items():
+        name = prefix + key
+        if value == AUTO or name in REFUSED or name in OWNED or name in ("optimizer", "scheduler", "bfloat16"):
+            continue
+        kept[key] = _without(value, f"{name}.") if isinstance(value, dict) else value
+    return kept

@@ -1,0 +1,125 @@
+"""What each key of a DeepSpeed JSON means here: owned by the run config, fixed, refused or passed on.
+
+A key inside a block is written with a dot. `tests/unit/config/test_deepspeed.py` holds the sets against the
+installed DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dsdpo.config.schema import RunConfig
+
+
+def _names(text: str, block: str = "") -> frozenset[str]:
+    return frozenset(f"{block}{name}" for name in text.split())
+
+
+ZERO = "zero_optimization"
+BLOCKS = _names("zero_optimization bf16 bfloat16 optimizer optimizer.params scheduler scheduler.params data_types")
+
+_SCHEDULERS = {"linear": "WarmupDecayLR", "constant": "WarmupLR", "cosine": "WarmupCosineLR"}
+_BF16 = {"bf16": True, "fp32": False}
+
+# key -> (option that owns it, its value there; None: the two cannot be compared)
+OWNED: dict[str, tuple[str, Callable[[RunConfig], Any]]] = {
+    "train_batch_size": ("train_batch_size", lambda c: c.train_batch_size),
+    "train_micro_batch_size_per_gpu": ("max_tokens_per_row", lambda c: None),
+    "gradient_accumulation_steps": ("max_tokens_per_row", lambda c: None),
+    "gradient_clipping": ("max_grad_norm", lambda c: c.max_grad_norm),
+    "bf16.enabled": ("precision", lambda c: _BF16.get(c.precision)),
+    "bfloat16.enabled": ("precision", lambda c: _BF16.get(c.precision)),
+    "optimizer.params.lr": ("learning_rate", lambda c: c.learning_rate),
+    "optimizer.params.betas": ("adam_beta1", lambda c: [c.adam_beta1, c.adam_beta2]),
+    "optimizer.params.eps": ("adam_epsilon", lambda c: c.adam_epsilon),
+    "optimizer.params.weight_decay": ("weight_decay", lambda c: c.weight_decay),
+    "scheduler.type": ("lr_scheduler_type", lambda c: _SCHEDULERS[c.lr_scheduler_type]),
+    "scheduler.params.warmup_max_lr": ("learning_rate", lambda c: c.learning_rate),
+    "scheduler.params.warmup_num_steps": ("warmup_steps", lambda c: c.warmup_steps or None),
+    "scheduler.params.total_num_steps": ("max_steps", lambda c: c.max_steps),
+}
+
+# key -> the one value that training uses
+FIXED: dict[str, Any] = {
+    "optimizer.type": "AdamW",
+    "optimizer.params.adam_w_mode": True,
+    "optimizer.params.torch_adam": True,
+    "scheduler.params.warmup_min_lr": 0,
+    "scheduler.params.warmup_type": "linear",
+    "communication_data_type": "fp32",
+    "data_types.grad_accum_dtype": "fp32",
+    "gradient_allreduce_op": "mean",
+    "managed_gradient_accumulation": True,
+    "dataloader_drop_last": False,
+    "bf16.bf16_master_weights_and_grads": False,
+    "bf16.bf16_optimizer_states": False,
+    "zero_optimization.compute_grad_norm": True,
+}
+
+_UNSUPPORTED = _names(
+    "pipeline tensor_parallel expert_parallel sequence_parallel_size "
+    "use_data_before_expert_parallelism hybrid_engine data_efficiency compile autotuning "
+    "weight_quantization datastates_ckpt elasticity nebula compression_training quantize_training "
+    "sparse_gradients sparse_attention eigenvalue graph_harvesting curriculum_learning "
+    "progressive_layer_drop zero_optimization.zenflow zero_optimization.mics_shard_size "
+    "zero_optimization.mics_hierarchical_params_gather"
+)
+_OFFLOAD = _names(
+    "offload_param offload_optimizer cpu_offload cpu_offload_param cpu_offload_use_pin_memory", f"{ZERO}."
+)
+_ZEROPP = _names(
+    "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
+    "zero_hpz_partition_size zeropp_loco_param",
+    f"{ZERO}.",
+)
+
+# key -> what to do instead; an error unless the JSON switches it off
+REFUSED: dict[str, str] = {
+    "fp16": "fp16 is not supported; set precision: bf16 in the run config",
+    "torch_autocast": "set precision: bf16 in the run config",
+    "amp": "set precision: bf16 in the run config",
+    "data_types.param_dtype": "set precision in the run config",
+    "data_types.buffer_dtype": "set precision in the run config",
+    "activation_checkpointing": "set gradient_checkpointing in the run config",
+    "tensorboard": "set report_to: tensorboard in the run config",
+    "wandb": "set report_to: wandb in the run config",
+    "csv_monitor": "metrics are in output_dir/metrics.jsonl; delete the key",
+    "comet": "set report_to in the run config",
+    **dict.fromkeys(_UNSUPPORTED, "not supported; delete the key"),
+    **dict.fromkeys(_OFFLOAD, "offload is not supported; delete the key or set its device to none"),
+    **dict.fromkeys(_ZEROPP, "ZeRO++ is not supported; delete the key"),
+}
+
+ZERO_FLAGS = _names(
+    "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions "
+    "overlap_comm load_from_fp32_weights elastic_checkpoint stage3_gather_16bit_weights_on_model_save "
+    "stage3_gather_fp16_weights_on_model_save stage3_use_all_reduce_for_fetch_params "
+    "stage3_allgather_sequential ignore_unused_parameters legacy_stage1 round_robin_gradients "
+    "parameter_alignment memory_efficient_linear pipeline_loading_checkpoint override_module_apply "
+    "log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory",
+    f"{ZERO}.",
+)
+ZERO_SIZES = _names(
+    "reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size "
+    "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
+    "stage3_max_reuse_distance stage3_module_granularity_threshold",
+    f"{ZERO}.",
+)
+ZERO_OTHER = _names("stage leaf_module", f"{ZERO}.")
+
+# Engine keys that go to DeepSpeed as they are.
+PASSED = (
+    ZERO_FLAGS
+    | ZERO_SIZES
+    | ZERO_OTHER
+    | _names(
+        "steps_per_print wall_clock_breakdown memory_breakdown dump_state disable_python_gc "
+        "disable_allgather prescale_gradients gradient_predivide_factor "
+        "seq_parallel_communication_data_type zero_allow_untested_optimizer "
+        "zero_force_ds_cpu_optimizer flops_profiler comms_logger timers aio checkpoint "
+        "vocabulary_size log_level bf16.immediate_grad_update bf16.check_grad_overflow "
+        "bf16.check_overflow bfloat16.immediate_grad_update bfloat16.check_grad_overflow "
+        "data_types.keep_in_fp32_modules"
+    )
+)

@@ -1,0 +1,219 @@
+"""A YAML file plus `--key value` becomes a RunConfig; everything wrong with it is collected, not raised.
+
+`preflight` joins these problems with those of the data, the model and the cluster request and raises once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dsdpo.config.names import suggest
+from dsdpo.config.options import options, value_kinds
+from dsdpo.config.schema import RunConfig
+
+COMMAND_LINE = "command line"
+
+
+@dataclass
+class LoadResult:
+    """What could be read of a run config.
+
+    `config` holds every sound value; a key in `faulty` (wrong or missing) stands at its default or empty
+    there, so a check looks at `faulty` first. `config` is None when the file itself cannot be read. `origins`
+    tells where a given key was set: `run.yaml:3` or `command line`.
+    """
+
+    config: RunConfig | None
+    problems: list[str]
+    faulty: frozenset[str] = frozenset()
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def where(self, key: str) -> str:
+        """Where `key` got its value, for a message."""
+        return self.origins.get(key, "default")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadResult:
+    """Read `path`, apply `--key value` overrides and validate key by key; a user's mistake raises nothing."""
+    values, lines, problems = read_yaml(path)
+    changes, command_problems = parse_overrides(overrides)
+    problems += command_problems
+    if values is None:
+        return LoadResult(None, problems)
+    origins = {key: f"{path}:{lines[key]}" if key in lines else str(path) for key in values}
+    origins |= dict.fromkeys(changes, COMMAND_LINE)
+    values |= changes
+    problems += _take_unknown(values, origins)
+    config, faulty, value_problems = _validate(values, origins, str(path))
+    return LoadResult(config, problems + value_problems, faulty, origins)
+
+
+# --- YAML ---
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with two repairs: `1e-4` is a number, and a date stays text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in pairs if tag not in ("tag:yaml.org,2002:timestamp",)]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, int], list[str]]:
+    """Values and line numbers of a file's top-level keys, and what is wrong with the file.
+
+    The values are None when nothing can be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
+        return None, {}, [f"{path}: {reason}; give the path of a YAML run config right after the command"]
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return {}, {}, []
+        if not isinstance(node, yaml.MappingNode):
+            return None, {}, [f"{path}: found no keys; a run config is lines of `key: value`"]
+        keys = [(key.value, key.start_mark.line + 1) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        problems = _duplicates(keys, path)
+        values = {str(key): value for key, value in loader.construct_document(node).items()}
+    except yaml.YAMLError as error:
+        return None, {}, [f"{path}: not valid YAML: {_one_line(error)}"]
+    finally:
+        loader.dispose()
+    return values, dict(keys), problems
+
+
+def _duplicates(keys: list[tuple[str, int]], path: str | Path) -> list[str]:
+    first: dict[str, int] = {}
+    problems = []
+    for key, line in keys:
+        if key in first:
+            problems.append(f"{path}:{line}: {key} is already set on line {first[key]}; keep one of them")
+        first.setdefault(key, line)
+    return problems
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return place + str(getattr(error, "problem", None) or error).replace("\n", " ")
+
+
+# --- command line ---
+
+
+def parse_overrides(tokens: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """`--key value` and `--key=value` as a dict of values, and what is wrong with them."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not re.match(r"--[A-Za-z]", token):
+            problems.append(f"{COMMAND_LINE}: found {token!r}; options are written `--key value` or `--key=value`")
+            continue
+        key, equals, text = token[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                hint = f", such as --{key} true" if _base(key) is bool else ""
+                problems.append(f"{COMMAND_LINE}: --{key} has no value; write `--{key} value`{hint}")
+                continue
+            text = rest.pop(0)
+        if key in values:
+            problems.append(f"{COMMAND_LINE}: --{key} is given twice; keep one of them")
+            continue
+        values[key] = _parse_value(key, text)
+    return values, problems
+
+
+def _parse_value(key: str, text: str) -> Any:
+    """Numbers, booleans, null and [lists] by YAML's rules; other values of text options stay as typed."""
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
+    if _base(key) in (int, float, bool) or value is None or isinstance(value, list):
+        return value
+    return text
+
+
+def _base(key: str) -> Any:
+    field = RunConfig.model_fields.get(key)
+    return value_kinds(field)[0] if field else None
+
+
+# --- values ---
+
+
+def _take_unknown(values: dict[str, Any], origins: dict[str, str]) -> list[str]:
+    problems = []
+    for key in [key for key in values if key not in RunConfig.model_fields]:
+        del values[key]
+        problems.append(f"{origins[key]}: unknown option {key}; {suggest(key, RunConfig.model_fields)}")
+    return problems
+
+
+def _validate(
+    values: dict[str, Any], origins: dict[str, str], path: str
+) -> tuple[RunConfig, frozenset[str], list[str]]:
+    """The config of the sound values, the faulty keys, and one message for each of these."""
+    faulty: dict[str, str] = {}
+    for key in RunConfig.model_fields:
+        message = _look(key, values, origins, path)
+        if message:
+            faulty[key] = message
+    sound = {key: value for key, value in values.items() if key not in faulty}
+    while True:
+        try:
+            return (
+                RunConfig.model_validate(_placeholders(faulty) | sound),
+                frozenset(faulty),
+                list(faulty.values()),
+            )
+        except ValidationError as error:
+            for key in dict.fromkeys(str(detail["loc"][0]) for detail in error.errors()):
+                faulty[key] = _wrong(key, sound.pop(key), origins)
+
+
+def _look(key: str, values: dict[str, Any], origins: dict[str, str], path: str) -> str:
+    """What pydantic lets pass or says badly: a missing or empty required key, `true` for a number,
+    infinity."""
+    required = options()[key].default == "required"
+    if key not in values:
+        return f"{path}: {key} is missing; add a line `{key}: ...` ({options()[key].allowed})" if required else ""
+    value = values[key]
+    items = value if isinstance(value, list) else [value]
+    bad = (required and value in ("", [])) or any(_is_no_number(key, item) for item in items)
+    return _wrong(key, value, origins) if bad else ""
+
+
+def _is_no_number(key: str, item: Any) -> bool:
+    return (isinstance(item, bool) and _base(key) is not bool) or (isinstance(item, float) and not math.isfinite(item))
+
+
+def _wrong(key: str, value: Any, origins: dict[str, str]) -> str:
+    found = "empty" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+    quote = "; quote it" if _base(key) is str and isinstance(value, (int, float)) else ""
+    return f"{origins[key]}: {key} is {found}; allowed: {options()[key].allowed}{quote}"
+
+
+def _placeholders(faulty: dict[str, str]) -> dict[str, Any]:
+    required = [key for key in faulty if options()[key].default == "required"]
+    return {key: "" if _base(key) is str else [] for key in required}

@@ -1,0 +1,92 @@
+"""What `schema.RunConfig` says about each option, as text for --help, error messages and docs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from dsdpo.config.schema import RunConfig
+
+_SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of RunConfig.
+
+    `group` is the ruler it stands under in the schema, `allowed` its type and bounds in words, `default` the
+    default as YAML writes it ("required" when there is none), `doc` its docstring on one line.
+    """
+
+    name: str
+    group: str
+    allowed: str
+    default: str
+    doc: str
+
+
+@lru_cache(maxsize=1)
+def options() -> dict[str, Option]:
+    """name -> Option, in the order of the schema."""
+    groups = _groups()
+    return {
+        name: Option(name, groups[name], allowed(field), _default(field), " ".join((field.description or "").split()))
+        for name, field in RunConfig.model_fields.items()
+    }
+
+
+def allowed(field: FieldInfo) -> str:
+    """Type and bounds of a field in words, such as `a whole number, at least 1, or empty`."""
+    kinds = value_kinds(field)
+    text = " or ".join(_kind_text(kind) for kind in kinds if kind is not type(None))
+    for bound in field.metadata:
+        for attribute, words in _BOUNDS.items():
+            if hasattr(bound, attribute):
+                text += f", {words} {getattr(bound, attribute):g}"
+    return text + (", or empty" if type(None) in kinds else "")
+
+
+def value_kinds(field: FieldInfo) -> tuple[Any, ...]:
+    """The alternatives of a field's annotation: `int | None` gives (int, NoneType)."""
+    annotation = field.annotation
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _kind_text(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        values = [str(value) for value in get_args(kind)]
+        return f"one of {', '.join(values)}" if len(values) > 1 else f"only {values[0]}"
+    if get_origin(kind) is list:
+        item = get_args(kind)[0]
+        if get_origin(item) is Literal:
+            return f"a list out of {', '.join(get_args(item))}"
+        return "a list of numbers" if item is float else "a list of names"
+    return _SCALARS[kind]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default
+    if value is None or value == []:
+        return "empty"
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _groups() -> dict[str, str]:
+    group, found = "", {}
+    for line in inspect.getsource(RunConfig).splitlines():
+        if ruler := re.fullmatch(r"    # --- (.+) ---", line):
+            group = ruler[1]
+        elif field := re.match(r"    (\w+): ", line):
+            found[field[1]] = group
+    return found

@@ -1,0 +1,197 @@
+"""What can be known to be wrong with a run before a process group, a download or a GPU is touched."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsdpo.config.deepspeed import check_deepspeed
+from dsdpo.config.load import LoadResult, load
+from dsdpo.config.rules import check_rules
+from dsdpo.config.schema import RunConfig
+from dsdpo.errors import CheckpointError, ConfigError
+from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class ClusterRequest:
+    """Where the ranks run, in the words of the `deepspeed` launcher.
+
+    `num_accelerators` is per node and empty for all of them; with a hostfile, `include` and `exclude` choose
+    among its hosts (`node-1:0,2@node-2`).
+    """
+
+    num_accelerators: int | None = None
+    hostfile: str | None = None
+    include: str | None = None
+    exclude: str | None = None
+    master_port: int | None = None
+
+    def problems(self) -> list[str]:
+        """What cannot be launched."""
+        found = []
+        if self.num_accelerators is not None and self.num_accelerators < 1:
+            found.append(f"command line: --num_accelerators is {self.num_accelerators}; allowed: at least 1")
+        if self.hostfile and not Path(self.hostfile).is_file():
+            found.append(f"command line: --hostfile: there is no file {self.hostfile}")
+        if len([flag for flag in (self.num_accelerators, self.include, self.exclude) if flag is not None]) > 1:
+            found.append("command line: give only one of --num_accelerators, --include and --exclude")
+        if self.master_port is not None and not 1024 <= self.master_port <= 65535:
+            found.append(f"command line: --master_port is {self.master_port}; allowed: 1024 to 65535")
+        return found
+
+
+def preflight(
+    path: str | Path,
+    overrides: list[str],
+    task: str = "train",
+    cluster: ClusterRequest | None = None,
+    model: str | None = None,
+) -> RunConfig:
+    """The checked config of a run.
+
+    Args:
+        path: the YAML file.
+        overrides: `--key value` arguments.
+        task: `train` also needs an output_dir without an earlier run in it.
+        cluster: the launch that is asked for, when this process is to start it.
+        model: `--model` of `dsdpo eval`.
+
+    Raises:
+        ConfigError: every problem found, in one report.
+        CheckpointError: all is well but for an earlier run in output_dir.
+    """
+    loaded = load(path, overrides)
+    problems = loaded.problems + check_rules(loaded) + check_deepspeed(loaded)
+    problems += _check_data(loaded) + _check_model(loaded) + _check_folders(loaded)
+    problems += cluster.problems() if cluster else []
+    problems += check_weights(model, "--model", adapter_allowed=True) if model else []
+    problems += _check_held_out(loaded) if task == "eval" else []
+    earlier = _earlier_run(loaded) if task == "train" else ""
+    if problems or loaded.config is None:
+        raise ConfigError(problems + [earlier] if earlier else problems)
+    if earlier:
+        raise CheckpointError(earlier)
+    return loaded.config
+
+
+def reload(path: str | Path, overrides: list[str]) -> RunConfig:
+    """The config of a run that has passed `preflight` in its supervisor. Raises ConfigError."""
+    loaded = load(path, overrides)
+    if loaded.config is None or loaded.problems:
+        raise ConfigError(loaded.problems)
+    return loaded.config
+
+
+def check_device(config: RunConfig, cuda: bool) -> None:
+    """What only the machine that trains can tell. Raises ConfigError."""
+    wanted = config.attn_implementation
+    if wanted in ("varlen", "flash_attention_2") and not cuda:
+        raise ConfigError(f"attn_implementation is {wanted}, but no CUDA device is visible here; set sdpa or auto")
+
+
+def _check_data(loaded: LoadResult) -> list[str]:
+    from dsdpo.data.registry import resolve
+
+    config = loaded.config
+    if config is None or "dataset_dir" in loaded.faulty:
+        return []
+    found: dict[str, list[str]] = {}
+    for key in ("dataset", "eval_dataset"):
+        names = getattr(config, key)
+        if key not in loaded.faulty and names:
+            for problem in resolve(names, config.dataset_dir)[1]:
+                found.setdefault(problem, []).append(key)
+    return [f"{', '.join(keys)}: {problem}" for problem, keys in found.items()]
+
+
+def _check_model(loaded: LoadResult) -> list[str]:
+    if loaded.config is None or "model_name_or_path" in loaded.faulty:
+        return []
+    return check_weights(loaded.config.model_name_or_path, "model_name_or_path")
+
+
+def check_weights(name: str, option: str, adapter_allowed: bool = False) -> list[str]:
+    """What is wrong with a model folder or hub id; a hub id is only looked at, not looked up."""
+    folder = Path(name)
+    if folder.is_dir():
+        return [f"{option}: {name} {lack}" for lack in _lacks(folder, adapter_allowed)]
+    if folder.exists():
+        return [f"{option}: {name} is a file; give the folder that holds config.json and the weights"]
+    if name.startswith("~") and folder.expanduser().exists():
+        return [f"{option}: write {folder.expanduser()} in full instead of {name}"]
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return [f"{option}: there is no folder {name}"]
+    if "/" in name and folder.parent.is_dir():
+        return [f"{option}: there is no {folder.name} in the folder {folder.parent}, which hides a hub id {name}"]
+    if not _HUB_ID.fullmatch(name):
+        return [f"{option}: {name} is neither a folder nor a hub id such as Qwen/Qwen2.5-0.5B-Instruct"]
+    return []
+
+
+def _lacks(folder: Path, adapter_allowed: bool) -> list[str]:
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        if adapter_allowed:
+            return []
+        return ["is a LoRA adapter; `dsdpo export --merge` makes a whole model of it"]
+    lacks = []
+    if not (folder / "config.json").is_file():
+        lacks.append("has no config.json")
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
+        lacks.append(f"has no weights ({' or '.join(_WEIGHT_PATTERNS)})")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        lacks.append(f"has no tokenizer ({' or '.join(_TOKENIZER_FILES)})")
+    return lacks
+
+
+def _check_held_out(loaded: LoadResult) -> list[str]:
+    config = loaded.config
+    if config is None or loaded.faulty & {"eval_dataset", "val_size"} or config.eval_dataset or config.val_size:
+        return []
+    return ["there is nothing to evaluate on; set eval_dataset or val_size"]
+
+
+def _check_folders(loaded: LoadResult) -> list[str]:
+    config = loaded.config
+    if config is None or "output_dir" in loaded.faulty:
+        return []
+    output_dir = Path(config.output_dir)
+    problems = [_unwritable(output_dir, "output_dir")]
+    if "cache_dir" not in loaded.faulty and (config.cache_dir or output_dir.exists()):
+        problems.append(_unwritable(config.cache_path, "cache_dir"))
+    return [problem for problem in problems if problem]
+
+
+def _unwritable(folder: Path, option: str) -> str:
+    """Why `folder` cannot be written or made; tried with a nameless file, so that nothing is left behind."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{option}: {folder} cannot be a folder: {existing} is a file; choose another path"
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return ""
+    except OSError as error:
+        return f"{option}: cannot write to {existing} ({error.strerror}); choose another folder than {folder}"
+
+
+def _earlier_run(loaded: LoadResult) -> str:
+    if loaded.config is None or "output_dir" in loaded.faulty:
+        return ""
+    folder = Path(loaded.config.output_dir)
+    remedy = "choose another output_dir, or delete this one"
+    if (folder / COMPLETED_FILE).exists():
+        return f"output_dir: {folder} holds a finished run; {remedy}"
+    if (folder / STARTED_FILE).exists():
+        return (
+            f"output_dir: {folder} holds a run that was started and has not finished; this version cannot "
+            f"resume it: {remedy}"
+        )
+    return ""

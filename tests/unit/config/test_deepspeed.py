@@ -1,0 +1,264 @@
+"""The DeepSpeed JSON: known keys, clashes that name both places, and the config that the engine gets."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsdpo.config.deepspeed import check_deepspeed, effective_stage, engine_config, read_json, zero_stage
+from dsdpo.config.deepspeed_keys import BLOCKS, FIXED, OWNED, PASSED, REFUSED, ZERO
+from dsdpo.config.load import load
+from dsdpo.config.schema import RunConfig
+from dsdpo.errors import ConfigError
+
+DS_CONFIGS = Path(__file__).parents[3] / "ds_configs"
+KNOWN = {*PASSED, *OWNED, *FIXED, *REFUSED, *BLOCKS}
+
+# The shape of a JSON that users of the transformers Trainer bring along.
+HF_ZERO3 = {
+    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "none", "pin_memory": True},
+        "offload_param": {"device": "none", "pin_memory": True},
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}
+
+
+def config_of(path: Path | None, **options: Any) -> RunConfig:
+    named = {"deepspeed": str(path)} if path else {}
+    return RunConfig(model_name_or_path="m", dataset=["d"], output_dir="o", **named, **options)
+
+
+def problems(tmp_path: Path, data: object, **options: Any) -> list[str]:
+    ds = tmp_path / "ds.json"
+    ds.write_text(data if isinstance(data, str) else json.dumps(data))
+    run = tmp_path / "run.yaml"
+    given = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o", "deepspeed": str(ds)} | options
+    run.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in given.items()))
+    loaded = load(run)
+    assert not loaded.problems
+    return check_deepspeed(loaded)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_our_own_files_hold_engine_keys_only(name: str) -> None:
+    path = DS_CONFIGS / f"{name}.json"
+    assert set(read_json(path)) == {ZERO}
+    assert zero_stage(config_of(path)) == int(name[-1])
+
+
+def test_a_trainer_users_file_with_auto_passes(tmp_path: Path) -> None:
+    assert problems(tmp_path, HF_ZERO3, lr_scheduler_type="linear") == []
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        ({"gradient_clipping": 0.5}, {"max_grad_norm": 0.5}),
+        ({"train_batch_size": 32}, {}),
+        ({"bf16": {"enabled": True}}, {"precision": "bf16"}),
+        ({"bf16": {"enabled": False}}, {"precision": "fp32"}),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-6, "betas": [0.9, 0.999]}}}, {}),
+        ({"scheduler": {"type": "WarmupCosineLR"}}, {}),
+        ({"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}, {}),
+    ],
+)
+def test_an_equal_value_is_no_clash(tmp_path: Path, data: dict[str, Any], options: dict[str, Any]) -> None:
+    assert problems(tmp_path, data, **options) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "said"),
+    [
+        (
+            {"gradient_clipping": 0.5},
+            {"max_grad_norm": 1.0},
+            ["gradient_clipping is 0.5", "max_grad_norm", "1.0"],
+        ),
+        ({"train_batch_size": 64}, {}, ["train_batch_size is 64", "it is 32 (default)"]),
+        ({"train_micro_batch_size_per_gpu": 1}, {}, ["train_micro_batch_size_per_gpu", "max_tokens_per_row"]),
+        ({"gradient_accumulation_steps": 1}, {}, ["gradient_accumulation_steps", "max_tokens_per_row"]),
+        ({"bf16": {"enabled": True}}, {"precision": "fp32"}, ["bf16.enabled is True", "precision", "fp32"]),
+        ({"bf16": {"enabled": True}}, {}, ["bf16.enabled", "it is auto"]),
+        ({"optimizer": {"params": {"lr": 1e-5}}}, {}, ["optimizer.params.lr", "learning_rate", "1e-06"]),
+        ({"optimizer": {"type": "Lamb"}}, {}, ["optimizer.type is 'Lamb'", "AdamW"]),
+        ({"scheduler": {"type": "WarmupLR"}}, {}, ["scheduler.type", "lr_scheduler_type"]),
+        ({"communication_data_type": "bf16"}, {}, ["communication_data_type", "fp32"]),
+    ],
+)
+def test_a_clash_names_both_places(
+    tmp_path: Path, data: dict[str, Any], options: dict[str, Any], said: list[str]
+) -> None:
+    found = problems(tmp_path, data, **options)
+    assert len(found) == 1, found
+    assert str(tmp_path / "ds.json") in found[0]
+    assert all(part in found[0] for part in said), found[0]
+    if options and "auto" not in found[0].split(";")[0]:
+        assert "run.yaml:5" in found[0]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"fp16": {"enabled": True}},
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+        {ZERO: {"stage": 3, "offload_param": {"device": "cpu"}}},
+        {ZERO: {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "x"}}},
+        {ZERO: {"stage": 2, "cpu_offload": True}},
+        {ZERO: {"stage": 3, "zero_quantized_weights": True}},
+        {ZERO: {"stage": 3, "zero_hpz_partition_size": 8}},
+        {"pipeline": {"stages": 2}},
+        {"sparse_attention": {"mode": "fixed"}},
+        {"activation_checkpointing": {"partition_activations": True}},
+        {"tensorboard": {"enabled": True}},
+        {"compile": {"deepcompile": True}},
+    ],
+)
+def test_what_is_not_supported_is_said_clearly(tmp_path: Path, data: dict[str, Any]) -> None:
+    found = problems(tmp_path, data)
+    assert len(found) == 1, found
+    assert " is set; " in found[0]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"fp16": {"enabled": False}},
+        {ZERO: {"stage": 3, "zero_hpz_partition_size": 1, "zero_quantized_weights": False}},
+        {"activation_checkpointing": {"partition_activations": False, "number_checkpoints": None}},
+        {"tensorboard": {"enabled": False, "output_path": "x"}},
+    ],
+)
+def test_a_feature_that_is_switched_off_passes(tmp_path: Path, data: dict[str, Any]) -> None:
+    assert problems(tmp_path, data) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"zero_optimisation": {"stage": 3}}, "did you mean zero_optimization?"),
+        ({ZERO: {"stage": 3, "overlap_com": True}}, "did you mean overlap_comm?"),
+        ({ZERO: {"stage": 3, "stage3_prefetch_bucket": 1}}, "did you mean stage3_prefetch_bucket_size?"),
+        ({"optimizer": {"params": {"learning_rate": 1}}}, "unknown key optimizer.params.learning_rate"),
+        ({"qqqq": 1}, "delete it"),
+        ({ZERO: {"stage": 4}}, "allowed: 0, 1, 2, 3"),
+        ({ZERO: {"stage": "auto"}}, "allowed: 0, 1, 2, 3"),
+        ({ZERO: {"stage": True}}, "allowed: 0, 1, 2, 3"),
+        ({ZERO: True}, "it must be an object"),
+        ({ZERO: {"stage": 3, "overlap_comm": "yes"}}, "allowed: true, false or auto"),
+        ({ZERO: {"stage": 3, "reduce_bucket_size": "5e8"}}, "a number of elements"),
+        ('{"zero_optimization": {"stage": 1, "stage": 2}}', "stage is given twice"),
+        ('{"zero_optimization": {"stage": 1}', "not a readable JSON"),
+        ("[1]", "found a list"),
+    ],
+)
+def test_a_faulty_file_is_told(tmp_path: Path, data: object, said: str) -> None:
+    found = problems(tmp_path, data)
+    assert len(found) == 1, found
+    assert said in found[0]
+
+
+def test_all_problems_come_together(tmp_path: Path) -> None:
+    data = {
+        "train_batch_size": 1,
+        "fp16": {"enabled": True},
+        "x_y_z": 1,
+        ZERO: {"stage": 9, "offload_param": {"device": "cpu"}},
+    }
+    assert len(problems(tmp_path, data)) == 5
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no file"):
+        zero_stage(config_of(tmp_path / "no.json"))
+
+
+@pytest.mark.parametrize(("stage", "bf16", "effective"), [(0, False, 0), (0, True, 1), (1, True, 1), (3, True, 3)])
+def test_stage_0_in_bf16_runs_as_stage_1(tmp_path: Path, stage: int, bf16: bool, effective: int) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({ZERO: {"stage": stage}}))
+    assert effective_stage(config_of(path), bf16) == effective
+    assert engine_config(config_of(path), 2, bf16)[ZERO]["stage"] == effective
+    assert effective_stage(config_of(None), bf16) == int(bf16)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_engine_gets_a_complete_config(tmp_path: Path, bf16: bool) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(HF_ZERO3))
+    final = engine_config(config_of(path, max_grad_norm=0.3), 4, bf16)
+    assert "auto" not in json.dumps(final)
+    assert (final["train_batch_size"], final["train_micro_batch_size_per_gpu"]) == (4, 1)
+    assert final["gradient_accumulation_steps"] == 1
+    assert final["gradient_clipping"] == 0.3
+    assert final["bf16"] == {"enabled": bf16}
+    assert final["data_types"]["grad_accum_dtype"] == "fp32"
+    assert final.get("communication_data_type") == ("fp32" if bf16 else None)
+    assert final["steps_per_print"] == 2000
+    assert not {"fp16", "optimizer", "scheduler"} & set(final)
+    assert final[ZERO] == {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "stage3_max_live_parameters": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_deepspeed_itself_accepts_the_engine_config(name: str, bf16: bool) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    parsed = DeepSpeedConfig(engine_config(config_of(DS_CONFIGS / f"{name}.json"), 1, bf16))
+    assert parsed.zero_optimization_stage == int(name[-1])
+    assert parsed.bfloat16_config.enabled is bf16
+    assert parsed.gradient_clipping == 1.0
+
+
+def test_zero_keys_are_those_of_the_installed_deepspeed() -> None:
+    from deepspeed.runtime.config import _REMOVED_ZERO_CONFIG_KEYS
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    ours = {key.removeprefix(f"{ZERO}.") for key in KNOWN if key.startswith(f"{ZERO}.")}
+    assert ours == fields | set(_REMOVED_ZERO_CONFIG_KEYS)
+
+
+def test_top_level_keys_cover_those_of_the_installed_deepspeed() -> None:
+    from deepspeed.runtime import config
+
+    read = re.findall(r'param_dict(?:\.get\(|\[|,\s+)"?(\w+)', inspect.getsource(config))
+    theirs = {getattr(config, name, name) for name in read if name not in ("comm_type", "sort_keys")}
+    assert len(theirs) > 25
+    assert theirs | set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS) <= KNOWN

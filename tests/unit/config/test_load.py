@@ -1,0 +1,207 @@
+"""YAML and command line become a config; every mistake is told with its place and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsdpo.config.load import LoadResult, load, parse_overrides
+from dsdpo.config.schema import RunConfig
+
+MINIMAL = "model_name_or_path: gpt2\ndataset: pairs\noutput_dir: out\n"
+
+
+def read(tmp_path: Path, text: str, *overrides: str) -> LoadResult:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return load(path, overrides)
+
+
+def sound(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    result = read(tmp_path, text, *overrides)
+    assert result.problems == []
+    assert result.config is not None
+    return result.config
+
+
+def only_problem(tmp_path: Path, text: str, *overrides: str) -> str:
+    problems = read(tmp_path, text, *overrides).problems
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+def test_minimal_file_takes_the_defaults(tmp_path: Path) -> None:
+    config = sound(tmp_path, MINIMAL)
+    assert (config.dataset, config.beta, config.loss_type) == (["pairs"], 0.1, ["sigmoid"])
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", "+1e-04", "'1e-4'"])
+def test_a_number_may_be_written_without_a_dot(tmp_path: Path, text: str) -> None:
+    assert sound(tmp_path, MINIMAL + f"learning_rate: {text}\n").learning_rate == 1e-4
+
+
+def test_a_date_is_text(tmp_path: Path) -> None:
+    assert sound(tmp_path, MINIMAL + "run_name: 2024-01-01\n").run_name == "2024-01-01"
+
+
+def test_lists_may_be_comma_separated(tmp_path: Path) -> None:
+    config = sound(tmp_path, MINIMAL + "loss_type: sigmoid, sft\nloss_weights: [1, 0.5]\n")
+    assert config.weighted_losses == {"sigmoid": 1.0, "sft": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("learning_rate", "5e-6", 5e-6),
+        ("plot_loss", "true", True),
+        ("eval_steps", "null", None),
+        ("eval_steps", "", None),
+        ("dataset", "a,b", ["a", "b"]),
+        ("dataset", "[a, b]", ["a", "b"]),
+        ("dataset", "2024", ["2024"]),
+        ("run_name", "42", "42"),
+        ("run_name", "a: b: c", "a: b: c"),
+        ("template", "none", "none"),
+        ("loss_weights", "1", [1.0]),
+        ("max_length", "512", 512),
+    ],
+)
+@pytest.mark.parametrize("form", ["--{key}={text}", "--{key} {text}"])
+def test_the_command_line_wins_and_is_read_by_type(
+    tmp_path: Path, key: str, text: str, value: object, form: str
+) -> None:
+    tokens = [f"--{key}={text}"] if "=" in form else [f"--{key}", text]
+    assert getattr(sound(tmp_path, MINIMAL, *tokens), key) == value
+
+
+def test_a_negative_value_is_a_value(tmp_path: Path) -> None:
+    problem = only_problem(tmp_path, MINIMAL, "--val_size", "-1")
+    assert problem == "command line: val_size is -1; allowed: a number, at least 0"
+
+
+def test_a_duplicate_key_is_told_with_both_lines(tmp_path: Path) -> None:
+    problem = only_problem(tmp_path, MINIMAL + "beta: 0.1\nseed: 1\nbeta: 0.2\n")
+    assert "run.yaml:6: beta is already set on line 4" in problem
+
+
+def test_duplicates_on_the_command_line(tmp_path: Path) -> None:
+    assert only_problem(tmp_path, MINIMAL, "--seed", "1", "--seed=2").startswith("command line: --seed is given twice")
+
+
+@pytest.mark.parametrize("tokens", [["--plot_loss"], ["--plot_loss", "--seed", "1"]])
+def test_an_option_without_value_is_named(tmp_path: Path, tokens: list[str]) -> None:
+    problem = only_problem(tmp_path, MINIMAL, *tokens)
+    assert "--plot_loss has no value" in problem
+    assert "--plot_loss true" in problem
+
+
+@pytest.mark.parametrize("token", ["beta=1", "-beta", "0.5"])
+def test_a_stray_argument_is_named(tmp_path: Path, token: str) -> None:
+    assert f"found '{token}'" in only_problem(tmp_path, MINIMAL, token)
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("max_lenght", "did you mean max_length?"),
+        ("Beta", "did you mean beta?"),
+        ("per_device_train_batch_size", "train_batch_size (pairs per optimizer step"),
+        ("gradient_accumulation_steps", "max_tokens_per_row"),
+        ("pref_beta", "set beta"),
+        ("pref_ftx", "loss_type: [sigmoid, sft] and loss_weights"),
+        ("rpo_alpha", "loss_type: [sigmoid, sft] and loss_weights"),
+        ("cutoff_len", "set max_length"),
+        ("bf16", "set precision"),
+        ("do_train", "delete the line"),
+        ("overwrite_output_dir", "output_dir"),
+        ("num_processes", "--num_accelerators"),
+        ("zzzzz", "dsdpo train --help"),
+    ],
+)
+def test_an_unknown_key_comes_with_advice(tmp_path: Path, key: str, advice: str) -> None:
+    problem = only_problem(tmp_path, MINIMAL + f"{key}: 1\n")
+    assert f"run.yaml:4: unknown option {key}" in problem
+    assert advice in problem
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("beta: much", 'beta is "much"; allowed: a number, above 0'),
+        ("beta: 0", "beta is 0; allowed: a number, above 0"),
+        ("beta: yes", "beta is true; allowed: a number"),
+        ("beta: .inf", "beta is Infinity; allowed: a number"),
+        ("beta:", "beta is empty; allowed: a number"),
+        ("max_length: 10.5", "max_length is 10.5; allowed: a whole number, at least 8"),
+        ("plot_loss: maybe", 'plot_loss is "maybe"; allowed: true or false'),
+        ("precision: fp16", 'precision is "fp16"; allowed: one of auto, fp32, bf16'),
+        ("stage: sft", 'stage is "sft"; allowed: only dpo'),
+        ("loss_type: sigmoid,ipo", "loss_type is"),
+        ("loss_weights: [1, true]", "loss_weights is [1, true]; allowed: a list of numbers"),
+        ("label_smoothing: 0.5", "allowed: a number, at least 0, below 0.5"),
+        ("run_name: 42", "run_name is 42; allowed: text, or empty; quote it"),
+        ("max_steps: 0", "allowed: a whole number, at least 1, or empty"),
+    ],
+)
+def test_a_wrong_value_is_told_with_place_and_what_is_allowed(tmp_path: Path, line: str, said: str) -> None:
+    problem = only_problem(tmp_path, MINIMAL + line + "\n")
+    assert "run.yaml:4: " in problem
+    assert said in problem
+
+
+def test_all_problems_come_together_and_the_rest_is_kept(tmp_path: Path) -> None:
+    result = read(tmp_path, "beta: no\nmax_length: 1\nsead: 2\nseed: 7\ndataset: []\n", "--oops")
+    assert result.faulty == {"beta", "max_length", "dataset", "model_name_or_path", "output_dir"}
+    assert len(result.problems) == 7
+    assert result.config is not None
+    assert result.config.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [1\nb: 2\n", "not valid YAML: line 2"),
+        ("\tbeta: 1\n", "not valid YAML: line 1"),
+        ("- a\n- b\n", "a run config is lines of `key: value`"),
+        ("[a, b]: 1\n", "not valid YAML"),
+    ],
+)
+def test_a_broken_file_is_one_problem(tmp_path: Path, text: str, said: str) -> None:
+    result = read(tmp_path, text)
+    assert result.config is None
+    assert len(result.problems) == 1
+    assert said in result.problems[0]
+
+
+def test_a_missing_file_and_a_bad_command_line_are_told_together(tmp_path: Path) -> None:
+    result = load(tmp_path / "no.yaml", ["--beta"])
+    assert result.config is None
+    assert "there is no such file" in result.problems[0]
+    assert len(result.problems) == 2
+
+
+def test_python_objects_are_not_constructed(tmp_path: Path) -> None:
+    result = read(tmp_path, MINIMAL + "run_name: !!python/object/apply:os.getcwd []\n")
+    assert result.config is None
+    assert "not valid YAML" in result.problems[0]
+
+
+def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
+    assert sound(tmp_path, MINIMAL + "seed: &s 3\nwarmup_steps: *s\n").warmup_steps == 3
+    assert "unknown option shared" in only_problem(tmp_path, MINIMAL + "shared: &m {seed: 3}\n<<: *m\n")
+
+
+def test_every_option_tells_where_it_was_set(tmp_path: Path) -> None:
+    result = read(tmp_path, MINIMAL, "--beta", "0.2")
+    assert result.where("dataset").endswith("run.yaml:2")
+    assert result.where("beta") == "command line"
+    assert result.where("seed") == "default"
+
+
+@given(st.lists(st.text(max_size=12), max_size=6))
+def test_no_command_line_breaks_the_reader(tokens: list[str]) -> None:
+    values, problems = parse_overrides(tokens)
+    assert len(values) + len(problems) <= len(tokens)

@@ -1,0 +1,84 @@
+"""Rules between options: each one fires on its fault, names the option, and stays silent otherwise."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from dsdpo.config.load import load
+from dsdpo.config.rules import check_rules
+
+MINIMAL = "model_name_or_path: gpt2\ndataset: pairs\noutput_dir: out\n"
+
+
+def problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL + text)
+    return check_rules(load(path, overrides))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "max_length: 100\nmax_tokens_per_row: 200\n",
+        "loss_type: [sft, sigmoid]\nloss_weights: [0.1, 1]\n",
+        "eval_dataset: held_out\neval_steps: 5\n",
+        "val_size: 0.1\neval_steps: 5\n",
+        "val_size: 40\n",
+        "finetuning_type: lora\nlora_rank: 4\nlora_target: q_proj,v_proj\n",
+        "finetuning_type: full\n",
+        "max_steps: 10\nnum_train_epochs: 3\n",
+        "attn_implementation: varlen\nprecision: bf16\n",
+        "attn_implementation: sdpa\nprecision: fp32\n",
+    ],
+)
+def test_sound_configs_pass(tmp_path: Path, text: str) -> None:
+    assert problems(tmp_path, text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max_length: 100\nmax_tokens_per_row: 199\n", "2 * max_length = 200"),
+        ("loss_type: [sigmoid, sigmoid]\n", "names a loss twice"),
+        ("loss_type: sft\n", "needs sigmoid"),
+        ("loss_weights: [1, 2]\n", "loss_weights has 2 number(s) for the 1 loss(es)"),
+        ("loss_weights: [-1]\n", "at least 0"),
+        ("eval_dataset: held_out\nval_size: 0.1\n", "both set"),
+        ("val_size: 1.5\n", "a whole number of pairs"),
+        ("eval_steps: 5\n", "nothing is held out"),
+        ("finetuning_type: full\nlora_rank: 8\n", "lora_rank set while finetuning_type is full"),
+        ("lora_target: all,q_proj\n", "`all` stands alone"),
+        ("lora_target: []\n", "lora_target is empty"),
+        ("lora_target: q_proj,lm_head\n", "the output head"),
+        ("attn_implementation: varlen\nprecision: fp32\n", "computes in bf16"),
+    ],
+)
+def test_each_rule_fires(tmp_path: Path, text: str, said: str) -> None:
+    found = problems(tmp_path, text)
+    assert len(found) == 1, found
+    assert said in found[0]
+    assert "run.yaml:4" in found[0]
+
+
+@pytest.mark.parametrize(("option", "package"), [("report_to", "wandb"), ("attn_implementation", "flash_attn")])
+def test_a_missing_package_is_told_with_its_extra(tmp_path: Path, option: str, package: str) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed here")
+    value, extra = {"wandb": ("wandb", "track"), "flash_attn": ("flash_attention_2", "flash")}[package]
+    found = problems(tmp_path, f"{option}: {value}\n")
+    assert len(found) == 1
+    assert f"dsdpo[{extra}]" in found[0]
+
+
+def test_a_rule_keeps_silent_about_an_option_that_is_faulty_itself(tmp_path: Path) -> None:
+    assert problems(tmp_path, "max_length: much\nmax_tokens_per_row: 100\n") == []
+
+
+def test_lora_options_on_the_command_line_count_as_given(tmp_path: Path) -> None:
+    found = problems(tmp_path, "", "--finetuning_type", "full", "--lora_alpha", "16")
+    assert "lora_alpha set while finetuning_type is full" in found[0]
+    assert "command line" in found[0]

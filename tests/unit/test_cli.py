@@ -1,0 +1,118 @@
+"""The command line: fast help, exit codes without tracebacks, one report however many ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dsdpo import __version__, cli
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["train", "prepare", "reference", "eval", "export", "chat", "plot"]
+FAULTY = "model_name_or_path: ./nowhere\ndataset: d\ndataset_dir: no_folder\noutput_dir: o\nbeta: 0\nsede: 1\n"
+
+
+def dsdpo(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        [sys.executable, "-m", "dsdpo", *arguments],
+        cwd=cwd,
+        env={**clean, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_help_takes_less_than_a_second() -> None:
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        result = dsdpo("--help")
+        times.append(time.monotonic() - started)
+    assert result.returncode == 0
+    assert all(f" {command} " in result.stdout for command in COMMANDS)
+    assert min(times) < 1.0
+
+
+def test_version() -> None:
+    assert dsdpo("--version").stdout == f"dsdpo {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    listed = "label_smoothing (a number" in capsys.readouterr().out
+    assert listed == (command in ("train", "prepare", "reference", "eval"))
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "reference"])
+def test_faults_are_one_report_with_exit_64(tmp_path: Path, command: str) -> None:
+    (tmp_path / "run.yaml").write_text(FAULTY)
+    result = dsdpo(command, "run.yaml", "--seed", cwd=tmp_path)
+    assert result.returncode == 64
+    assert f"dsdpo {command}: 5 problems in the run config:" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_only_the_main_rank_prints_the_report(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(FAULTY)
+    results = [
+        dsdpo("train", "run.yaml", "--local_rank=1", cwd=tmp_path, RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank)
+        for rank in ("0", "1")
+    ]
+    assert [result.returncode for result in results] == [64, 64]
+    assert "problems in the run config" in results[0].stderr
+    assert results[1].stderr + results[1].stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["tune", "run.yaml"],
+        ["train"],
+        ["export", "out"],
+        ["eval", "run.yaml"],
+        ["plot", "out", "--beta", "1"],
+        ["train", "run.yaml", "--num_accelerators", "many"],
+    ],
+)
+def test_a_wrong_command_line_is_exit_64(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 64
+    assert "usage: dsdpo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["plot", "no_such_folder"], 66),
+        (["export", "no_such_folder", "--to", "x"], 66),
+        (["chat", "m", "--prompts", "no_such_file"], 64),
+        (["train", "no_such.yaml"], 64),
+    ],
+)
+def test_a_missing_file_is_told_without_traceback(
+    arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == code
+    assert "no_such" in capsys.readouterr().err
+
+
+def test_launch_arguments_and_options_may_stand_in_any_order(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(FAULTY)
+    result = dsdpo("train", "run.yaml", "--beta", "0.2", "--num_accelerators", "0", "--sede=2", cwd=tmp_path)
+    assert "--num_accelerators is 0" in result.stderr
+    assert "command line: unknown option sede" in result.stderr
+    assert "beta is" not in result.stderr

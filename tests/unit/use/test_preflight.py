@@ -1,0 +1,183 @@
+"""One report with everything that is wrong, before anything is created; exit 66 for an earlier run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.errors import CheckpointError, ConfigError
+from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE
+from dsdpo.use.preflight import ClusterRequest, check_device, check_weights, preflight
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> dict[str, Any]:
+    """The options of a sound run on a local model folder and data set."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (model / name).write_text("{}")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    (data / "dataset_info.json").write_text(json.dumps({"pairs": {"file_name": "pairs.jsonl", "ranking": True}}))
+    return {
+        "model_name_or_path": str(model),
+        "dataset": "pairs",
+        "dataset_dir": str(data),
+        "output_dir": str(tmp_path / "runs" / "one"),
+    }
+
+
+def check(tmp_path: Path, run: dict[str, Any], *overrides: str, **arguments: Any) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in run.items()))
+    return preflight(path, list(overrides), **arguments)
+
+
+def problems(tmp_path: Path, run: dict[str, Any], *overrides: str, **arguments: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check(tmp_path, run, *overrides, **arguments)
+    return caught.value.problems
+
+
+def test_a_sound_run_passes_and_nothing_is_created(tmp_path: Path, run: dict[str, Any]) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert check(tmp_path, run).dataset == ["pairs"]
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "run.yaml"])
+
+
+def test_one_report_lists_faults_of_every_kind(tmp_path: Path, run: dict[str, Any]) -> None:
+    ds = tmp_path / "ds.json"
+    ds.write_text('{"gradient_clipping": 9, "zero_optimisation": {}}')
+    blocked = tmp_path / "a_file"
+    blocked.write_text("")
+    run |= {
+        "model_name_or_path": "./nowhere",
+        "dataset": "missing_set",
+        "eval_dataset": "../outside.jsonl",
+        "output_dir": str(blocked / "out"),
+        "deepspeed": str(ds),
+        "beta": "big",
+        "sede": 1,
+        "max_tokens_per_row": 100,
+    }
+    (tmp_path / "outside.jsonl").write_text("{}\n")
+    found = problems(tmp_path, run, "--oops", cluster=ClusterRequest(num_accelerators=0))
+    for part in [
+        "beta is",
+        "unknown option sede",
+        "--oops has no value",
+        "max_tokens_per_row is 100",
+        "gradient_clipping is 9",
+        "did you mean zero_optimization",
+        "no folder ./nowhere",
+        "dataset: missing_set",
+        "eval_dataset: ../outside.jsonl",
+        "output_dir: ",
+        "--num_accelerators is 0",
+    ]:
+        assert sum(part in problem for problem in found) == 1, (part, found)
+    assert len(found) == 11
+
+
+def test_a_data_folder_that_is_missing_is_told_once(tmp_path: Path, run: dict[str, Any]) -> None:
+    found = problems(tmp_path, run | {"dataset_dir": str(tmp_path / "no"), "eval_dataset": "pairs"})
+    assert len(found) == 1
+    assert found[0].startswith("dataset, eval_dataset: ")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_folder_must_be_complete(tmp_path: Path, run: dict[str, Any], missing: str) -> None:
+    (Path(run["model_name_or_path"]) / missing).unlink()
+    found = problems(tmp_path, run)
+    assert len(found) == 1
+    assert missing.split(".")[0].replace("model", "weights") in found[0]
+
+
+def test_an_adapter_is_no_model_to_train_but_one_to_evaluate(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "dsdpo export --merge" in check_weights(str(tmp_path), "model_name_or_path")[0]
+    assert check_weights(str(tmp_path), "--model", adapter_allowed=True) == []
+
+
+@pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct", "meta-llama/Llama-2-7b-hf"])
+def test_a_hub_id_passes_without_a_look_up(name: str) -> None:
+    assert check_weights(name, "model_name_or_path") == []
+
+
+@pytest.mark.parametrize("name", ["./gpt2", "../x", "/no/such", "~/no/such", "a/b/c", "sub/model", "my model"])
+def test_what_looks_like_a_path_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert len(check_weights(name, "model_name_or_path")) == 1
+
+
+@pytest.mark.parametrize(("mark", "said"), [(COMPLETED_FILE, "finished run"), (STARTED_FILE, "started and has not")])
+def test_an_earlier_run_is_exit_66(tmp_path: Path, run: dict[str, Any], mark: str, said: str) -> None:
+    folder = Path(run["output_dir"])
+    folder.mkdir(parents=True)
+    (folder / STARTED_FILE).write_text("")
+    (folder / mark).write_text("")
+    with pytest.raises(CheckpointError, match=said) as caught:
+        check(tmp_path, run)
+    assert caught.value.exit_code == 66
+    assert check(tmp_path, run, task="reference").output_dir == str(folder)
+    assert any(said in problem for problem in problems(tmp_path, run | {"beta": 0}))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_told(tmp_path: Path, run: dict[str, Any]) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    found = problems(tmp_path, run | {"output_dir": str(locked / "out"), "cache_dir": str(locked / "cache")})
+    assert [problem.split(":")[0] for problem in found] == ["output_dir", "cache_dir"]
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs a folder that refuses files even to root")
+def test_a_folder_that_refuses_files_is_told(tmp_path: Path, run: dict[str, Any]) -> None:
+    found = problems(tmp_path, run | {"output_dir": "/proc/out", "cache_dir": "/proc/cache"})
+    assert [problem.split(":")[0] for problem in found] == ["output_dir", "cache_dir"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (ClusterRequest(num_accelerators=2, include="localhost:0"), "only one of"),
+        (ClusterRequest(hostfile="/no/hostfile"), "there is no file"),
+        (ClusterRequest(master_port=80), "1024 to 65535"),
+    ],
+)
+def test_a_cluster_request_is_checked(tmp_path: Path, run: dict[str, Any], request_: ClusterRequest, said: str) -> None:
+    found = problems(tmp_path, run, cluster=request_)
+    assert len(found) == 1
+    assert said in found[0]
+
+
+def test_evaluation_needs_held_out_pairs(tmp_path: Path, run: dict[str, Any]) -> None:
+    assert "nothing to evaluate on" in problems(tmp_path, run, task="eval")[0]
+    assert check(tmp_path, run | {"val_size": 1}, task="eval").val_size == 1
+
+
+def test_attention_for_cuda_is_refused_on_a_cpu(tmp_path: Path, run: dict[str, Any]) -> None:
+    config = check(tmp_path, run | {"attn_implementation": "varlen"})
+    check_device(config, cuda=True)
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        check_device(config, cuda=False)
+
+
+def test_no_heavy_library_is_imported(tmp_path: Path, run: dict[str, Any]) -> None:
+    check(tmp_path, run)
+    code = (
+        "import sys; from dsdpo.use.preflight import preflight; preflight(sys.argv[1], []);"
+        "heavy = {'torch', 'transformers', 'datasets', 'deepspeed'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.yaml")], check=True, cwd=Path(__file__).parents[3])

@@ -1,0 +1,294 @@
+"""Stop requests, orphans and exit codes, with real processes and real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dsdpo.config.load import load
+from dsdpo.dist import Ranks
+from dsdpo.errors import HangError, IOFailure, StopRequested
+from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, STOP_FILE, write_exit
+from dsdpo.use.preflight import ClusterRequest
+from dsdpo.use.supervisor import (
+    Task,
+    _tell_as_peer,
+    clear_marks,
+    free_port,
+    judge,
+    launch_command,
+    launch_environment,
+    run_launcher,
+)
+
+REPOSITORY = Path(__file__).parents[3]
+TASK = Task("train", "run.yaml", ["--beta", "0.2"])
+
+# A rank that starts a helper, waits for the stop file, says how it ended and leaves with a useless exit code.
+RANK = """
+import pathlib, subprocess, sys, time
+from dsdpo.train.stop import write_exit
+out = pathlib.Path(sys.argv[1])
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+(out / "pids").write_text(f"{helper.pid}")
+while not (out / "STOP").exists():
+    time.sleep(0.05)
+write_exit(out, 75, "stopped on request")
+sys.exit(1)
+"""
+SUPERVISOR = """
+import os, pathlib, sys
+from dsdpo.use.supervisor import judge, run_launcher
+out = pathlib.Path(sys.argv[1])
+try:
+    status = run_launcher([sys.executable, "-c", sys.argv[2], str(out)], os.environ, out)
+except KeyboardInterrupt:
+    sys.exit(130)
+sys.exit(judge("train", out, status))
+"""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    """Running, and not a zombie that its new parent has yet to collect."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+    started = []
+
+    def start(rank: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", SUPERVISOR, str(tmp_path), rank]
+        started.append(subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE))
+        wait_for((tmp_path / "pids").exists)
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_stop_signal_becomes_the_stop_file_and_the_ranks_word_counts(
+    tmp_path: Path, supervisor: Callable[[str], subprocess.Popen[bytes]], number: signal.Signals
+) -> None:
+    process = supervisor(RANK)
+    process.send_signal(number)
+    assert process.wait(20) == 75
+    assert (tmp_path / STOP_FILE).read_text() == number.name
+    helper = int((tmp_path / "pids").read_text())
+    wait_for(lambda: not is_alive(helper))
+
+
+def test_a_second_interrupt_ends_everything_at_once(
+    tmp_path: Path, supervisor: Callable[[str], subprocess.Popen[bytes]]
+) -> None:
+    process = supervisor(RANK.replace('"STOP"', '"NEVER"'))
+    process.send_signal(signal.SIGINT)
+    wait_for((tmp_path / STOP_FILE).exists)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    helper = int((tmp_path / "pids").read_text())
+    wait_for(lambda: not is_alive(helper))
+
+
+def test_ranks_that_outlive_the_launcher_are_ended(tmp_path: Path) -> None:
+    launcher = (
+        "import pathlib, subprocess, sys;"
+        "rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)']);"
+        "pathlib.Path(sys.argv[1], 'pids').write_text(str(rank.pid))"
+    )
+    assert run_launcher([sys.executable, "-c", launcher, str(tmp_path)], os.environ, tmp_path) == 0
+    orphan = int((tmp_path / "pids").read_text())
+    wait_for(lambda: not is_alive(orphan))
+
+
+def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    run_launcher([sys.executable, "-c", ""], os.environ, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("task", "completed", "told", "status", "code"),
+    [
+        ("train", True, 0, 0, 0),
+        ("train", True, None, 1, 0),  # done is done, whatever the launcher makes of the ranks' goodbye
+        ("train", False, 75, 1, 75),
+        ("train", False, 70, 1, 70),
+        ("train", False, 70, 0, 70),
+        ("train", False, 1, 1, 1),
+        ("train", False, None, 1, 1),
+        ("eval", True, None, 1, 1),  # COMPLETED is of the training before
+        ("eval", False, 0, 0, 0),
+        ("reference", False, 65, 1, 65),
+    ],
+)
+def test_the_exit_code_is_what_the_ranks_said(
+    tmp_path: Path, task: str, completed: bool, told: int | None, status: int, code: int
+) -> None:
+    if completed:
+        (tmp_path / COMPLETED_FILE).write_text("")
+    if told is not None:
+        write_exit(tmp_path, told, "word")
+    assert judge(task, tmp_path, status) == code
+
+
+@pytest.mark.parametrize(
+    ("told", "status", "said"),
+    [
+        (None, 247, "SIGKILL"),
+        (None, 137, "SIGKILL"),
+        (None, -9, "SIGKILL"),
+        (1, 245, "SIGSEGV"),  # the main rank lost its peer
+        (None, 0, "without finishing"),
+        (0, 0, "without finishing"),
+    ],
+)
+def test_a_rank_that_died_is_a_hang(tmp_path: Path, told: int | None, status: int, said: str) -> None:
+    if told is not None:
+        write_exit(tmp_path, told, "word")
+    with pytest.raises(HangError, match=said):
+        judge("train", tmp_path, status)
+
+
+@pytest.mark.parametrize("main", [None, 1])
+def test_a_peers_word_counts_when_the_main_rank_knows_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], main: int | None
+) -> None:
+    if main is not None:
+        write_exit(tmp_path, main, "connection reset by peer")
+    for rank in (3, 4):
+        _tell_as_peer(tmp_path, Ranks(rank, 8, rank), IOFailure("disk full"))
+    assert judge("train", tmp_path, 74) == 74
+    assert capsys.readouterr().err == "rank 3: disk full\n"
+
+
+def test_the_main_ranks_word_goes_before_a_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _tell_as_peer(tmp_path, Ranks(1, 2, 1), StopRequested("stopped"))
+    write_exit(tmp_path, 75, "stopped")
+    assert judge("train", tmp_path, 75) == 75
+    assert capsys.readouterr().err == ""
+
+
+def test_marks_of_an_earlier_attempt_are_cleared(tmp_path: Path) -> None:
+    clear_marks(tmp_path / "not_there")
+    for name in (STOP_FILE, EXIT_FILE, COMPLETED_FILE):
+        (tmp_path / name).write_text("")
+    clear_marks(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [COMPLETED_FILE]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "devices", "environment", "expected"),
+    [
+        (ClusterRequest(), 0, {}, "--num_accelerators 1"),
+        (ClusterRequest(num_accelerators=3), 0, {}, "--num_accelerators 3"),
+        (ClusterRequest(num_accelerators=3), 0, {"CUDA_VISIBLE_DEVICES": ""}, "--num_accelerators 3"),
+        (ClusterRequest(), 8, {}, ""),
+        (ClusterRequest(num_accelerators=2), 8, {}, "--num_accelerators 2"),
+        (ClusterRequest(), 2, {"CUDA_VISIBLE_DEVICES": "4,5"}, "--include localhost:4,5"),
+        (ClusterRequest(num_accelerators=1), 2, {"CUDA_VISIBLE_DEVICES": "4,5"}, "--include localhost:4"),
+        (ClusterRequest(include="localhost:1"), 8, {}, "--include localhost:1"),
+        (ClusterRequest(hostfile="hosts", exclude="b"), 8, {}, "--hostfile hosts --exclude b"),
+        (
+            ClusterRequest(hostfile="hosts", num_accelerators=4),
+            0,
+            {},
+            "--hostfile hosts --num_accelerators 4",
+        ),
+    ],
+)
+def test_the_launchers_command_line(
+    cluster: ClusterRequest, devices: int, environment: dict[str, str], expected: str
+) -> None:
+    command = launch_command(TASK, cluster, devices, environment)
+    port = command.index("--master_port")
+    module = command.index("--module")
+    assert " ".join(command[port + 2 : module]) == expected
+    assert command[module:] == ["--module", "dsdpo", "train", "run.yaml", "--supervised", "--beta", "0.2"]
+    assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+
+
+def test_a_given_port_is_used_and_else_a_free_one() -> None:
+    command = launch_command(TASK, ClusterRequest(master_port=4321), 0, {})
+    assert command[command.index("--master_port") + 1] == "4321"
+    assert 1024 <= free_port() <= 65535
+
+
+def test_the_ranks_environment() -> None:
+    on_cpu = launch_environment(ClusterRequest(num_accelerators=2), 0, {"PATH": "x"})
+    assert on_cpu["DS_ACCELERATOR"] == "cpu"
+    assert int(on_cpu["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert on_cpu["PATH"] == os.pathsep.join([str(Path(sys.executable).parent), "x"])
+    kept = launch_environment(ClusterRequest(), 0, {"OMP_NUM_THREADS": "7", "DS_ACCELERATOR": "xpu"})
+    assert (kept["OMP_NUM_THREADS"], kept["DS_ACCELERATOR"]) == ("7", "xpu")
+    on_gpu = launch_environment(ClusterRequest(), 2, {"CUDA_VISIBLE_DEVICES": "4,5"})
+    assert not {"DS_ACCELERATOR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"} & set(on_gpu)
+
+
+def launched(tmp_path: Path, rank: str, ranks: int) -> int:
+    """A rank program under the real launcher, with the command line and environment of a real run."""
+    script = tmp_path / "rank.py"
+    script.write_text(rank)
+    cluster = ClusterRequest(num_accelerators=ranks)
+    command = launch_command(TASK, cluster, 0, os.environ)
+    command = [*command[: command.index("--module")], str(script), str(tmp_path)]
+    environment = launch_environment(cluster, 0, os.environ) | {"PYTHONPATH": str(REPOSITORY)}
+    return run_launcher(command, environment, tmp_path)
+
+
+def test_a_killed_rank_under_the_real_launcher(tmp_path: Path) -> None:
+    rank = (
+        "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(100)\n"
+    )
+    with pytest.raises(HangError, match="SIGKILL"):
+        judge("train", tmp_path, launched(tmp_path, rank, 2))
+
+
+def test_the_real_launcher_places_ranks_and_stays_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rank = (
+        "import json, pathlib, sys\n"
+        "from dsdpo.dist import launched\n"
+        "place = launched()\n"
+        "print('hello from', place.rank)\n"
+        "place_file = pathlib.Path(sys.argv[1], f'{place.rank}.json')\n"
+        "place_file.write_text(json.dumps([place.rank, place.world_size]))\n"
+    )
+    assert launched(tmp_path, rank, 2) == 0
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [[0, 2], [1, 2]]
+    said = capfd.readouterr()
+    assert sorted((said.out + said.err).splitlines()) == ["hello from 0", "hello from 1"]
+
+
+def test_a_task_survives_the_command_line(tmp_path: Path) -> None:
+    """What the supervisor hands on gives the ranks the same config."""
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name_or_path: m\ndataset: d\noutput_dir: o\n")
+    overrides = ["--run_name", "a b: c", "--loss_type=[sigmoid, sft]", "--loss_weights", "1,0.5"]
+    task = Task("eval", str(path), overrides, model="final")
+    argv = task.argv()
+    assert argv[:5] == ["eval", str(path), "--model", "final", "--supervised"]
+    assert load(path, argv[5:]) == load(path, overrides)
