@@ -12,8 +12,8 @@ from dsdpo.checkpoint.export import FINAL, INTERMEDIATE, export_engine
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import PairLoader, PairSource
 from dsdpo.data.order import steps_per_epoch
+from dsdpo.data.templates import load_tokenizer
 from dsdpo.dist import Ranks
-from dsdpo.model.load import load_tokenizer
 from dsdpo.objectives.preference import PreferenceObjective
 from dsdpo.train.engine import Hardware, Schedule, build_engine, describe
 from dsdpo.train.evaluate import evaluate

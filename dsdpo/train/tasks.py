@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 from deepspeed import comm
+from transformers.utils.logging import disable_progress_bar
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.prepare import open_prepared
@@ -36,6 +37,7 @@ def run(config: RunConfig, task: str = "train", model: str | None = None) -> Non
         DsdpoError: with the exit code; said in output_dir/EXIT too, for the supervisor.
     """
     ranks = launched() or Ranks(0, 1, 0)
+    disable_progress_bar()  # transformers' bars for loading and saving, one per rank
     stop_flag = StopFlag(Path(config.output_dir))
     stop_flag.install()
     with _exit_told(config, ranks):
