@@ -65,3 +65,10 @@ def step_pair_ids(step: int, n: int, train_batch_size: int, seed: int) -> np.nda
     start = step_in_epoch * train_batch_size
     positions = np.arange(start, min(start + train_batch_size, n))
     return permute(positions, n, seed, epoch)
+
+
+def pairs_of_steps(total_steps: int, n: int, train_batch_size: int, seed: int) -> np.ndarray:
+    """The pairs that the first `total_steps` steps use, each once: int64, all n of them from one epoch on."""
+    if total_steps >= steps_per_epoch(n, train_batch_size):
+        return np.arange(n)
+    return np.concatenate([step_pair_ids(step, n, train_batch_size, seed) for step in range(total_steps)])

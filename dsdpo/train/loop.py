@@ -24,6 +24,7 @@ def train(s: Session) -> bool:
     log = StepLog(s)
     batches = s.loader.training_batches(range(s.schedule.total_steps), config.train_batch_size, config.seed)
     stopping = False
+    s.reporter.start()
     engine.train()
     # ----------------------------------------------------------------------------------------------------------
     for step, batch in enumerate(batches):
@@ -46,7 +47,8 @@ def train(s: Session) -> bool:
             row_losses.append(losses.detach())
 
         vector.reduce(stop=bool(s.stop_flag))
-        stopping = log.end(StepEnd(step + 1, batch, vector, row_losses, grad_norm, learning_rate, started))
+        seconds = time.perf_counter() - started
+        stopping = log.end(StepEnd(step + 1, batch, vector, row_losses, grad_norm, learning_rate, seconds))
         if s.evaluation_is_due(step + 1):
             log.flush()
             s.evaluate(step + 1)

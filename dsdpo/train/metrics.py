@@ -74,7 +74,7 @@ class Reporter:
         self.config = config
         self.is_main = is_main
         self.total_steps = total_steps
-        self._started = time.perf_counter()
+        self._started = 0.0
         if not is_main:
             return
         folder = Path(config.output_dir)
@@ -101,6 +101,12 @@ class Reporter:
                 dir=str(folder),
                 config=config.model_dump(),
             )
+
+    def start(self) -> None:
+        """The steps begin: the time left is reckoned from here."""
+        self._started = time.perf_counter()
+        if self.is_main:
+            self._bar.reset()
 
     def step(self, record: dict[str, float]) -> None:
         """One optimizer step: to metrics.jsonl always, elsewhere every logging_steps."""

@@ -62,68 +62,72 @@ def open_store(config: RunConfig, ranks: Ranks, hardware: Hardware) -> Reference
 
 def reference_for(
     loader: PairLoader,
+    ids: np.ndarray,
     store: ReferenceStore,
     make_engine: Callable[[], DeepSpeedEngine],
     device: torch.device,
     say: Callable[[str], None],
 ) -> Reference:
-    """Reference log-probs of all pairs of a loader's set; what the store lacks is computed by all ranks and stored.
+    """Reference log-probs of pairs of a loader's set; what the store lacks is computed by all ranks and stored.
 
     Args:
+        ids: int64, the pairs that will be asked for; each once.
         make_engine: gives the untrained policy; with its adapters off, it is the reference. Called when pairs lack.
 
     Raises:
         NumericError: the reference gives a log-prob that is not finite.
     """
     pairs = loader.pairs
-    wanted = digests(pairs.pair(i) for i in range(len(pairs)))
+    wanted = digests(pairs.pair(int(i)) for i in ids)
     found, logps = store.find(wanted)
     missing = np.flatnonzero(~found)
     if len(missing):
-        say(f"reference: computing {len(missing)} of {len(pairs)} pairs, {store.folder}")
-        _fill(missing, wanted, store, make_engine(), loader, device)
+        say(f"reference: computing {len(missing)} of {len(ids)} pairs, {store.folder}")
+        _fill(ids[missing], wanted[missing], store, make_engine(), loader, device)
         comm.barrier()
         store.reload()
         found, logps = store.find(wanted)
     else:
-        say(f"reference: all {len(pairs)} pairs found in {store.folder}")
-    if not np.isfinite(logps).all():
-        bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
+        say(f"reference: all {len(ids)} pairs found in {store.folder}")
+    bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
+    if len(bad):
         raise NumericError(
-            f"the reference gives no finite log-prob for {len(bad)} pairs, the first at {pairs.where(int(bad[0]))}: "
-            f"check the model and the precision, then remove {store.folder}"
+            f"the reference gives no finite log-prob for {len(bad)} pairs, the first at "
+            f"{pairs.where(int(ids[bad[0]]))}: check the model and the precision, then remove {store.folder}"
         )
-    return Reference(logps, device)
+    everything = np.full((len(pairs), 2), np.nan, dtype=np.float32)
+    everything[ids] = logps
+    return Reference(everything, device)
 
 
 def _fill(
-    missing: np.ndarray,
-    wanted: np.ndarray,
+    ids: np.ndarray,
+    keys: np.ndarray,
     store: ReferenceStore,
     engine: DeepSpeedEngine,
     loader: PairLoader,
     device: torch.device,
 ) -> None:
-    """Compute the pairs `missing`; each rank writes chunks of those in its own rows."""
-    ids: list[np.ndarray] = []
+    """Compute the pairs `ids`, whose digests are `keys`; each rank writes chunks of those in its own rows."""
+    done: list[np.ndarray] = []
     values: list[torch.Tensor] = []
 
     def flush() -> None:
-        if ids:
-            store.write_chunk(wanted[np.concatenate(ids)], torch.cat(values).view(-1, 2).cpu().numpy())
-        ids.clear()
+        if done:
+            store.write_chunk(keys[np.concatenate(done)], torch.cat(values).view(-1, 2).cpu().numpy())
+        done.clear()
         values.clear()
 
     engine.eval()
-    batches = loader.in_order(missing, _PAIRS_PER_PASS * loader.ranks.world_size)
+    per_pass = _PAIRS_PER_PASS * loader.ranks.world_size
     with torch.no_grad(), adapters_off(engine.module.model):
-        for number, batch in enumerate(batches, 1):
+        for number, batch in enumerate(loader.in_order(ids, per_pass)):
             for row in batch.rows:
                 logps = engine(RowTensors.from_row(row, device))
                 if len(row.pairs):
-                    ids.append(batch.pair_ids[row.pairs])
+                    done.append(number * per_pass + row.pairs)
                     values.append(logps)
-            if number % _PASSES_PER_CHUNK == 0:
+            if (number + 1) % _PASSES_PER_CHUNK == 0:
                 flush()
     flush()
     engine.train()

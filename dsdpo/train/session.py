@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from deepspeed import DeepSpeedEngine, comm
 from transformers import PreTrainedTokenizerBase
 
 from dsdpo.checkpoint.export import FINAL, INTERMEDIATE, export_engine
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import PairLoader, PairSource
-from dsdpo.data.order import steps_per_epoch
+from dsdpo.data.order import pairs_of_steps, steps_per_epoch
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.dist import Ranks
 from dsdpo.objectives.preference import PreferenceObjective
@@ -108,12 +109,13 @@ def build_session(
     reporter.say(describe(engine, config, ranks, hardware))
     store = open_store(config, ranks, hardware)
 
-    def with_reference(pairs: PairSource) -> tuple[PairLoader, Reference]:
+    def with_reference(pairs: PairSource, ids: np.ndarray) -> tuple[PairLoader, Reference]:
         loader = loader_of(config, pairs, ranks)
-        return loader, reference_for(loader, store, lambda: engine, hardware.device, reporter.say)
+        return loader, reference_for(loader, ids, store, lambda: engine, hardware.device, reporter.say)
 
-    loader, reference = with_reference(train_set)
-    held_out = with_reference(eval_set) if eval_set is not None else None
+    used = pairs_of_steps(schedule.total_steps, len(train_set), config.train_batch_size, config.seed)
+    loader, reference = with_reference(train_set, used)
+    held_out = with_reference(eval_set, np.arange(len(eval_set))) if eval_set is not None else None
     reporter.say(f"{len(train_set)} pairs, {schedule.total_steps} steps of {config.train_batch_size} pairs")
     return Session(
         config=config,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,7 @@ class StepEnd:
         row_losses: fp32 [P] for each of this rank's rows.
         grad_norm: before clipping, of the mean over the step's pairs.
         learning_rate: that the step used.
-        started: `time.perf_counter()` at its begin.
+        seconds: from its begin until its kernels were queued; on average what a step takes, as the queue is short.
     """
 
     step: int
@@ -40,7 +39,7 @@ class StepEnd:
     row_losses: list[torch.Tensor]
     grad_norm: torch.Tensor | float
     learning_rate: float
-    started: float
+    seconds: float
 
 
 class StepLog:
@@ -69,7 +68,6 @@ class StepLog:
         grad_norm = float(held.grad_norm)
         if bad_losses or not math.isfinite(grad_norm):
             raise NumericError(self._diagnose(held, bad_losses, grad_norm))
-        seconds = time.perf_counter() - held.started
         session = self._session
         session.reporter.step(
             {
@@ -78,9 +76,9 @@ class StepLog:
                 **means,
                 "grad_norm": grad_norm,
                 "learning_rate": held.learning_rate,
-                "logical_tokens_per_second": held.batch.logical_tokens / seconds,
-                "physical_tokens_per_second": held.batch.physical_tokens / seconds,
-                "step_time": seconds,
+                "logical_tokens_per_second": held.batch.logical_tokens / held.seconds,
+                "physical_tokens_per_second": held.batch.physical_tokens / held.seconds,
+                "step_time": held.seconds,
                 "memory_peak_gb": memory_peak_gb(session.hardware.device),
             }
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import yaml
 from deepspeed import comm
 from transformers.utils.logging import disable_progress_bar
@@ -106,7 +107,14 @@ def _evaluate(config: RunConfig, ranks: Ranks, hardware: Hardware, model: str) -
             print(line, flush=True)
 
     loader, store = loader_of(config, pairs, ranks), open_store(config, ranks, hardware)
-    reference = reference_for(loader, store, lambda: build_engine(config, ranks, hardware), hardware.device, say)
+    reference = reference_for(
+        loader,
+        np.arange(len(pairs)),
+        store,
+        lambda: build_engine(config, ranks, hardware),
+        hardware.device,
+        say,
+    )
     engine = build_engine(config, ranks, hardware, weights=model)
     means = evaluate(engine, loader, reference, objective_of(config), config.train_batch_size, hardware.device)
     say(json.dumps({"model": model, "pairs": len(pairs), **{key: round(value, 6) for key, value in means.items()}}))

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsdpo.data.order import permute, step_pair_ids, steps_per_epoch
+from dsdpo.data.order import pairs_of_steps, permute, step_pair_ids, steps_per_epoch
 
 
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
@@ -39,3 +39,10 @@ def test_neighbours_do_not_stay_neighbours() -> None:
 def test_a_step_of_a_huge_set_needs_no_table() -> None:
     ids = step_pair_ids(1_000_000, 10**8, 64, seed=1)
     assert len(set(ids.tolist())) == 64 and ids.max() < 10**8
+
+
+def test_the_pairs_that_a_short_run_uses() -> None:
+    used = pairs_of_steps(3, 100, 8, seed=5)
+    assert len(used) == len(set(used.tolist())) == 24
+    assert used[8:16].tolist() == step_pair_ids(1, 100, 8, 5).tolist()
+    assert pairs_of_steps(13, 100, 8, seed=5).tolist() == list(range(100))
