@@ -1,0 +1,99 @@
+# `make demo` and `make test` are all there is to do: each first installs what is missing.
+#
+#   make PYTHON=/opt/python3.12/bin/python3 test    with another interpreter (3.10 to 3.12)
+#   make test SLOW=1 PYTEST_ARGS="-k packing -x"    with the slow tests, and with arguments for pytest
+#
+# pip's own settings hold. The index's torch for Linux x86_64 carries CUDA (3 GB) and runs without a GPU too;
+# where that is too much, PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL can point at a CPU build of the same version.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format install clean
+
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
+	"$$p" -c '$(SUPPORTED)' 2> /dev/null && echo "$$p" && break; done)
+BIN := $(CURDIR)/.venv/bin
+STAMP := .venv/.installed
+GPUS = $(shell nvidia-smi -L > /dev/null 2>&1 && echo yes)
+# The `deepspeed` launcher and ninja are found on PATH.
+WITH_VENV = export PATH="$(BIN):$$PATH"
+
+help:
+	@echo "make demo     install, then train a small model on text-to-SQL and show what changed"
+	echo "make test     install, then run the tests (SLOW=1: all of them)"
+	echo "make check    ruff, ruff format --check, mypy"
+	echo "make format   ruff's fixes and format"
+	echo "make install  only install, into .venv"
+	echo "make clean    remove .venv and caches; runs and models stay"
+
+demo: $(STAMP)
+	@$(WITH_VENV)
+	python demo/run.py
+
+# One thread per process, since tests start several ranks; nothing is fetched from a hub.
+test: $(STAMP)
+	@$(WITH_VENV)
+	export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+	if [ -z "$(GPUS)" ]; then export DS_ACCELERATOR=cpu; fi
+	python -m pytest -m "$(if $(SLOW),slow or not slow,not slow)" $(PYTEST_ARGS)
+
+check: $(STAMP)
+	@$(WITH_VENV)
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: $(STAMP)
+	@$(WITH_VENV)
+	ruff check --fix .
+	ruff format .
+
+install: $(STAMP)
+
+clean:
+	@rm -rf .venv build dsdpo.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone, so that nothing else chooses its version. c++ and the Python headers are for the
+# kernels that DeepSpeed and Triton compile at run time (without them DeepSpeed cannot start on a CPU).
+$(STAMP): pyproject.toml constraints.txt
+	@start=$$(date +%s)
+	python="$(PYTHON)"
+	if ! "$${python:-false}" -c '$(SUPPORTED)'; then
+		echo "make: Python 3.10, 3.11 or 3.12 is needed; found '$$python'. Name one: make PYTHON=/path/to/python3.11" >&2
+		exit 1
+	fi
+	version=$$("$$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+	header=$$("$$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+	missing=()
+	"$$python" -c 'import ensurepip, venv' 2> /dev/null || missing+=("$$version-venv")
+	[ -e "$$header" ] || missing+=("$$version-dev")
+	command -v "$${CXX:-c++}" > /dev/null || missing+=(g++)
+	if [ $${#missing[@]} -gt 0 ]; then
+		if [ "$$(id -u)" = 0 ]; then as_root=(env); else as_root=(sudo -n); fi
+		if ! command -v apt-get > /dev/null || ! "$${as_root[@]}" true 2> /dev/null; then
+			echo "make: these system packages are missing, and installing them needs root. Please run" >&2
+			echo "    sudo apt-get update && sudo apt-get install -y $${missing[*]}" >&2
+			echo "(or what provides them on your system), then the same make command again." >&2
+			exit 1
+		fi
+		echo "installing system packages: $${missing[*]}"
+		"$${as_root[@]}" apt-get update -qq
+		"$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends "$${missing[@]}" > /dev/null
+	fi
+	torch=$$(grep '^torch==' constraints.txt)
+	if ! $(BIN)/python -m pip --version > /dev/null 2>&1; then "$$python" -m venv --clear .venv; fi
+	echo "installing $$torch, then the rest, into .venv"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt "$$torch"
+	$(BIN)/python -m pip install --disable-pip-version-check -q --use-pep517 -c constraints.txt -e '.[dev]'
+	if [ -n "$(GPUS)" ] && ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+		echo "make: there are NVIDIA GPUs, but torch cannot use them: see the driver's version in nvidia-smi, and" >&2
+		echo "pip's settings for where torch came from. To go on without them: touch $(STAMP)" >&2
+		exit 1
+	fi
+	touch $@
+	echo "set-up took $$(($$(date +%s) - start)) s"
