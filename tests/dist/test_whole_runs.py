@@ -1,0 +1,181 @@
+"""Whole runs as a user types them: the supervisor, the real `deepspeed` launcher, two ranks, a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.helpers.ranks import free_port
+from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
+
+ROOT = Path(__file__).parents[2]
+METRICS = {
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "grad_norm",
+    "learning_rate",
+    "logical_tokens_per_second",
+    "physical_tokens_per_second",
+    "step_time",
+    "memory_peak_gb",
+}
+
+
+def words(rng: np.random.Generator, longest: int) -> str:
+    return " ".join(f"w{i}" for i in rng.integers(3, 96, size=rng.integers(1, longest + 1)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data, and run.yaml."""
+    folder = tmp_path_factory.mktemp("runs")
+    save_model(folder / "model", tiny_llama_config())
+    save_tokenizer(folder / "model")
+    rng = np.random.default_rng(0)
+    rows = [{"prompt": words(rng, 12), "chosen": words(rng, 8), "rejected": words(rng, 8)} for _ in range(40)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model_name_or_path": str(folder / "model"),
+        "dataset": "pairs.jsonl",
+        "dataset_dir": str(folder),
+        "val_size": 8,
+        "max_length": 64,
+        "train_batch_size": 8,
+        "max_steps": 6,
+        "learning_rate": 0.01,
+        "precision": "fp32",
+        "deepspeed": str(ROOT / "ds_configs" / "zero3.json"),
+        "cache_dir": str(folder / "cache"),
+        "output_dir": str(folder / "first"),
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def start(place: Path, *arguments: str, command: str = "train") -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    line = [sys.executable, "-m", "dsdpo", command, str(place / "run.yaml"), "--num_accelerators", "2", *arguments]
+    return subprocess.Popen(
+        line, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def run(place: Path, *arguments: str, command: str = "train") -> tuple[int, str]:
+    """Exit code and output."""
+    process = start(place, *arguments, command=command)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def metrics_of(output_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of training steps, and of evaluations."""
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [x for x in lines if "loss" in x], [x for x in lines if "eval_loss" in x]
+
+
+@pytest.fixture(scope="module")
+def first(place: Path) -> tuple[int, str]:
+    arguments = ["--eval_steps", "2", "--save_steps", "4", "--report_to", "tensorboard", "--plot_loss", "true"]
+    return run(place, *arguments)
+
+
+def test_a_run_leaves_everything_behind(place: Path, first: tuple[int, str]) -> None:
+    code, output = first
+    assert code == 0, output
+    out = place / "first"
+    steps, evaluations = metrics_of(out)
+    assert [x["step"] for x in steps] == list(range(1, 7))
+    assert all(METRICS <= x.keys() for x in steps)
+    assert [x["step"] for x in evaluations] == [2, 4, 6]
+    assert {f"eval_{name}" for name in ("loss", "rewards/accuracies", "rewards/margins")} <= evaluations[0].keys()
+    assert (out / "final" / "adapter_model.safetensors").exists()
+    assert (out / "weights" / "step-00000004" / "adapter_model.safetensors").exists()
+    assert (out / "COMPLETED").exists() and (out / "loss.png").stat().st_size > 5000
+    assert list((out / "tensorboard").iterdir())
+    assert yaml.safe_load((out / "run_config.yaml").read_text())["learning_rate"] == 0.01
+
+
+def test_the_output_names_loss_accuracy_margin_speed_and_time_left(first: tuple[int, str]) -> None:
+    line = next(line for line in first[1].splitlines() if line.startswith("step 3/6"))
+    assert all(word in line for word in ("loss", "acc", "margin", "tok/s", "left"))
+
+
+def test_at_step_1_the_policy_is_the_reference(place: Path, first: tuple[int, str]) -> None:
+    assert metrics_of(place / "first")[0][0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_a_finished_output_dir_is_not_touched(place: Path, first: tuple[int, str]) -> None:
+    before = (place / "first" / "metrics.jsonl").read_text()
+    code, output = run(place)
+    assert code == 66 and "output_dir" in output
+    assert (place / "first" / "metrics.jsonl").read_text() == before
+
+
+def test_eval_of_the_trained_weights_gives_the_last_evaluation(place: Path, first: tuple[int, str]) -> None:
+    final = str(place / "first" / "final")
+    code, output = run(place, "--model", final, "--output_dir", str(place / "eval"), command="eval")
+    assert code == 0, output
+    found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    expected = metrics_of(place / "first")[1][-1]
+    assert found["pairs"] == 8
+    assert found["loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
+    assert found["rewards/margins"] == pytest.approx(expected["eval_rewards/margins"], abs=1e-4)
+
+
+def test_another_beta_finds_its_reference_in_the_store(place: Path, first: tuple[int, str]) -> None:
+    code, output = run(place, "--beta", "0.3", "--max_steps", "1", "--output_dir", str(place / "beta"))
+    assert code == 0 and "found in" in output and "computing" not in output
+
+
+def test_a_loss_that_is_not_finite_ends_with_70_and_names_step_and_pairs(place: Path) -> None:
+    out = place / "nan"
+    code, output = run(place, "--learning_rate", "1e30", "--output_dir", str(out))
+    assert code == 70, output
+    assert "step 2: " in output and "pairs.jsonl:" in output
+    assert not (out / "final").exists() and not (out / "COMPLETED").exists()
+    assert run(place, "--output_dir", str(out))[0] == 66, "a half-done output_dir says so"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_request_saves_and_ends_with_75(place: Path, number: signal.Signals) -> None:
+    out = place / number.name
+    process = start(place, "--max_steps", "100000", "--output_dir", str(out))
+    deadline = time.monotonic() + 200
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert (out / "final" / "adapter_model.safetensors").exists() and not (out / "COMPLETED").exists()
+
+
+def test_under_torchrun_it_is_a_rank_and_prepares_by_itself(place: Path) -> None:
+    out = place / "torchrun"
+    line = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m", "dsdpo", "train"]
+    arguments = [str(place / "run.yaml"), "--output_dir", str(out), "--cache_dir", str(place / "other-cache")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", *line, *arguments], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (out / "COMPLETED").exists()
+    assert done.stdout.count("32 of them in this split") == 1, "only the main rank reports"
+    np.testing.assert_allclose(
+        [x["loss"] for x in metrics_of(out)[0]], [x["loss"] for x in metrics_of(place / "first")[0]], rtol=1e-4
+    )
