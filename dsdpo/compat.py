@@ -36,9 +36,14 @@ def chunked_logps(
     Returns:
         fp32 [C].
     """
-    from trl.kernels import ChunkedLogProbFunction
+    extra: tuple[Any, ...] = ((),)
+    try:
+        from trl.kernels import ChunkedLogProbFunction as kernel
+    except ImportError:  # trl 1.14 is the last one for Python 3.10
+        from trl.trainer.utils import _ChunkedLogProbFunction as kernel
 
-    logps, *_ = ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.0, vocab_chunk, softcap, logit_scale, ())
+        extra = ()
+    logps, *_ = kernel.apply(hidden, weight, bias, targets, 1.0, vocab_chunk, softcap, logit_scale, *extra)
     return logps
 
 

@@ -37,7 +37,7 @@ METRICS = {
 
 
 def words(rng: np.random.Generator, longest: int) -> str:
-    return " ".join(f"w{i}" for i in rng.integers(3, 96, size=rng.integers(1, longest + 1)))
+    return " ".join(f"w{i}" for i in rng.integers(3, 96, size=rng.integers(3, longest + 1)))
 
 
 @pytest.fixture(scope="module")

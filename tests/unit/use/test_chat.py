@@ -75,7 +75,7 @@ def save_adapter(folder: Path, base: Path, tokenizer: PreTrainedTokenizerFast, w
         down, up = head.lora_A["default"].weight.zero_(), head.lora_B["default"].weight.zero_()
         for row, (token, follower) in enumerate(chain):
             down[row, token] = up[follower, row] = 2.0
-    tuned.save_pretrained(folder)
+    tuned.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
 
 
