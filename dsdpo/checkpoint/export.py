@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
-from deepspeed import DeepSpeedEngine
-from deepspeed.runtime.zero import GatheredParameters
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsdpo.compat import is_partitioned
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.errors import CheckpointError, IOFailure
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 FINAL = "final"
 INTERMEDIATE = "weights"
@@ -42,6 +43,8 @@ def export_engine(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, f
 
 def _whole_state(model: nn.Module, trainable_only: bool, keep: bool) -> dict[str, torch.Tensor]:
     """Parameters by name, whole and on the host; a tied parameter stands under its first name only."""
+    from deepspeed.runtime.zero import GatheredParameters  # here, since exporting a folder needs no deepspeed
+
     state: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         if trainable_only and not parameter.requires_grad:

@@ -169,6 +169,6 @@ def describe(engine: DeepSpeedEngine, config: RunConfig, ranks: Ranks, hardware:
     raised = f" (stage {asked} with bf16 runs as stage 1)" if stage != asked else ""
     return (
         f"{config.stage} of {config.model_name_or_path}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M "
-        f"trainable ({config.finetuning_type}); ZeRO stage {stage}{raised}, {ranks.world_size} ranks on "
-        f"{hardware.device.type}, {'bf16' if hardware.bf16 else 'fp32'}"
+        f"trainable ({config.finetuning_type}), {config.reference} reference; ZeRO stage {stage}{raised}, "
+        f"{ranks.world_size} ranks on {hardware.device.type}, {'bf16' if hardware.bf16 else 'fp32'}"
     )
