@@ -95,5 +95,10 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "pip's settings for where torch came from. To go on without them: touch $(STAMP)" >&2
 		exit 1
 	fi
+	if [ -z "$(GPUS)" ]; then
+		echo "compiling DeepSpeed's CPU kernel, which would otherwise happen in the first run"
+		export PATH="$(BIN):$$PATH" DS_ACCELERATOR=cpu
+		python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Op; Op().load(verbose=False)' > /dev/null
+	fi
 	touch $@
 	echo "set-up took $$(($$(date +%s) - start)) s"

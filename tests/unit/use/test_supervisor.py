@@ -45,8 +45,9 @@ write_exit(out, 75, "stopped on request")
 sys.exit(1)
 """
 SUPERVISOR = """
-import os, pathlib, sys
+import os, pathlib, signal, sys
 from dsdpo.use.supervisor import judge, run_launcher
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with SIGINT ignored
 out = pathlib.Path(sys.argv[1])
 try:
     status = run_launcher([sys.executable, "-c", sys.argv[2], str(out)], os.environ, out)
@@ -86,7 +87,8 @@ def supervisor(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[byte
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()  # not communicate(): a rank that outlived a failed test would hold the pipe open
+        process.stderr.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
