@@ -13,6 +13,7 @@ import torch
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.packing import Segment
 from dsdpo.dist import launched
+from dsdpo.files import write_atomically
 from dsdpo.model.attention import RowLayout
 from dsdpo.train.engine import start_process_group
 from dsdpo.train.loop import train
@@ -29,7 +30,7 @@ def zero_json(folder: Path, stage: int) -> str:
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0
     path = folder / f"zero{stage}.json"
-    path.write_text(json.dumps({"zero_optimization": zero}))
+    write_atomically(path, json.dumps({"zero_optimization": zero}))  # ranks of a group may share the folder
     return str(path)
 
 
