@@ -1,4 +1,4 @@
-"""The one place for private or version-bound APIs of deepspeed, transformers and trl.
+"""The one place for private or version-bound APIs of deepspeed, transformers, peft and trl.
 
 pyproject.toml pins these packages to the range that the tests ran with. Imports stand inside the functions: this
 module is below everything and must cost nothing.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from dsdpo.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +24,9 @@ def chunked_logps(
     vocab_chunk: int,
     softcap: float | None,
     logit_scale: float,
-) -> torch.Tensor:
-    """TRL's kernel for log softmax(hidden @ weight.T + bias)[target], without the [C, V] logits.
+    with_log_sum_sq: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """TRL's kernel for log p = log softmax(hidden @ weight.T + bias), without the [C, V] logits.
 
     Args:
         hidden: [C, H].
@@ -32,19 +35,25 @@ def chunked_logps(
         vocab_chunk: vocabulary columns computed at a time.
         softcap: cap on the logits' size through tanh, or None.
         logit_scale: factor on the logits.
+        with_log_sum_sq: whether to give the second result.
 
     Returns:
-        fp32 [C].
+        log p of the targets, fp32 [C]; log sum_v p_v^2, fp32 [C] without gradient, or None.
+
+    Raises:
+        ConfigError: this trl cannot give the second one.
     """
-    extra: tuple[Any, ...] = ((),)
+    extra: tuple[Any, ...] = (("log_sum_sq_probs",) if with_log_sum_sq else (),)
     try:
         from trl.kernels import ChunkedLogProbFunction as kernel
     except ImportError:  # trl 1.14 is the last one for Python 3.10
         from trl.trainer.utils import _ChunkedLogProbFunction as kernel
 
+        if with_log_sum_sq:
+            raise ConfigError("use_weighting needs trl 1.15 or newer, which needs Python 3.11: unset it") from None
         extra = ()
-    logps, *_ = kernel.apply(hidden, weight, bias, targets, 1.0, vocab_chunk, softcap, logit_scale, *extra)
-    return logps
+    logps, *others = kernel.apply(hidden, weight, bias, targets, 1.0, vocab_chunk, softcap, logit_scale, *extra)
+    return logps, others[1] if with_log_sum_sq else None
 
 
 @contextmanager
@@ -65,6 +74,27 @@ def zero3_loading(engine_config: dict[str, Any]) -> Iterator[None]:
     finally:
         unset_hf_deepspeed_config()
         del alive
+
+
+@contextmanager
+def active_adapter(model: torch.nn.Module, name: str | None) -> Iterator[None]:
+    """Inside, every tuned layer of a PEFT model computes with adapter `name`, or with none.
+
+    PEFT's own set_adapter and disable_adapter change what requires gradients too, which DeepSpeed must not see.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before):
+            layer._active_adapter, layer._disable_adapters = active, disabled
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:

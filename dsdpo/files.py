@@ -1,12 +1,19 @@
-"""Writing files so that a reader sees all of one or nothing, also after a crash."""
+"""Writing files so that a reader sees all of one or nothing, also after a crash; hashing files once."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 from dsdpo.errors import IOFailure
+
+_HASH_BLOCK = 1 << 24
+_SETTLED_NS = 2_000_000_000  # a file changed less than this ago could change again within the clock's grain
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -37,3 +44,33 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise IOFailure(
             f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
         ) from error
+
+
+def file_digest(path: Path, stamps: Path) -> str:
+    """sha256 of a file's content, remembered for the same file in the same state.
+
+    Args:
+        path: the file; a link is followed.
+        stamps: folder that remembers hashes. The state is size, inode and both times of change: writing over a file,
+            or putting another in its place with an old date, changes one of them.
+    """
+    status = path.stat()
+    state: dict[str, Any] = {
+        "path": str(path),
+        "size": status.st_size,
+        "inode": status.st_ino,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+    }
+    stamp = stamps / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+    if stamp.exists():
+        known = json.loads(stamp.read_bytes())
+        if all(known.get(key) == value for key, value in state.items()):
+            return str(known["sha256"])
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BLOCK):
+            digest.update(block)
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS:
+        write_atomically(stamp, json.dumps({**state, "sha256": digest.hexdigest()}))
+    return digest.hexdigest()

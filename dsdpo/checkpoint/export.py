@@ -70,7 +70,8 @@ def _write_folder(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
+        which = {"selected_adapters": ["default"]} if isinstance(model, peft.PeftModel) else {}
+        model.save_pretrained(temporary, **which, **({} if state is None else {"state_dict": state}))
         tokenizer.save_pretrained(temporary)
         if folder.exists():
             shutil.rmtree(folder)

@@ -164,6 +164,14 @@ def engine_config(config: RunConfig, world_size: int, bf16: bool) -> dict[str, A
     }
 
 
+def reference_engine_config(config: RunConfig, world_size: int, bf16: bool) -> dict[str, Any]:
+    """The same for a frozen model beside the policy: always stage 3, with the user's block if it is of stage 3."""
+    settings = engine_config(config, world_size, bf16)
+    zero = settings["zero_optimization"]
+    settings["zero_optimization"] = zero if zero["stage"] == 3 else {"stage": 3}
+    return settings
+
+
 def _without(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`data` less what is "auto", owned by the run config or switched off."""
     kept = {}

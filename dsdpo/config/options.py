@@ -45,7 +45,10 @@ def options() -> dict[str, Option]:
 def allowed(field: FieldInfo) -> str:
     """Type and bounds of a field in words, such as `a whole number, at least 1, or empty`."""
     kinds = value_kinds(field)
-    text = " or ".join(_kind_text(kind) for kind in kinds if kind is not type(None))
+    named = [kind for kind in kinds if kind is not type(None)]
+    text = " or ".join(_kind_text(kind) for kind in named)
+    if len(named) > 1:
+        text = text.replace("only ", "")
     for bound in field.metadata:
         for attribute, words in _BOUNDS.items():
             if hasattr(bound, attribute):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
 
 from dsdpo.config.load import LoadResult
-from dsdpo.config.schema import RunConfig
+from dsdpo.config.schema import ACROSS_PAIRS, REFERENCE_FREE, RunConfig
 
 Given = Mapping[str, str]  # explicitly set key -> place
 
@@ -25,7 +26,7 @@ def check_rules(loaded: LoadResult) -> list[str]:
 
 
 def _row_fits_a_pair(config: RunConfig, given: Given) -> str:
-    if config.row_tokens >= 2 * config.max_length:
+    if config.row_tokens is None or config.row_tokens >= 2 * config.max_length:
         return ""
     return (
         f"max_tokens_per_row is {config.row_tokens}, but a pair may take 2 * max_length = "
@@ -36,9 +37,92 @@ def _row_fits_a_pair(config: RunConfig, given: Given) -> str:
 def _losses(config: RunConfig, given: Given) -> str:
     if len(set(config.loss_type)) != len(config.loss_type):
         return f"loss_type names a loss twice: {', '.join(config.loss_type)}; name each once"
-    if "sigmoid" not in config.loss_type:
-        return f"loss_type is {config.loss_type}; stage dpo needs sigmoid in it, such as [sigmoid, sft]"
+    if set(config.loss_type) <= {"sft"}:
+        return f"loss_type is {config.loss_type}; stage dpo needs a preference loss in it, such as [sigmoid, sft]"
     return ""
+
+
+# option -> the losses that read it
+_OPTION_OF: dict[str, frozenset[str]] = {
+    "label_smoothing": frozenset(("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "odpo", "simpo", "cpo")),
+    "discopop_tau": frozenset(("discopop",)),
+    "simpo_gamma": frozenset(("simpo",)),
+    "cpo_alpha": frozenset(("cpo",)),
+    "odpo_alpha": frozenset(("odpo",)),
+}
+_WITH_DIVERGENCE = frozenset(
+    ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "odpo", "sft")
+)
+_PER_TOKEN_MEANS = frozenset(("simpo", "orpo"))
+
+
+def _loss_options(config: RunConfig, given: Given) -> str:
+    for option, losses in _OPTION_OF.items():
+        if option in given and getattr(config, option) and not losses.intersection(config.loss_type):
+            return (
+                f"{option} is set, but no loss of loss_type {config.loss_type} reads it (those that do: "
+                f"{', '.join(sorted(losses))}); delete it or change loss_type"
+            )
+    if "exo_pair" in config.loss_type and config.label_smoothing == 0:
+        return "loss_type exo_pair needs label_smoothing above 0; its paper takes 1e-3"
+    return ""
+
+
+def _divergence(config: RunConfig, given: Given) -> str:
+    if config.f_divergence_type == "reverse_kl":
+        useless = "f_alpha_divergence_coef" in given
+        return "f_alpha_divergence_coef is set, but f_divergence_type is reverse_kl; delete one" if useless else ""
+    if "f_alpha_divergence_coef" in given and config.f_divergence_type != "alpha_divergence":
+        return (
+            f"f_alpha_divergence_coef is set, but f_divergence_type is {config.f_divergence_type}; delete it or set "
+            "alpha_divergence"
+        )
+    others = [loss for loss in config.loss_type if loss not in _WITH_DIVERGENCE]
+    if others:
+        return (
+            f"f_divergence_type {config.f_divergence_type} is not defined for {', '.join(others)}; use it with "
+            f"{', '.join(sorted(_WITH_DIVERGENCE))}, or set reverse_kl"
+        )
+    return ""
+
+
+def _ld_alpha(config: RunConfig, given: Given) -> str:
+    clash = _PER_TOKEN_MEANS.intersection(config.loss_type)
+    if config.ld_alpha is not None and clash:
+        return f"ld_alpha weighs log-prob sums, but {', '.join(sorted(clash))} takes means per token; delete ld_alpha"
+    return ""
+
+
+def _reference(config: RunConfig, given: Given) -> str:
+    needing = [loss for loss in config.loss_type if loss not in REFERENCE_FREE]
+    if config.reference == "none" and needing:
+        return f"reference is none, but {', '.join(needing)} needs one; set auto, cached or live"
+    if config.reference in ("cached", "live") and not needing:
+        return (
+            f"reference is {config.reference}, but no loss of loss_type {config.loss_type} reads one; set auto or none"
+        )
+    return ""
+
+
+def _across_pairs(config: RunConfig, given: Given) -> str:
+    losses = [loss for loss in config.loss_type if loss in ACROSS_PAIRS]
+    if losses and (config.lora_dropout > 0 or not config.disable_dropout):
+        return (
+            f"loss_type {', '.join(losses)} computes each step's pairs twice, which dropout would make differ; set "
+            "lora_dropout: 0 and disable_dropout: true"
+        )
+    return ""
+
+
+def _weighting(config: RunConfig, given: Given) -> str:
+    if config.use_weighting and not _has_weighting_kernel():
+        return "use_weighting needs trl 1.15 or newer, which needs Python 3.11; delete it or use a newer Python"
+    return ""
+
+
+def _has_weighting_kernel() -> bool:
+    major, minor, *_ = importlib.metadata.version("trl").split(".")
+    return (int(major), int(minor)) >= (1, 15)
 
 
 def _loss_weights(config: RunConfig, given: Given) -> str:
@@ -73,7 +157,15 @@ def _something_to_evaluate(config: RunConfig, given: Given) -> str:
 
 
 def _lora_options(config: RunConfig, given: Given) -> str:
+    shape = [key for key in ("lora_rank", "lora_alpha", "lora_target") if key in given]
+    if config.adapter_name_or_path and shape:
+        return (
+            f"{', '.join(shape)} set beside adapter_name_or_path, whose adapter has its own; delete "
+            f"{'it' if len(shape) == 1 else 'them'}"
+        )
     useless = [key for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target") if key in given]
+    if config.adapter_name_or_path:
+        useless.append("adapter_name_or_path")
     if config.finetuning_type == "full" and useless:
         return (
             f"{', '.join(useless)} set while finetuning_type is full, which has no adapters; "
@@ -118,10 +210,19 @@ RULES: list[tuple[tuple[str, ...], Callable[[RunConfig, Given], str]]] = [
     (("max_tokens_per_row", "max_length"), _row_fits_a_pair),
     (("loss_type",), _losses),
     (("loss_weights", "loss_type"), _loss_weights),
+    (("loss_type", *_OPTION_OF), _loss_options),
+    (("f_divergence_type", "f_alpha_divergence_coef", "loss_type"), _divergence),
+    (("ld_alpha", "loss_type"), _ld_alpha),
+    (("reference", "loss_type"), _reference),
+    (("loss_type", "lora_dropout", "disable_dropout"), _across_pairs),
+    (("use_weighting",), _weighting),
     (("eval_dataset", "val_size"), _one_held_out_set),
     (("val_size",), _val_size),
     (("eval_steps", "eval_dataset", "val_size"), _something_to_evaluate),
-    (("finetuning_type", "lora_rank", "lora_alpha", "lora_dropout", "lora_target"), _lora_options),
+    (
+        ("finetuning_type", "adapter_name_or_path", "lora_rank", "lora_alpha", "lora_dropout", "lora_target"),
+        _lora_options,
+    ),
     (("lora_target",), _lora_target),
     (("report_to",), _trackers),
     (("attn_implementation", "precision"), _attention),

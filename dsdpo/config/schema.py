@@ -12,7 +12,29 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-LossType = Literal["sigmoid", "sft"]
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+    "odpo",
+    "simpo",
+    "cpo",
+    "orpo",
+    "sft",
+]
+REFERENCE_FREE: tuple[LossType, ...] = ("simpo", "cpo", "orpo", "sft")
+ACROSS_PAIRS: tuple[LossType, ...] = ("aot", "aot_unpaired")
 
 
 class RunConfig(BaseModel):
@@ -38,6 +60,9 @@ class RunConfig(BaseModel):
 
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout on the LoRA input, a probability."""
+
+    adapter_name_or_path: str | None = None
+    """Folder of a LoRA adapter to train further; it is then the reference too. Rank, scale and targets are its own."""
 
     lora_target: list[str] = ["all"]
     """Module names that get adapters, such as `q_proj,v_proj`. `all`: every linear layer but the output
@@ -102,29 +127,58 @@ class RunConfig(BaseModel):
 
     # --- objective ---
     loss_type: list[LossType] = ["sigmoid"]
-    """Losses to sum. `sigmoid`: the DPO loss. `sft`: mean negative log-likelihood per chosen token, as in
-    TRL."""
+    """Losses to sum, under TRL's names. `sigmoid` is DPO, `sft` the negative log-likelihood per chosen token,
+    `odpo` takes its margin from the data's scores; `simpo`, `cpo` and `orpo` need no reference. docs/losses.md has
+    each with equation and paper."""
 
     loss_weights: list[float] | None = None
     """One weight per loss_type. Empty: 1 each."""
 
     beta: float = Field(0.1, gt=0.0)
-    """Strength of the pull to the reference model; a larger beta keeps the policy closer."""
+    """Strength of the pull to the reference model; a larger beta keeps the policy closer. `ipo`: tau. `simpo`: the
+    scale of the reward, around 2. `orpo`: weight of the odds ratio."""
 
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
-    """Assumed probability that a pair is labelled the wrong way round (conservative DPO)."""
+    """Assumed probability that a pair is labelled the wrong way round: for `sigmoid` (conservative DPO), `robust`,
+    `exo_pair` (above 0, such as 1e-3), `aot`, `aot_unpaired`, `odpo`, `simpo` and `cpo`."""
 
-    reference: Literal["cached"] = "cached"
-    """Where reference log-probs come from. `cached`: one pass of the untrained policy over the data, stored
-    and reused while weights, token ids and settings stay the same."""
+    ld_alpha: float | None = Field(None, ge=0.0, le=1.0)
+    """Weight of the tokens beyond the length of the pair's shorter completion (LD-DPO). Empty: 1, plain sums."""
+
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """Divergence that holds the policy near the reference (f-DPO), for the losses on the difference of log-ratios."""
+
+    f_alpha_divergence_coef: float = 0.5
+    """Alpha of `alpha_divergence`."""
+
+    use_weighting: bool = False
+    """Weigh each pair by how likely the policy itself is to produce it (WPO)."""
+
+    discopop_tau: float = Field(0.05, gt=0.0)
+    """Temperature of `discopop`'s mixing."""
+
+    simpo_gamma: float = Field(0.5, ge=0.0)
+    """Target reward margin of `simpo`."""
+
+    cpo_alpha: float = Field(1.0, ge=0.0)
+    """Weight of the log-likelihood term in `cpo`."""
+
+    odpo_alpha: float = Field(1.0, ge=0.0)
+    """Weight of `odpo`'s margin, the logarithm of the difference between chosen_score and rejected_score."""
+
+    reference: Literal["auto", "cached", "live", "none"] = "auto"
+    """Where reference log-probs come from. `cached`: one pass of the untrained policy over the data, stored and
+    reused while weights, token ids and settings stay the same. `live`: computed in every step, by the policy with its
+    adapter switched off, or for full fine-tuning by a frozen copy sharded with ZeRO-3. `none`: for losses without a
+    reference. `auto`: cached, or none where no loss needs one."""
 
     # --- batches ---
     train_batch_size: int = Field(32, ge=1)
     """Pairs per optimizer step over all GPUs together, whatever their number."""
 
-    max_tokens_per_row: int | None = Field(None, ge=16)
-    """Longest packed row, in tokens: what one GPU computes at a time. At least 2 * max_length. Empty:
-    4 * max_length."""
+    max_tokens_per_row: int | Literal["auto"] | None = None
+    """Longest packed row, in tokens: what one GPU computes at a time. At least 2 * max_length. `auto`: what the GPU's
+    memory allows by an estimate; 8192 on CPU. Empty: 4 * max_length."""
 
     share_prefix: bool = True
     """Compute a pair's prompt once for both completions. False: prompt+chosen and prompt+rejected as two
@@ -211,10 +265,24 @@ class RunConfig(BaseModel):
             return [part.strip() for part in value.split(",")]
         return [value] if isinstance(value, (int, float)) else value
 
+    @field_validator("max_tokens_per_row")
+    @classmethod
+    def _row_holds_something(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 16:
+            raise ValueError("must be at least 16, or auto")
+        return value
+
     @property
-    def row_tokens(self) -> int:
-        """`max_tokens_per_row`, or its default."""
-        return self.max_tokens_per_row or 4 * self.max_length
+    def row_tokens(self) -> int | None:
+        """`max_tokens_per_row`, or its default; None when it is found from the memory there is."""
+        return None if self.max_tokens_per_row == "auto" else self.max_tokens_per_row or 4 * self.max_length
+
+    @property
+    def reference_kind(self) -> Literal["cached", "live", "none"]:
+        """`reference`, with `auto` decided."""
+        if self.reference != "auto":
+            return self.reference
+        return "none" if set(self.loss_type) <= set(REFERENCE_FREE) else "cached"
 
     @property
     def cache_path(self) -> Path:

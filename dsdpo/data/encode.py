@@ -37,7 +37,7 @@ class Limits:
     @classmethod
     def of(cls, config: RunConfig) -> Limits:
         """The run's limits. Two sequences of max_length are the most that a pair can fill."""
-        can_exceed = config.row_tokens < 2 * config.max_length
+        can_exceed = config.row_tokens is not None and config.row_tokens < 2 * config.max_length
         return cls(
             max_length=config.max_length,
             truncation_mode=config.truncation_mode,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,13 +14,10 @@ from dsdpo.data.encode import Limits
 from dsdpo.data.readers import load_hub
 from dsdpo.data.registry import DatasetEntry
 from dsdpo.errors import DataError
-from dsdpo.files import write_atomically
+from dsdpo.files import file_digest, write_atomically
 
 # raise it when the same inputs would give other shards
 CODE_VERSION = 2
-
-_HASH_BLOCK = 1 << 22
-_SETTLED_NS = 2_000_000_000  # a file changed less than this ago could change again within the clock's grain
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -77,7 +72,7 @@ def source_digest(entry: DatasetEntry, stamps: Path, refresh: bool) -> str:
         DataError: a hub set that has not been loaded yet, when `refresh` is False.
     """
     if entry.hub_id is None:
-        return _digest([_file_digest(path, stamps) for path in entry.files])
+        return _digest([file_digest(path, stamps) for path in entry.files])
     identity = {"hub": entry.hub_id, "subset": entry.subset, "split": entry.split, "folder": entry.folder}
     stamp = stamps / f"{_digest({**identity, 'modelscope': entry.modelscope})}.json"
     if refresh:
@@ -85,24 +80,6 @@ def source_digest(entry: DatasetEntry, stamps: Path, refresh: bool) -> str:
     elif not stamp.exists():
         raise DataError(f"{entry.hub_id} has not been loaded from the hub yet; run `dsdpo prepare` first")
     return str(json.loads(stamp.read_bytes())["fingerprint"])
-
-
-def _file_digest(path: Path, stamps: Path) -> str:
-    """sha256 of a file, remembered for its path, size and time of change."""
-    status = path.stat()
-    stamp = stamps / f"{_digest(str(path))}.json"
-    state: dict[str, Any] = {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    if stamp.exists():
-        known = json.loads(stamp.read_bytes())
-        if all(known.get(key) == value for key, value in state.items()):
-            return str(known["sha256"])
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_HASH_BLOCK):
-            digest.update(block)
-    if time.time_ns() - status.st_mtime_ns > _SETTLED_NS:
-        write_atomically(stamp, json.dumps({**state, "sha256": digest.hexdigest()}))
-    return digest.hexdigest()
 
 
 def _digest(value: object) -> str:

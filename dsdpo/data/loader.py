@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from dsdpo.data.order import step_pair_ids
-from dsdpo.data.packing import Row, TokenPair, build_row, dummy_row, plan_step, row_lengths
+from dsdpo.data.packing import Row, TokenPair, build_row, dummy_row, idle_share, plan_step, row_lengths
 from dsdpo.dist import Ranks
 
 
@@ -36,17 +36,26 @@ class Batch:
 
     Attributes:
         pair_ids: int64 [B], the pairs of the step over all ranks.
+        lengths: int64 [B, 3], tokens of prompt, chosen and rejected of each.
+        score_gaps: float64 [B], the data's score of chosen minus that of rejected; NaN where there are none.
         rows: this rank's rows, one per micro-step; all ranks have the same number.
-        mean_chosen_tokens: chosen tokens per pair over the whole step.
         logical_tokens: 2p + c + r summed over all B pairs, what padded training would count.
         physical_tokens: tokens in the rows of all ranks.
+        idle_share: part of the step, in tokens, for which ranks wait for the longest row of their micro-step.
     """
 
     pair_ids: np.ndarray
+    lengths: np.ndarray
+    score_gaps: np.ndarray
     rows: list[Row]
-    mean_chosen_tokens: float
     logical_tokens: int
     physical_tokens: int
+    idle_share: float
+
+    @property
+    def mean_chosen_tokens(self) -> float:
+        """Chosen tokens per pair over the whole step."""
+        return float(self.lengths[:, 1].mean())
 
 
 class PairLoader:
@@ -67,16 +76,18 @@ class PairLoader:
 
     def batch(self, pair_ids: np.ndarray) -> Batch:
         """This rank's rows for one step's pairs."""
-        lengths = self.pairs.lengths(pair_ids)
+        lengths, scores = self.pairs.lengths(pair_ids), self.pairs.scores(pair_ids)
         tokens = row_lengths(lengths, self.share_prefix)
         plan = plan_step(tokens, self.ranks.world_size, self.max_tokens_per_row)
         rows = [self._row(pair_ids, micro_step[self.ranks.rank]) for micro_step in plan]
         return Batch(
             pair_ids=pair_ids,
+            lengths=lengths,
+            score_gaps=scores[:, 0] - scores[:, 1],
             rows=rows,
-            mean_chosen_tokens=float(lengths[:, 1].mean()),
             logical_tokens=int(row_lengths(lengths, share_prefix=False).sum()),
             physical_tokens=int(tokens.sum()),
+            idle_share=idle_share(plan, tokens),
         )
 
     def _row(self, pair_ids: np.ndarray, indices: list[int]) -> Row:

@@ -54,7 +54,8 @@ class Row:
         segments: in row order, together covering all T tokens.
         score_from: int64 [C], positions whose hidden state predicts a completion token.
         targets: int64 [C], the tokens predicted.
-        completion: int64 [C], the completion that each scored token belongs to.
+        part_lengths: int64 [n, 2], scored tokens of each completion, in order: those at places that the pair's other
+            completion has too, and those beyond its end. They add up to C.
         pairs: int64 [P], indices of the row's pairs in the step; empty for a dummy row.
         logical_tokens: tokens that plain padded training would have computed: 2p + c + r summed over pairs.
     """
@@ -64,14 +65,9 @@ class Row:
     segments: list[Segment]
     score_from: np.ndarray
     targets: np.ndarray
-    completion: np.ndarray
+    part_lengths: np.ndarray
     pairs: np.ndarray
     logical_tokens: int
-
-    @property
-    def n_completions(self) -> int:
-        """Two for each pair; a dummy row has two as well, of weight zero."""
-        return int(self.completion[-1]) + 1
 
 
 def row_lengths(lengths: np.ndarray, share_prefix: bool) -> np.ndarray:
@@ -132,6 +128,17 @@ def _fill(tokens: np.ndarray, n_rows: int, capacity: int) -> list[list[int]] | N
     return rows
 
 
+def idle_share(plan: StepPlan, tokens: np.ndarray) -> float:
+    """Share of a step's time, counted in tokens, that ranks wait for the longest row of each micro-step.
+
+    Args:
+        plan: of `plan_step`.
+        tokens: int [B], row tokens of each pair.
+    """
+    loads = np.array([[int(tokens[row].sum()) for row in micro_step] for micro_step in plan])
+    return float(1 - loads.sum() / (loads.max(axis=1).sum() * loads.shape[1]))
+
+
 def build_row(pairs: Sequence[TokenPair], indices: Sequence[int], share_prefix: bool) -> Row:
     """Lay pairs out one after another in a row.
 
@@ -144,17 +151,18 @@ def build_row(pairs: Sequence[TokenPair], indices: Sequence[int], share_prefix: 
     positions: list[np.ndarray] = []
     segments: list[Segment] = []
     score_from: list[np.ndarray] = []
-    completion: list[np.ndarray] = []
+    part_lengths: list[tuple[int, int]] = []
     start = 0
-    for k, (prompt, chosen, rejected) in enumerate(pairs):
+    for prompt, chosen, rejected in pairs:
         p = len(prompt)
+        shared = min(len(chosen), len(rejected))
         prompt_start = start
         if share_prefix:
             ids.append(prompt)
             positions.append(np.arange(p))
             segments.append(Segment(start, p))
             start += p
-        for side, answer in enumerate((chosen, rejected)):
+        for answer in (chosen, rejected):
             n = len(answer)
             if share_prefix:
                 ids.append(answer)
@@ -168,14 +176,14 @@ def build_row(pairs: Sequence[TokenPair], indices: Sequence[int], share_prefix: 
                 segments.append(Segment(start, p + n))
                 score_from.append(np.arange(start + p - 1, start + p + n - 1))
                 start += p + n
-            completion.append(np.full(n, 2 * k + side))
+            part_lengths.append((shared, n - shared))
     return Row(
         input_ids=np.concatenate(ids).astype(np.int64),
         position_ids=np.concatenate(positions).astype(np.int64),
         segments=segments,
         score_from=np.concatenate(score_from).astype(np.int64),
         targets=np.concatenate([answer for _, *answers in pairs for answer in answers]).astype(np.int64),
-        completion=np.concatenate(completion).astype(np.int64),
+        part_lengths=np.array(part_lengths, dtype=np.int64),
         pairs=np.asarray(indices, dtype=np.int64),
         logical_tokens=sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs) if len(indices) else 0,
     )

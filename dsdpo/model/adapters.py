@@ -10,8 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dsdpo.compat import active_adapter
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import ConfigError
+
+REFERENCE = "reference"  # name of the frozen copy of a continued adapter
 
 
 def add_lora(model: PreTrainedModel, config: RunConfig) -> peft.PeftModel:
@@ -51,6 +54,25 @@ def load_lora(model: PreTrainedModel, folder: str) -> peft.PeftModel:
     return peft.PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
 
 
-def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, a PEFT model computes what its base model computes; any other model is left alone."""
-    return model.disable_adapter() if isinstance(model, peft.PeftModel) else nullcontext()
+def continue_lora(model: PreTrainedModel, folder: str, keep_reference: bool) -> peft.PeftModel:
+    """Put a trained adapter on `model` to train it further.
+
+    Args:
+        model: the base model.
+        folder: of the adapter.
+        keep_reference: whether to keep a frozen copy beside it, for `reference_weights`.
+    """
+    policy = load_lora(model, folder)
+    if keep_reference:
+        policy.load_adapter(folder, REFERENCE, is_trainable=False, autocast_adapter_dtype=False)
+    return policy
+
+
+def reference_weights(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, a PEFT model computes what the reference computes; any other model is left alone.
+
+    That is the frozen copy of a continued adapter where `continue_lora` kept one, else the base model.
+    """
+    if not isinstance(model, peft.PeftModel):
+        return nullcontext()
+    return active_adapter(model, REFERENCE if REFERENCE in model.peft_config else None)

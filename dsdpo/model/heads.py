@@ -26,6 +26,19 @@ class LogProbHead(nn.Module):
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale: float = getattr(config, "logit_scale", None) or 1.0
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """hidden [C, hidden size], targets int64 [C] -> log-probs fp32 [C]."""
-        return chunked_logps(hidden, self.weight, self.bias, targets, VOCAB_CHUNK, self.softcap, self.logit_scale)
+    def forward(
+        self, hidden: torch.Tensor, targets: torch.Tensor, with_log_sum_sq: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs of the targets, and of interest to WPO, log sum_v p_v^2.
+
+        Args:
+            hidden: [C, hidden size].
+            targets: int64 [C].
+            with_log_sum_sq: whether to give the second one; without gradient.
+
+        Returns:
+            fp32 [C], and fp32 [C] or None.
+        """
+        return chunked_logps(
+            hidden, self.weight, self.bias, targets, VOCAB_CHUNK, self.softcap, self.logit_scale, with_log_sum_sq
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,22 @@ from transformers import (
 from dsdpo.compat import zero3_loading
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import ConfigError
+from dsdpo.files import file_digest
 from dsdpo.model.attention import check_supported
 
-_HASH_BLOCK = 1 << 24
+# keys of a config that change no log-prob; the precision in memory is the run's own
+_NO_EFFECT = (
+    "_name_or_path",
+    "architectures",
+    "base_model_name_or_path",
+    "dtype",
+    "inference_mode",
+    "revision",
+    "torch_dtype",
+    "transformers_version",
+    "peft_version",
+    "use_cache",
+)
 
 
 def load_causal_lm(
@@ -62,10 +76,14 @@ def _zero_dropout(model_config: PretrainedConfig) -> None:
             setattr(model_config, key, 0.0)
 
 
-def weights_digest(model_name_or_path: str) -> str:
-    """sha256 over the names and bytes of the weight files that the model loads from.
+def weights_digest(model_name_or_path: str, stamps: Path) -> str:
+    """Hash of what a model computes with: the content of its weight files, and its config.
 
-    A hub id is looked up in the local cache, where loading has put it before.
+    Args:
+        model_name_or_path: a folder of a model or of an adapter, or a hub id. A hub id is looked up in the local cache,
+            where loading has put it before. Paths and file names do not count, nor does what the config says of
+            versions and names.
+        stamps: folder that remembers hashes of files, so that large weights are read once.
     """
     folder = Path(model_name_or_path)
     if not folder.is_dir():
@@ -73,10 +91,10 @@ def weights_digest(model_name_or_path: str) -> str:
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
         raise ConfigError(f"{folder} holds no *.safetensors or *.bin weights: check model_name_or_path")
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(_HASH_BLOCK):
-                digest.update(block)
-    return digest.hexdigest()
+    settings = {}
+    for name in ("config.json", "adapter_config.json"):
+        if (folder / name).exists():
+            found = json.loads((folder / name).read_text())
+            settings[name] = {key: value for key, value in found.items() if key not in _NO_EFFECT}
+    weights = [file_digest(file.resolve(), stamps) for file in files]
+    return hashlib.sha256(json.dumps([weights, settings], sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A packed row in, the log-probability of each completion out."""
+"""A packed row in, the log-probabilities of its completions out."""
 
 from __future__ import annotations
 
@@ -22,18 +22,16 @@ class RowTensors:
     layout: RowLayout
     score_from: torch.Tensor
     targets: torch.Tensor
-    completion: torch.Tensor
-    n_completions: int
+    part_lengths: torch.Tensor
 
     @classmethod
     def from_row(cls, row: Row, device: torch.device) -> RowTensors:
         """Copy a row to `device`."""
-        arrays = (row.input_ids[None], row.position_ids[None], row.score_from, row.targets, row.completion)
-        ids, positions, score_from, targets, completion = (
+        arrays = (row.input_ids[None], row.position_ids[None], row.score_from, row.targets, row.part_lengths)
+        ids, positions, score_from, targets, part_lengths = (
             torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
         )
-        layout = RowLayout(row.segments, device)
-        return cls(ids, positions, layout, score_from, targets, completion, row.n_completions)
+        return cls(ids, positions, RowLayout(row.segments, device), score_from, targets, part_lengths)
 
 
 class RowModel(nn.Module):
@@ -41,10 +39,12 @@ class RowModel(nn.Module):
 
     Args:
         model: a transformers model, or a PEFT model around one, loaded with one of our attention backends.
+        weighting: whether to give what `wpo_weights` needs.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, weighting: bool = False) -> None:
         super().__init__()
+        self.weighting = weighting
         self.model = model
         causal_lm: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, assignment]
         self.head = LogProbHead(causal_lm.get_output_embeddings(), causal_lm.config)
@@ -53,12 +53,25 @@ class RowModel(nn.Module):
         self._backbone = (causal_lm.base_model,)
 
     def forward(self, row: RowTensors) -> torch.Tensor:
-        """Sum of log-probs of each completion's tokens: fp32 [n_completions].
+        """Log-probs of each completion, in sums over its tokens: fp32 [n, 2], or [n, 3] with `weighting`.
 
-        The first completion token is predicted from the prompt's last hidden state, used by both completions.
+        Column 0 sums the tokens at places that the pair's other completion has too, column 1 those beyond its end.
+        Column 2 sums log(p_t / sum_v p_v^2) over all tokens, without gradient.
+
+        The first completion token is predicted from the prompt's last hidden state, used by both completions. The sums
+        are taken in a fixed order, so that the same row gives the same bits.
         """
         hidden = self._backbone[0](
             input_ids=row.input_ids, position_ids=row.position_ids, row_layout=row.layout, use_cache=False
         ).last_hidden_state[0]
-        logps = self.head(hidden.index_select(0, row.score_from), row.targets)
-        return logps.new_zeros(row.n_completions).index_add(0, row.completion, logps)
+        logps, log_sum_sq = self.head(hidden.index_select(0, row.score_from), row.targets, self.weighting)
+        sums = _segment_sums(logps, row.part_lengths.flatten()).view(-1, 2)
+        if log_sum_sq is None:
+            return sums
+        aligned = _segment_sums((logps - log_sum_sq).detach(), row.part_lengths.sum(1))
+        return torch.cat([sums, aligned[:, None]], dim=1)
+
+
+def _segment_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Sums over consecutive pieces of `values`, fp32 [C]; int64 lengths [S] add up to C and may be 0. Returns [S]."""
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)

@@ -1,28 +1,181 @@
-"""Direct preference optimization: losses over log-prob vectors, and nothing else.
+"""Losses of preference optimization with a reference. Each is a pure function, `PairLogps` -> fp32 [P].
 
-In all functions a pair's log-prob is the sum over its completion's tokens, and the reference's log-probs carry no
-gradient. Vectors are fp32 [P], one entry per pair.
+Notation: y_w chosen, y_l rejected, h_w = log pi(y_w|x) - log pi_ref(y_w|x) and h_l likewise (the log-ratios), s the
+logistic function, beta and e (label smoothing) from the options. Delta = f'(exp h_w) - f'(exp h_l) is h_w - h_l for
+the reverse KL divergence. All are those of TRL under the same names, except that `sigmoid` honours label smoothing
+(TRL leaves it out there).
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
+from dsdpo.objectives.pairs import LossOptions, PairLogps
 
-def rewards(logps: torch.Tensor, ref_logps: torch.Tensor, beta: float) -> torch.Tensor:
-    """Implicit reward beta * log(pi(y|x) / pi_ref(y|x)), up to a constant of x.
+_LARGEST_EXPONENT = 80.0  # exp of it fits fp32, with room for products
 
-    Equation 5 of Rafailov et al., "Direct Preference Optimization" (2023). Any shape in, the same shape out.
+
+def divergence_scores(logratios: torch.Tensor, kind: str, alpha: float) -> torch.Tensor:
+    """f'(u) at u = pi / pi_ref, up to a constant, for the f-divergence that holds the policy near the reference.
+
+    reverse_kl log u; forward_kl 1 - 1/u; js_divergence log(2u / (1 + u)); alpha_divergence (u^(alpha-1) - 1) /
+    (alpha - 1), which is log u at alpha 1. Wang et al., "Beyond reverse KL: generalizing direct preference optimization
+    with diverse divergence constraints" (arXiv 2309.16240), with TRL's alpha.
+
+    Args:
+        logratios: log u, any shape.
+        kind: one of these names.
+        alpha: of the alpha divergence.
     """
-    return beta * (logps - ref_logps)
+    if kind == "forward_kl":
+        return 1 - torch.exp(-logratios)
+    if kind == "js_divergence":
+        return math.log(2) + F.logsigmoid(logratios)
+    if kind == "alpha_divergence" and abs(alpha - 1) > 1e-6:
+        return torch.expm1(((alpha - 1) * logratios).clamp(max=_LARGEST_EXPONENT)) / (alpha - 1)
+    return logratios
 
 
-def sigmoid_loss(margins: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """The DPO loss per pair, from reward margins [P] (reward of chosen minus reward of rejected).
+def _scores(p: PairLogps, o: LossOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    kind, alpha = o.f_divergence_type, o.f_alpha_divergence_coef
+    return (
+        divergence_scores(p.chosen_logratios, kind, alpha),
+        divergence_scores(p.rejected_logratios, kind, alpha),
+    )
 
-    -log sigmoid(margin): equation 7 of Rafailov et al. (2023). With label_smoothing e it is conservative DPO,
-    -(1-e) log sigmoid(margin) - e log sigmoid(-margin): equation 3 of Mitchell, "A note on DPO with noisy
-    preferences" (2023).
+
+def _delta(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    chosen, rejected = _scores(p, o)
+    return chosen - rejected
+
+
+def _delta_per_token(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    chosen, rejected = _scores(p, o)
+    return chosen / p.facts.tokens[:, 0] - rejected / p.facts.tokens[:, 1]
+
+
+def smoothed_logistic(logits: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """-(1-e) log s(logits) - e log s(-logits): cross entropy to a label that is wrong with probability e."""
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+
+
+def sigmoid(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """-log s(beta Delta): equation 7 of Rafailov et al., "Direct preference optimization" (arXiv 2305.18290).
+
+    With label smoothing it is conservative DPO, -(1-e) log s(beta Delta) - e log s(-beta Delta): equation 3 of
+    Mitchell, "A note on DPO with noisy preferences" (2023, an unpublished note).
     """
-    return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+    return smoothed_logistic(o.beta * _delta(p, o), o.label_smoothing)
+
+
+def hinge(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """max(0, 1 - beta Delta): the normalized hinge loss of Liu et al., "Statistical rejection sampling improves
+    preference optimization" (arXiv 2309.06657), after SLiC (arXiv 2305.10425).
+    """
+    return torch.relu(1 - o.beta * _delta(p, o))
+
+
+def ipo(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """(h_w / |y_w| - h_l / |y_l| - 1 / (2 beta))^2: equation 17 of Azar et al., "A general theoretical paradigm to
+    understand learning from human preferences" (arXiv 2310.12036), with beta for tau, and log-ratios per token.
+    """
+    return (_delta_per_token(p, o) - 1 / (2 * o.beta)) ** 2
+
+
+def exo_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """KL from softmax(beta h) over the pair to the labels (1-e, e): equation 16 of Ji et al., "Towards efficient exact
+    optimization of language model alignment" (arXiv 2402.00856). e must be above 0.
+    """
+    logits, e = o.beta * _delta(p, o), o.label_smoothing
+    win, lose = F.logsigmoid(logits), F.logsigmoid(-logits)
+    return win.exp() * (win - math.log1p(-e)) + lose.exp() * (lose - math.log(e))
+
+
+def nca_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """-log s(beta h_w) - 1/2 log s(-beta h_w) - 1/2 log s(-beta h_l): two responses in Chen et al., "Noise contrastive
+    alignment of language models with explicit rewards" (arXiv 2402.05369).
+    """
+    chosen, rejected = o.beta * p.chosen_logratios, o.beta * p.rejected_logratios
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def robust(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """(-(1-e) log s(beta Delta) + e log s(-beta Delta)) / (1 - 2e), unbiased under labels flipped with probability e:
+    Chowdhury et al., "Provably robust DPO: aligning language models with noisy feedback" (arXiv 2403.00409).
+    """
+    logits, e = o.beta * _delta(p, o), o.label_smoothing
+    return (-(1 - e) * F.logsigmoid(logits) + e * F.logsigmoid(-logits)) / (1 - 2 * e)
+
+
+def bco_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """-log s(beta h_w) - log s(-beta h_l): Jung et al., "Binary classifier optimization for large language model
+    alignment" (arXiv 2404.04656), without its running reward shift, as TRL computes it.
+    """
+    return -F.logsigmoid(o.beta * p.chosen_logratios) - F.logsigmoid(-o.beta * p.rejected_logratios)
+
+
+def sppo_hard(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """(h_w - 1/(2 beta))^2 + (h_l + 1/(2 beta))^2: equation 4.7 of Wu et al., "Self-play preference optimization for
+    language model alignment" (arXiv 2405.00675), with preference probabilities 1 and 0.
+    """
+    target = 0.5 / o.beta
+    return (p.chosen_logratios - target) ** 2 + (p.rejected_logratios + target) ** 2
+
+
+def aot(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """Logistic loss of beta times sorted (log pi(y_w) - log pi(y_l)) minus sorted (the same under the reference).
+
+    Stochastic dominance between whole distributions of pairs, so the vectors must hold all pairs of the step; entry i
+    is the loss at the i-th quantile. The paired form of Melnyk et al., "Distributional preference alignment of LLMs
+    via optimal transport" (arXiv 2406.05882).
+    """
+    policy, reference = p.chosen - p.rejected, p.ref_chosen - p.ref_rejected
+    return smoothed_logistic(o.beta * (policy.sort().values - reference.sort().values), o.label_smoothing)
+
+
+def aot_unpaired(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """Logistic loss of beta times sorted h_w minus sorted h_l; see `aot`. Its unpaired form."""
+    gaps = p.chosen_logratios.sort().values - p.rejected_logratios.sort().values
+    return smoothed_logistic(o.beta * gaps, o.label_smoothing)
+
+
+def apo_zero(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """1 - s(beta h_w) + s(beta h_l): equation 7 of D'Oosterlinck et al., "Anchored preference optimization and
+    contrastive revisions" (arXiv 2408.06266). For chosen answers that are better than the model's own.
+    """
+    return 1 - torch.sigmoid(o.beta * p.chosen_logratios) + torch.sigmoid(o.beta * p.rejected_logratios)
+
+
+def apo_down(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """s(beta h_w) + 1 - s(beta (h_w - h_l)): equation 8 of D'Oosterlinck et al. (2024). For chosen answers that are
+    worse than the model's own.
+    """
+    gap = p.chosen_logratios - p.rejected_logratios
+    return torch.sigmoid(o.beta * p.chosen_logratios) + 1 - torch.sigmoid(o.beta * gap)
+
+
+def discopop(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """(1 - m) (-log s(d)) + m exp(-d), d = beta Delta, m = s(d / tau): equation 5 of Lu et al., "Discovering preference
+    optimization algorithms with and for large language models" (arXiv 2406.08414).
+    """
+    logits = o.beta * _delta(p, o)
+    mixing = torch.sigmoid(logits / o.discopop_tau)
+    return -F.logsigmoid(logits) * (1 - mixing) + torch.exp(-logits) * mixing
+
+
+def sigmoid_norm(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """-log s(beta (h_w / |y_w| - h_l / |y_l|)): length-normalized DPO, as in Lambert et al., "Tulu 3" (arXiv
+    2411.15124).
+    """
+    return -F.logsigmoid(o.beta * _delta_per_token(p, o))
+
+
+def odpo(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """-log s(beta Delta - alpha log(score_w - score_l)): Amini et al., "Direct preference optimization with an
+    offset" (arXiv 2402.10571). The scores are the data's own, chosen above rejected.
+    """
+    offset = o.odpo_alpha * torch.log(p.facts.score_gaps)
+    return smoothed_logistic(o.beta * _delta(p, o) - offset, o.label_smoothing)

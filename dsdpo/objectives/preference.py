@@ -1,13 +1,15 @@
-"""The objective of stage dpo: a weighted sum of losses over a row's pairs, and what is worth watching."""
+"""The objective of stage dpo: a weighted sum of losses over pairs, and what is worth watching."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from dsdpo.objectives.dpo import rewards, sigmoid_loss
+from dsdpo.objectives import dpo, reference_free
+from dsdpo.objectives.pairs import LossOptions, PairFacts, PairLogps
 from dsdpo.objectives.sft import sft_loss
 
 STATS = (
@@ -21,8 +23,36 @@ STATS = (
 )
 
 
+def _sft(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    return sft_loss(p.chosen_sum, p.facts.mean_chosen_tokens)
+
+
+LOSSES: dict[str, Callable[[PairLogps, LossOptions], torch.Tensor]] = {
+    "sigmoid": dpo.sigmoid,
+    "hinge": dpo.hinge,
+    "ipo": dpo.ipo,
+    "exo_pair": dpo.exo_pair,
+    "nca_pair": dpo.nca_pair,
+    "robust": dpo.robust,
+    "bco_pair": dpo.bco_pair,
+    "sppo_hard": dpo.sppo_hard,
+    "aot": dpo.aot,
+    "aot_unpaired": dpo.aot_unpaired,
+    "apo_zero": dpo.apo_zero,
+    "apo_down": dpo.apo_down,
+    "discopop": dpo.discopop,
+    "sigmoid_norm": dpo.sigmoid_norm,
+    "odpo": dpo.odpo,
+    "simpo": reference_free.simpo,
+    "cpo": reference_free.cpo,
+    "orpo": reference_free.orpo,
+    "sft": _sft,
+}
+_PER_TOKEN_REWARDS = ("simpo", "orpo")
+
+
 class PairLosses(NamedTuple):
-    """Loss of each pair, fp32 [P] with gradient, and the sums of STATS over the pairs, [len(STATS)] without."""
+    """Loss of each pair, fp32 [P] with gradient, and STATS of each, fp32 [len(STATS), P] without."""
 
     losses: torch.Tensor
     stats: torch.Tensor
@@ -30,41 +60,51 @@ class PairLosses(NamedTuple):
 
 @dataclass(frozen=True)
 class PreferenceObjective:
-    """Weighted losses over chosen and rejected log-probs.
+    """Weighted losses of pairs.
 
     Args:
-        weights: loss type (`sigmoid`, `sft`) -> weight.
-        beta: see `rewards`.
-        label_smoothing: see `sigmoid_loss`.
+        weights: loss type, a key of LOSSES -> weight.
+        options: of the losses.
+        across_pairs: whether a loss compares pairs with each other, so that it needs all pairs of a step at once.
     """
 
     weights: dict[str, float]
-    beta: float
-    label_smoothing: float
+    options: LossOptions = field(default_factory=LossOptions)
+    across_pairs: bool = False
 
-    def __call__(self, logps: torch.Tensor, ref_logps: torch.Tensor, mean_chosen_tokens: float) -> PairLosses:
-        """Losses of a row's pairs.
+    def __call__(self, outputs: torch.Tensor, reference: torch.Tensor | None, facts: PairFacts) -> PairLosses:
+        """Losses of pairs: of a row, or of a whole step.
 
         Args:
-            logps: fp32 [2P] from the policy, chosen and rejected in turn.
-            ref_logps: fp32 [2P] from the reference, likewise.
-            mean_chosen_tokens: chosen tokens per pair over the whole step; for `sft`.
+            outputs: fp32 [2P, 2 or 3] from `RowModel`, chosen and rejected in turn.
+            reference: fp32 [2P, 2] from the reference, likewise; None without one.
+            facts: of the same pairs.
         """
-        chosen_logps, rejected_logps = logps.view(-1, 2).unbind(1)
-        chosen_rewards, rejected_rewards = rewards(logps, ref_logps, self.beta).view(-1, 2).unbind(1)
-        margins = chosen_rewards - rejected_rewards
-        losses = torch.zeros_like(margins)
-        if weight := self.weights.get("sigmoid"):
-            losses = losses + weight * sigmoid_loss(margins, self.label_smoothing)
-        if weight := self.weights.get("sft"):
-            losses = losses + weight * sft_loss(chosen_logps, mean_chosen_tokens)
+        pairs = PairLogps.of(outputs, reference, facts, self.options)
+        losses = torch.zeros_like(pairs.weights)
+        for name, weight in self.weights.items():
+            losses = losses + weight * LOSSES[name](pairs, self.options)
+        losses = losses * pairs.weights
+        return PairLosses(losses, self._stats(pairs, losses))
+
+    def _stats(self, pairs: PairLogps, losses: torch.Tensor) -> torch.Tensor:
+        """STATS of each pair.
+
+        The reward is beta times the log-ratio to the reference: equation 5 of Rafailov et al., "Direct preference
+        optimization" (arXiv 2305.18290). Without a reference it is beta times the log-prob, per token for
+        the losses that see it so.
+        """
+        chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
+        if any(name in self.weights for name in _PER_TOKEN_REWARDS):
+            chosen, rejected = pairs.mean_logps
+        chosen, rejected = self.options.beta * chosen, self.options.beta * rejected
         columns = [
             losses,
-            chosen_rewards,
-            rejected_rewards,
-            (margins > 0).float(),
-            margins,
-            chosen_logps,
-            rejected_logps,
+            chosen,
+            rejected,
+            (chosen > rejected).float(),
+            chosen - rejected,
+            pairs.chosen,
+            pairs.rejected,
         ]
-        return PairLosses(losses, torch.stack(columns).detach().sum(dim=1))
+        return torch.stack(columns).detach()

@@ -1,10 +1,11 @@
 """Reference log-probs on disk, found again only for the same weights, token ids and settings.
 
 `<cache_dir>/reference/<key>/` belongs to one reference: the key is a hash of its weights and of every setting that
-changes a log-prob. Inside, chunks hold entries by pair: a 128-bit digest of the pair's token ids and the two
-log-probs. So the order of the data, the learning rate or beta do not matter, and a grown set computes its new pairs
-only. A chunk is named by the hash of its content and appears by rename: a damaged or half-written one is as if it
-were absent, and two jobs can fill one store at once.
+changes a log-prob. Inside, chunks hold entries by pair: a 128-bit digest of the pair's token ids, and for chosen and
+rejected the log-probs in two sums, over the places that both completions have and over the longer one's rest (so that
+every `ld_alpha` is served). So the order of the data, the learning rate or beta do not matter, and a grown set computes
+its new pairs only. A chunk is named by the hash of its content and appears by rename: a damaged or half-written one is
+as if it were absent, and two jobs can fill one store at once.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class ReferenceStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._digests = np.empty(0, dtype=DIGEST)
-        self._logps = np.empty((0, 2), dtype=np.float32)
+        self._logps = np.empty((0, 2, 2), dtype=np.float32)
 
     def reload(self) -> None:
         """Read every chunk that is there and whole."""
@@ -55,9 +56,9 @@ class ReferenceStore:
             wanted: DIGEST [N], as a prepared set gives them.
 
         Returns:
-            found, bool [N]; logps, fp32 [N, 2] of chosen and rejected, NaN where not found.
+            found, bool [N]; logps, fp32 [N, 2, 2] of chosen and rejected in their two sums, NaN where not found.
         """
-        logps = np.full((len(wanted), 2), np.nan, dtype=np.float32)
+        logps = np.full((len(wanted), 2, 2), np.nan, dtype=np.float32)
         if len(self._digests) == 0:
             return np.zeros(len(wanted), dtype=bool), logps
         at = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
@@ -66,7 +67,7 @@ class ReferenceStore:
         return found, logps
 
     def write_chunk(self, digests: np.ndarray, logps: np.ndarray) -> None:
-        """Add entries: digests DIGEST [N], logps fp32 [N, 2]. Visible to others at once or never."""
+        """Add entries: digests DIGEST [N], logps fp32 [N, 2, 2]. Visible to others at once or never."""
         entries = {"digests": digests.view("<u8").reshape(-1, 2), "logps": logps.astype(np.float32)}
         content = safetensors.numpy.save(entries)
         write_atomically(self.folder / f"{_content_name(content)}.safetensors", content)

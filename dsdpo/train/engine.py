@@ -13,10 +13,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from transformers import PreTrainedModel
 
-from dsdpo.config.deepspeed import engine_config, zero_stage
+from dsdpo.config.deepspeed import engine_config, reference_engine_config, zero_stage
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks
-from dsdpo.model.adapters import add_lora, is_adapter, load_lora
+from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora
 from dsdpo.model.attention import choose
 from dsdpo.model.load import load_causal_lm
 from dsdpo.model.rows import RowModel
@@ -62,9 +62,11 @@ def build_engine(config: RunConfig, ranks: Ranks, hardware: Hardware, weights: s
     model: torch.nn.Module = base
     if adapter:
         model = load_lora(base, adapter)
+    elif weights is None and config.adapter_name_or_path:
+        model = continue_lora(base, config.adapter_name_or_path, keep_reference=config.reference_kind != "none")
     elif weights is None and config.finetuning_type == "lora":
         model = add_lora(base, config)
-    row_model = RowModel(model)
+    row_model = RowModel(model, config.use_weighting)
     if settings["zero_optimization"]["stage"] == 3:
         gather_by_layer(row_model, base)
     optimizer = torch.optim.AdamW(
@@ -75,6 +77,17 @@ def build_engine(config: RunConfig, ranks: Ranks, hardware: Hardware, weights: s
         fused=hardware.device.type == "cuda",
     )
     engine, *_ = deepspeed.initialize(model=row_model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def build_reference_engine(config: RunConfig, ranks: Ranks, hardware: Hardware) -> DeepSpeedEngine:
+    """The untrained model, frozen and sharded with ZeRO-3 over the ranks, whatever the policy's stage."""
+    settings = reference_engine_config(config, ranks.world_size, hardware.bf16)
+    attention = choose(config.attn_implementation, hardware.device, hardware.bf16)
+    base = load_causal_lm(config.model_name_or_path, config, settings, attention, hardware.dtype)
+    base.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=RowModel(base), config=settings)
+    engine.eval()
     return engine
 
 
@@ -169,6 +182,6 @@ def describe(engine: DeepSpeedEngine, config: RunConfig, ranks: Ranks, hardware:
     raised = f" (stage {asked} with bf16 runs as stage 1)" if stage != asked else ""
     return (
         f"{config.stage} of {config.model_name_or_path}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M "
-        f"trainable ({config.finetuning_type}), {config.reference} reference; ZeRO stage {stage}{raised}, "
+        f"trainable ({config.finetuning_type}), reference {config.reference_kind}; ZeRO stage {stage}{raised}, "
         f"{ranks.world_size} ranks on {hardware.device.type}, {'bf16' if hardware.bf16 else 'fp32'}"
     )

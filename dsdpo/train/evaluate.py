@@ -10,6 +10,7 @@ from dsdpo.data.loader import PairLoader
 from dsdpo.model.rows import RowTensors
 from dsdpo.objectives.preference import PreferenceObjective
 from dsdpo.train.metrics import StepVector
+from dsdpo.train.objective import step_objective
 from dsdpo.train.reference import Reference
 
 
@@ -31,11 +32,12 @@ def evaluate(
     engine.eval()
     with torch.no_grad():
         for batch in loader.in_order(np.arange(len(loader.pairs)), batch_size):
-            for row in batch.rows:
-                logps = engine(RowTensors.from_row(row, device))
-                if len(row.pairs):
-                    losses, stats = objective(logps, reference.of(batch.pair_ids, row), mean_chosen_tokens)
-                    vector.add(stats, losses)
+            references = reference.of_step(batch)
+            losses_of = step_objective(engine, objective, batch, references, device, mean_chosen_tokens)
+            for row, row_reference in zip(batch.rows, references):
+                outputs = engine(RowTensors.from_row(row, device))[: 2 * len(row.pairs)]
+                _, losses, stats = losses_of(row, outputs, row_reference)
+                vector.add(stats, losses)
     engine.train()
     vector.reduce()
     return vector.read()[0]

@@ -7,6 +7,7 @@ import time
 from dsdpo.model.rows import RowTensors
 from dsdpo.train.engine import optimizer_step, set_learning_rate
 from dsdpo.train.metrics import StepVector
+from dsdpo.train.objective import step_objective
 from dsdpo.train.session import Session
 from dsdpo.train.steplog import StepEnd, StepLog
 
@@ -34,17 +35,17 @@ def train(s: Session) -> bool:
         vector = StepVector(device)
         row_losses = []
 
-        for micro_step, row in enumerate(batch.rows, 1):
+        references = s.reference.of_step(batch)
+        objective = step_objective(engine, s.objective, batch, references, device)
+        for micro_step, (row, reference) in enumerate(zip(batch.rows, references), 1):
             engine.set_gradient_accumulation_boundary(micro_step == len(batch.rows))
-            logps = engine(RowTensors.from_row(row, device))[: 2 * len(row.pairs)]
-            ref_logps = s.reference.of(batch.pair_ids, row)
-            losses, stats = s.objective(logps, ref_logps, batch.mean_chosen_tokens)
+            outputs = engine(RowTensors.from_row(row, device))[: 2 * len(row.pairs)]
+            total, losses, stats = objective(row, outputs, reference)
             # DeepSpeed averages gradients over ranks: times their number, this is the mean over the step's pairs.
-            loss = losses.sum() * (s.ranks.world_size / len(batch.pair_ids))
-            engine.backward(loss, scale_wrt_gas=False)
+            engine.backward(total * (s.ranks.world_size / len(batch.pair_ids)), scale_wrt_gas=False)
             grad_norm = optimizer_step(engine)
             vector.add(stats, losses)
-            row_losses.append(losses.detach())
+            row_losses.append(losses)
 
         vector.reduce(stop=bool(s.stop_flag))
         seconds = time.perf_counter() - started

@@ -30,8 +30,8 @@ class StepVector:
         self._ready: torch.cuda.Event | None = None
 
     def add(self, stats: torch.Tensor, losses: torch.Tensor) -> None:
-        """Add a row: stats [len(STATS)] summed over its pairs, losses [P]."""
-        self._sums[: len(STATS)] += stats
+        """Add a row's pairs: stats [len(STATS), P], losses [P]."""
+        self._sums[: len(STATS)] += stats.sum(dim=1)
         self._sums[-3] += losses.numel()
         self._sums[-2] += (~torch.isfinite(losses.detach())).sum()
 

@@ -1,35 +1,56 @@
-"""The pass that fills the reference store: the untrained policy over every pair that the store lacks."""
+"""Reference log-probs for the training step: from the store, which a pass over the data fills, or computed live."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine, comm
 
 from dsdpo.config.schema import RunConfig
-from dsdpo.data.loader import PairLoader
-from dsdpo.data.packing import Row
+from dsdpo.data.loader import Batch, PairLoader
 from dsdpo.dist import Ranks
-from dsdpo.errors import NumericError
-from dsdpo.model.adapters import adapters_off
+from dsdpo.errors import IOFailure, NumericError
+from dsdpo.model.adapters import reference_weights
 from dsdpo.model.attention import choose
 from dsdpo.model.load import weights_digest
 from dsdpo.model.rows import RowTensors
 from dsdpo.reference.store import ReferenceStore, store_key
-from dsdpo.train.engine import Hardware
+from dsdpo.train.engine import Hardware, build_reference_engine
 
 _PAIRS_PER_PASS = 64  # per rank, between two looks at the rows' balance
 _PASSES_PER_CHUNK = 16  # a killed pass repeats at most this many
-_STORE_FORMAT = 1
+_STORE_FORMAT = 2
+_SEEN_WITHIN_S = 60.0
 
 
-class Reference:
-    """Reference log-probs for the pairs of one prepared set, all in memory: 8 bytes a pair.
+class Reference(Protocol):
+    """Where the training step gets reference log-probs from."""
+
+    def of_step(self, batch: Batch) -> list[torch.Tensor | None]:
+        """For each of this rank's rows: fp32 [2P, 2], chosen and rejected in turn, in the two sums of `RowModel`.
+
+        None where there is no reference. A collective call when the reference is live.
+        """
+        ...
+
+
+class NoReference:
+    """For losses that need none."""
+
+    def of_step(self, batch: Batch) -> list[torch.Tensor | None]:
+        """None for each row."""
+        return [None] * len(batch.rows)
+
+
+class StoredReference:
+    """Reference log-probs for the pairs of one prepared set, all in memory: 16 bytes a pair.
 
     Args:
-        logps: fp32 [N, 2], chosen and rejected of pair i.
+        logps: fp32 [N, 2, 2], of chosen and rejected of pair i.
         device: where the training step wants them.
     """
 
@@ -37,14 +58,62 @@ class Reference:
         self._logps = logps
         self._device = device
 
-    def of(self, pair_ids: np.ndarray, row: Row) -> torch.Tensor:
-        """Of a row's pairs: fp32 [2P], chosen and rejected in turn."""
-        return torch.from_numpy(self._logps[pair_ids[row.pairs]].reshape(-1)).to(self._device, non_blocking=True)
+    def of_step(self, batch: Batch) -> list[torch.Tensor | None]:
+        """Looked up."""
+        return [self._of_row(batch.pair_ids[row.pairs]) for row in batch.rows]
+
+    def _of_row(self, pair_ids: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self._logps[pair_ids].reshape(-1, 2)).to(self._device, non_blocking=True)
+
+
+class LiveReference:
+    """Computed in every step, by the policy's own engine without its adapter or by a frozen engine beside it.
+
+    Args:
+        engine: of the policy, when it has an adapter; else one of `build_reference_engine`.
+        device: of the engine.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, device: torch.device) -> None:
+        self._engine = engine
+        self._device = device
+
+    def of_step(self, batch: Batch) -> list[torch.Tensor | None]:
+        """A forward pass without gradients over each row, in eval mode."""
+        engine, trains = self._engine, self._engine.training
+        engine.eval()
+        with torch.no_grad(), reference_weights(engine.module.model):
+            found = [engine(RowTensors.from_row(row, self._device))[: 2 * len(row.pairs), :2] for row in batch.rows]
+        engine.train(trains)
+        return list(found)
+
+
+def reference_source(
+    config: RunConfig, ranks: Ranks, hardware: Hardware, engine: DeepSpeedEngine, say: Callable[[str], None]
+) -> Callable[[PairLoader, np.ndarray], Reference]:
+    """How a run gets the reference of a set: a function of the set's loader and the pairs that will be asked for.
+
+    Args:
+        engine: the untrained policy.
+        say: where progress is told.
+    """
+    if config.reference_kind == "none":
+        return lambda loader, ids: NoReference()
+    if config.reference_kind == "live":
+        has_adapter = config.finetuning_type == "lora"
+        live = LiveReference(
+            engine if has_adapter else build_reference_engine(config, ranks, hardware), hardware.device
+        )
+        return lambda loader, ids: live
+    store = open_store(config, ranks, hardware)
+    return lambda loader, ids: reference_for(loader, ids, store, lambda: engine, hardware.device, say)
 
 
 def open_store(config: RunConfig, ranks: Ranks, hardware: Hardware) -> ReferenceStore:
     """The store of this run's reference, keyed by the true weights and by what changes a log-prob."""
-    weights = [weights_digest(config.model_name_or_path) if ranks.is_main else None]
+    sources = [config.model_name_or_path, *([config.adapter_name_or_path] if config.adapter_name_or_path else [])]
+    stamps = config.cache_path / "reference" / "weights"
+    weights = [[weights_digest(source, stamps) for source in sources] if ranks.is_main else None]
     comm.broadcast_object_list(weights, src=0)
     key = store_key(
         {
@@ -67,15 +136,16 @@ def reference_for(
     make_engine: Callable[[], DeepSpeedEngine],
     device: torch.device,
     say: Callable[[str], None],
-) -> Reference:
+) -> StoredReference:
     """Reference log-probs of pairs of a loader's set; what the store lacks is computed by all ranks and stored.
 
     Args:
         ids: int64, the pairs that will be asked for; each once.
-        make_engine: gives the untrained policy; with its adapters off, it is the reference. Called when pairs lack.
+        make_engine: gives the untrained policy; without its new adapter, it is the reference. Called when pairs lack.
 
     Raises:
         NumericError: the reference gives a log-prob that is not finite.
+        IOFailure: ranks do not see what other ranks have stored.
     """
     pairs = loader.pairs
     wanted = pairs.digests(ids)
@@ -85,19 +155,38 @@ def reference_for(
         say(f"reference: computing {len(missing)} of {len(ids)} pairs, {store.folder}")
         _fill(ids[missing], wanted[missing], store, make_engine(), loader, device)
         comm.barrier()
-        store.reload()
-        found, logps = store.find(wanted)
+        found, logps = _find_all(store, wanted)
     else:
         say(f"reference: all {len(ids)} pairs found in {store.folder}")
-    bad = np.flatnonzero(~np.isfinite(logps).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(logps).all(axis=(1, 2)))
     if len(bad):
         raise NumericError(
             f"the reference gives no finite log-prob for {len(bad)} pairs, the first at "
             f"{pairs.where(int(ids[bad[0]]))}: check the model and the precision, then remove {store.folder}"
         )
-    everything = np.full((len(pairs), 2), np.nan, dtype=np.float32)
+    everything = np.full((len(pairs), 2, 2), np.nan, dtype=np.float32)
     everything[ids] = logps
-    return Reference(everything, device)
+    return StoredReference(everything, device)
+
+
+def _find_all(store: ReferenceStore, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What all ranks together have just written; another node's files can take a while to be seen.
+
+    Raises:
+        IOFailure: some of it is not there.
+    """
+    deadline = time.monotonic() + _SEEN_WITHIN_S
+    while True:
+        store.reload()
+        found, logps = store.find(wanted)
+        if found.all():
+            return found, logps
+        if time.monotonic() > deadline:
+            raise IOFailure(
+                f"reference log-probs of {(~found).sum()} of {len(wanted)} pairs have been computed but are not in "
+                f"{store.folder}: it must lie on a file system that all nodes share; set cache_dir"
+            )
+        time.sleep(1.0)
 
 
 def _fill(
@@ -114,19 +203,19 @@ def _fill(
 
     def flush() -> None:
         if done:
-            store.write_chunk(keys[np.concatenate(done)], torch.cat(values).view(-1, 2).cpu().numpy())
+            store.write_chunk(keys[np.concatenate(done)], torch.cat(values).view(-1, 2, 2).cpu().numpy())
         done.clear()
         values.clear()
 
     engine.eval()
     per_pass = _PAIRS_PER_PASS * loader.ranks.world_size
-    with torch.no_grad(), adapters_off(engine.module.model):
+    with torch.no_grad(), reference_weights(engine.module.model):
         for number, batch in enumerate(loader.in_order(ids, per_pass)):
             for row in batch.rows:
-                logps = engine(RowTensors.from_row(row, device))
+                outputs = engine(RowTensors.from_row(row, device))
                 if len(row.pairs):
                     done.append(number * per_pass + row.pairs)
-                    values.append(logps)
+                    values.append(outputs[:, :2])
             if (number + 1) % _PASSES_PER_CHUNK == 0:
                 flush()
     flush()

@@ -18,8 +18,10 @@ from dsdpo.dist import Ranks
 from dsdpo.objectives.preference import PreferenceObjective
 from dsdpo.train.engine import Hardware, Schedule, build_engine, describe
 from dsdpo.train.evaluate import evaluate
+from dsdpo.train.memory import row_tokens
 from dsdpo.train.metrics import Reporter
-from dsdpo.train.reference import Reference, open_store, reference_for
+from dsdpo.train.objective import check_scores, objective_of
+from dsdpo.train.reference import Reference, reference_source
 from dsdpo.train.stop import StopFlag
 
 
@@ -78,16 +80,6 @@ class Session:
         return folder
 
 
-def objective_of(config: RunConfig) -> PreferenceObjective:
-    """The objective that a run config asks for."""
-    return PreferenceObjective(config.weighted_losses, config.beta, config.label_smoothing)
-
-
-def loader_of(config: RunConfig, pairs: PairSource, ranks: Ranks) -> PairLoader:
-    """The loader of a set with the run's row settings."""
-    return PairLoader(pairs, ranks, config.row_tokens, config.share_prefix)
-
-
 def build_session(
     config: RunConfig,
     ranks: Ranks,
@@ -100,6 +92,7 @@ def build_session(
 
     Raises:
         ConfigError: the model cannot be trained this way.
+        DataError: the loss needs scores that the data lacks.
         NumericError: the reference gives log-probs that are not finite.
     """
     per_epoch = steps_per_epoch(len(train_set), config.train_batch_size)
@@ -107,16 +100,21 @@ def build_session(
     reporter = Reporter(config, schedule.total_steps, ranks.is_main)
     engine = build_engine(config, ranks, hardware)
     reporter.say(describe(engine, config, ranks, hardware))
-    store = open_store(config, ranks, hardware)
+    row_length = row_tokens(config, engine, hardware)
+    reference_of = reference_source(config, ranks, hardware, engine, reporter.say)
 
     def with_reference(pairs: PairSource, ids: np.ndarray) -> tuple[PairLoader, Reference]:
-        loader = loader_of(config, pairs, ranks)
-        return loader, reference_for(loader, ids, store, lambda: engine, hardware.device, reporter.say)
+        check_scores(config, pairs, ids)
+        loader = PairLoader(pairs, ranks, row_length, config.share_prefix)
+        return loader, reference_of(loader, ids)
 
     used = pairs_of_steps(schedule.total_steps, len(train_set), config.train_batch_size, config.seed)
     loader, reference = with_reference(train_set, used)
     held_out = with_reference(eval_set, np.arange(len(eval_set))) if eval_set is not None else None
-    reporter.say(f"{len(train_set)} pairs, {schedule.total_steps} steps of {config.train_batch_size} pairs")
+    reporter.say(
+        f"{len(train_set)} pairs, {schedule.total_steps} steps of {config.train_batch_size} pairs, rows of at most "
+        f"{row_length} tokens"
+    )
     return Session(
         config=config,
         ranks=ranks,

@@ -78,6 +78,7 @@ class StepLog:
                 "learning_rate": held.learning_rate,
                 "logical_tokens_per_second": held.batch.logical_tokens / held.seconds,
                 "physical_tokens_per_second": held.batch.physical_tokens / held.seconds,
+                "idle_share": held.batch.idle_share,
                 "step_time": held.seconds,
                 "memory_peak_gb": memory_peak_gb(session.hardware.device),
             }

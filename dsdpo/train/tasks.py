@@ -14,6 +14,7 @@ from deepspeed import comm
 from transformers.utils.logging import disable_progress_bar
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.data.loader import PairLoader
 from dsdpo.data.prepare import open_prepared
 from dsdpo.dist import Ranks, launched
 from dsdpo.errors import DataError, DsdpoError, StopRequested
@@ -21,8 +22,9 @@ from dsdpo.files import write_atomically
 from dsdpo.train.engine import Hardware, build_engine, start_process_group
 from dsdpo.train.evaluate import evaluate
 from dsdpo.train.loop import train
-from dsdpo.train.reference import open_store, reference_for
-from dsdpo.train.session import Session, build_session, loader_of, objective_of
+from dsdpo.train.objective import check_scores, objective_of
+from dsdpo.train.reference import NoReference, Reference, open_store, reference_for
+from dsdpo.train.session import Session, build_session
 from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE, StopFlag, write_exit
 
 
@@ -106,15 +108,16 @@ def _evaluate(config: RunConfig, ranks: Ranks, hardware: Hardware, model: str) -
         if ranks.is_main:
             print(line, flush=True)
 
-    loader, store = loader_of(config, pairs, ranks), open_store(config, ranks, hardware)
-    reference = reference_for(
-        loader,
-        np.arange(len(pairs)),
-        store,
-        lambda: build_engine(config, ranks, hardware),
-        hardware.device,
-        say,
-    )
+    ids = np.arange(len(pairs))
+    check_scores(config, pairs, ids)
+    # without gradients a row takes little: no need to look how much memory there is
+    loader = PairLoader(pairs, ranks, config.row_tokens or 4 * config.max_length, config.share_prefix)
+    reference: Reference = NoReference()
+    if config.reference_kind != "none":
+        store = open_store(config, ranks, hardware)
+        reference = reference_for(
+            loader, ids, store, lambda: build_engine(config, ranks, hardware), hardware.device, say
+        )
     engine = build_engine(config, ranks, hardware, weights=model)
     means = evaluate(engine, loader, reference, objective_of(config), config.train_batch_size, hardware.device)
     say(json.dumps({"model": model, "pairs": len(pairs), **{key: round(value, 6) for key, value in means.items()}}))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -39,6 +40,19 @@ def save_model(folder: Path, config: object, seed: int = 0) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config).float().eval()
     model.save_pretrained(folder)
     return model
+
+
+def save_adapter(folder: Path, model: PreTrainedModel, base: Path, seed: int = 0) -> None:
+    """A LoRA adapter of rank 4 with random matrices, so that it changes what the model computes. Changes `model`."""
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = get_peft_model(model, lora)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    tuned.peft_config["default"].base_model_name_or_path = str(base)
+    tuned.save_pretrained(folder)
 
 
 def random_pairs(n: int, seed: int = 0, vocab: int = VOCAB) -> list[TokenPair]:

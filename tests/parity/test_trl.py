@@ -19,6 +19,7 @@ from dsdpo.data.messages import Pair, Refused
 from dsdpo.data.packing import TokenPair, build_row
 from dsdpo.data.templates import EncodedPair, PairEncoder
 from dsdpo.model.rows import RowModel, RowTensors
+from dsdpo.objectives.pairs import LossOptions, PairFacts
 from dsdpo.objectives.preference import PreferenceObjective
 from tests.helpers.real import hh_rows, smollm2
 
@@ -101,7 +102,7 @@ def ours(request: pytest.FixtureRequest, encoded: list[EncodedPair]) -> Numbers:
     model = smollm2()
     policy = RowModel(load(model, "dsdpo_sdpa", perturbed=True))
     reference = RowModel(load(model, "dsdpo_sdpa", perturbed=False))
-    objective = PreferenceObjective({"sigmoid": 1.0}, BETA, 0.0)
+    objective = PreferenceObjective({"sigmoid": 1.0}, LossOptions(beta=BETA))
     token_pairs = [TokenPair(np.array(e.prompt_ids), np.array(e.chosen_ids), np.array(e.rejected_ids)) for e in encoded]
     logps, ref_logps, loss = [], [], 0.0
     for start in range(0, PAIRS, 8):
@@ -109,13 +110,15 @@ def ours(request: pytest.FixtureRequest, encoded: list[EncodedPair]) -> Numbers:
         with torch.no_grad():
             ref_logps.append(reference(row))
         logps.append(policy(row))
-        part = objective(logps[-1], ref_logps[-1], mean_chosen_tokens=1.0).losses.sum() / PAIRS
+        tokens = row.part_lengths.sum(1).view(-1, 2).float()
+        facts = PairFacts(tokens, torch.full((8,), torch.nan), tokens[:, 0].mean().item())
+        part = objective(logps[-1], ref_logps[-1], facts).losses.sum() / PAIRS
         part.backward()
         loss += part.item()
     gradients = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
     return Numbers(
-        torch.cat(logps).detach().view(-1, 2),
-        torch.cat(ref_logps).view(-1, 2),
+        torch.cat(logps).detach().sum(1).view(-1, 2),
+        torch.cat(ref_logps).sum(1).view(-1, 2),
         loss,
         gradients,
         [(e.prompt_ids, e.chosen_ids, e.rejected_ids) for e in encoded],

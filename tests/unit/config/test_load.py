@@ -139,7 +139,7 @@ def test_an_unknown_key_comes_with_advice(tmp_path: Path, key: str, advice: str)
         ("plot_loss: maybe", 'plot_loss is "maybe"; allowed: true or false'),
         ("precision: fp16", 'precision is "fp16"; allowed: one of auto, fp32, bf16'),
         ("stage: sft", 'stage is "sft"; allowed: only dpo'),
-        ("loss_type: sigmoid,ipo", "loss_type is"),
+        ("loss_type: sigmoid,dpo", "loss_type is"),
         ("loss_weights: [1, true]", "loss_weights is [1, true]; allowed: a list of numbers"),
         ("label_smoothing: 0.5", "allowed: a number, at least 0, below 0.5"),
         ("run_name: 42", "run_name is 42; allowed: text, or empty; quote it"),

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsdpo.data.packing import build_row, dummy_row, plan_step, row_lengths
+from dsdpo.data.packing import build_row, dummy_row, idle_share, plan_step, row_lengths
 from dsdpo.errors import DataError
 from tests.helpers.tiny import random_pairs
 
@@ -30,8 +30,13 @@ def test_no_micro_step_is_wasted(tokens: list[int], world: int) -> None:
 def test_ranks_are_balanced() -> None:
     tokens = np.random.default_rng(0).integers(50, 400, size=256)
     plan = plan_step(tokens, 8, 4096)
-    lockstep = sum(max(sum(tokens[i] for i in row) for row in micro_step) for micro_step in plan)
-    assert lockstep < 1.02 * tokens.sum() / 8
+    assert idle_share(plan, tokens) < 0.02
+
+
+def test_idle_share() -> None:
+    tokens = np.array([10, 4, 6, 5])
+    assert idle_share([[[0], [1, 2]], [[3], []]], tokens) == pytest.approx(1 - 25 / 30)
+    assert idle_share([[[0, 1, 2, 3]]], tokens) == 0
 
 
 def test_a_pair_longer_than_a_row_is_an_error() -> None:
@@ -51,9 +56,12 @@ def test_a_row_scores_exactly_the_completions(share_prefix: bool) -> None:
     row = build_row(pairs, range(6), share_prefix)
     assert len(row.input_ids) == len(row.position_ids) == sum(s.length for s in row.segments)
     assert len(row.input_ids) == row_lengths(np.array([[len(x) for x in p] for p in pairs]), share_prefix).sum()
+    completion = np.repeat(np.arange(12), row.part_lengths.sum(1))
     for k, pair in enumerate(pairs):
-        for side, answer in enumerate((pair.chosen_ids, pair.rejected_ids)):
-            scored = row.completion == 2 * k + side
+        answers = (pair.chosen_ids, pair.rejected_ids)
+        for side, answer in enumerate(answers):
+            assert row.part_lengths[2 * k + side, 0] == min(len(each) for each in answers)
+            scored = completion == 2 * k + side
             assert row.targets[scored].tolist() == answer.tolist()
             # the source of the i-th completion token sits at position p - 1 + i of its own sequence
             first = len(pair.prompt_ids) - 1
@@ -73,4 +81,4 @@ def test_segments_follow_one_another_and_point_to_their_prompts() -> None:
 
 def test_a_dummy_row_has_no_pairs() -> None:
     row = dummy_row(share_prefix=True)
-    assert len(row.pairs) == 0 and row.logical_tokens == 0 and row.n_completions == 2
+    assert len(row.pairs) == 0 and row.logical_tokens == 0 and len(row.part_lengths) == 2

@@ -76,7 +76,7 @@ def test_log_probs_and_gradients_match(models: tuple[PreTrainedModel, RowModel],
     expected = plain_logps(stock, pairs)
     (expected * weights).sum().backward()
     row = build_row(pairs, range(5), share_prefix)
-    found = packed(RowTensors.from_row(row, CPU))
+    found = packed(RowTensors.from_row(row, CPU)).sum(1)
     (found * weights).sum().backward()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     wanted = {name: parameter.grad for name, parameter in stock.named_parameters()}
@@ -84,6 +84,34 @@ def test_log_probs_and_gradients_match(models: tuple[PreTrainedModel, RowModel],
         assert parameter.grad is not None and wanted[name] is not None
         scale = wanted[name].abs().max()
         torch.testing.assert_close(parameter.grad / scale, wanted[name] / scale, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_sums_part_where_the_shorter_completion_ends(
+    models: tuple[PreTrainedModel, RowModel], share_prefix: bool
+) -> None:
+    stock, packed = models
+    pairs = random_pairs(4, seed=3)
+    found = packed(RowTensors.from_row(build_row(pairs, range(4), share_prefix), CPU))
+    cut = [TokenPair(p, c[: min(len(c), len(r))], r[: min(len(c), len(r))]) for p, c, r in pairs]
+    torch.testing.assert_close(found[:, 0], plain_logps(stock, cut), rtol=1e-5, atol=1e-4)
+    lengths = [(len(c), len(r)) for _, c, r in pairs]
+    longer = torch.tensor([n > min(pair) for pair in lengths for n in pair])
+    assert torch.equal(found[:, 1] != 0, longer)
+
+
+def test_the_third_sum_is_what_wpo_aligns_with(models: tuple[PreTrainedModel, RowModel]) -> None:
+    stock, packed = models
+    packed.weighting = True
+    (prompt, chosen, rejected), *_ = pairs = random_pairs(1, seed=4)
+    found = packed(RowTensors.from_row(build_row(pairs, range(1), True), CPU))
+    for side, answer in enumerate((chosen, rejected)):
+        ids = torch.from_numpy(np.concatenate([prompt, answer]))[None]
+        logps = stock(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        aligned = logps.gather(1, torch.from_numpy(answer)[:, None])[:, 0] - (2 * logps).logsumexp(-1)
+        torch.testing.assert_close(found[side, 2], aligned.sum(), rtol=1e-5, atol=1e-4)
+    found[:, 2].sum().backward()
+    assert not any(p.grad is not None and p.grad.any() for p in packed.parameters())
 
 
 def test_pairs_of_a_row_do_not_see_each_other(models: tuple[PreTrainedModel, RowModel]) -> None:

@@ -1,37 +1,54 @@
+"""The objective as a whole. That each loss is TRL's own is proved in tests/parity."""
+
 import math
 
 import pytest
 import torch
 
-from dsdpo.objectives.dpo import rewards, sigmoid_loss
-from dsdpo.objectives.preference import STATS, PreferenceObjective
+from dsdpo.config.schema import ACROSS_PAIRS, REFERENCE_FREE
+from dsdpo.objectives.dpo import divergence_scores, smoothed_logistic
+from dsdpo.objectives.pairs import LossOptions, PairFacts
+from dsdpo.objectives.preference import LOSSES, STATS, PreferenceObjective
 from dsdpo.objectives.sft import sft_loss
+
+OPTIONS = LossOptions(beta=0.3, label_smoothing=0.1)
+
+
+def facts(pairs: int, seed: int = 0) -> PairFacts:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 20, (pairs, 2), generator=generator).float()
+    return PairFacts(tokens, torch.rand(pairs, generator=generator) + 0.1, tokens[:, 0].mean().item())
+
+
+def outputs(pairs: int, seed: int = 0, columns: int = 2) -> torch.Tensor:
+    return -10 * torch.rand(2 * pairs, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def named(stats: torch.Tensor) -> dict[str, float]:
+    return dict(zip(STATS, stats.mean(1).tolist()))
 
 
 def test_no_change_from_the_reference_costs_log_2() -> None:
-    logps = torch.tensor([-5.0, -7.0, -1.0, -30.0])
-    losses, stats = PreferenceObjective({"sigmoid": 1.0}, beta=0.1, label_smoothing=0.0)(logps, logps, 1.0)
+    policy = outputs(2)
+    losses, stats = PreferenceObjective({"sigmoid": 1.0})(policy, policy, facts(2))
     assert torch.allclose(losses, torch.full((2,), math.log(2)))
-    assert dict(zip(STATS, stats.tolist()))["rewards/margins"] == 0
+    assert named(stats)["rewards/margins"] == 0
 
 
-def test_sigmoid_loss_in_closed_form() -> None:
+def test_the_logistic_loss_in_closed_form() -> None:
     margins = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.float64)
     for e in (0.0, 0.1, 0.3):
         expected = [-(1 - e) * math.log(1 / (1 + math.exp(-m))) - e * math.log(1 / (1 + math.exp(m))) for m in margins]
-        assert sigmoid_loss(margins, e).tolist() == pytest.approx(expected)
+        assert smoothed_logistic(margins, e).tolist() == pytest.approx(expected)
+    assert torch.isfinite(smoothed_logistic(torch.tensor([-1e4, 1e4]), 0.1)).all()
 
 
 def test_label_smoothing_has_its_minimum_at_the_margin_it_believes_in() -> None:
     """With a share e of wrong labels the best margin is log((1-e)/e), not infinity."""
     e = 0.2
     margin = torch.tensor([math.log((1 - e) / e)], requires_grad=True)
-    sigmoid_loss(margin, e).sum().backward()
+    smoothed_logistic(margin, e).sum().backward()
     assert margin.grad is not None and abs(margin.grad.item()) < 1e-6
-
-
-def test_sigmoid_loss_stays_finite() -> None:
-    assert torch.isfinite(sigmoid_loss(torch.tensor([-1e4, 1e4]), 0.1)).all()
 
 
 def test_sft_mean_over_pairs_is_the_mean_over_tokens() -> None:
@@ -40,26 +57,110 @@ def test_sft_mean_over_pairs_is_the_mean_over_tokens() -> None:
     assert sft_loss(logps, tokens.mean().item()).mean().item() == pytest.approx(14.0 / 15.0)
 
 
-def test_weights_and_stats() -> None:
-    logps = torch.tensor([-4.0, -6.0, -5.0, -3.0], requires_grad=True)
-    ref = torch.tensor([-5.0, -5.0, -4.0, -4.0])
-    objective = PreferenceObjective({"sigmoid": 2.0, "sft": 0.5}, beta=0.5, label_smoothing=0.0)
-    losses, stats = objective(logps, ref, mean_chosen_tokens=3.0)
-    margins = rewards(logps, ref, 0.5).view(2, 2) @ torch.tensor([1.0, -1.0])
-    expected = 2.0 * sigmoid_loss(margins) + 0.5 * sft_loss(logps[::2], 3.0)
-    assert torch.allclose(losses, expected)
-    named = dict(zip(STATS, stats.tolist()))
-    assert named["rewards/accuracies"] == 1.0
-    assert named["rewards/chosen"] == pytest.approx(0.5 * (1 - 1))
-    assert named["rewards/rejected"] == pytest.approx(0.5 * (-1 + 1))
-    assert named["logps/chosen"] == pytest.approx(-9.0)
-    losses.sum().backward()
-    assert logps.grad is not None and (logps.grad != 0).all()
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
+def test_a_divergence_score_is_the_derivative_of_its_generator(kind: str) -> None:
+    """f'(u) by automatic differentiation of f, up to a constant."""
+    alpha = 0.4
+    generators = {
+        "reverse_kl": lambda u: u * u.log(),
+        "forward_kl": lambda u: u - u.log(),
+        "js_divergence": lambda u: u * u.log() - (u + 1) * ((u + 1) / 2).log(),
+        "alpha_divergence": lambda u: (u**alpha / alpha - u) / (alpha - 1),
+    }
+    u = torch.tensor([0.2, 0.9, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(generators[kind](u).sum(), u)
+    found = divergence_scores(u.detach().log(), kind, alpha)
+    torch.testing.assert_close(found - found[0], expected - expected[0])
+
+
+def test_alpha_divergence_is_reverse_kl_at_1_and_stays_finite() -> None:
+    h = torch.tensor([-300.0, 0.0, 300.0])
+    assert torch.equal(divergence_scores(h, "alpha_divergence", 1.0), h)
+    assert torch.isfinite(divergence_scores(h, "alpha_divergence", 2.0)).all()
+
+
+def test_weights_add_up() -> None:
+    policy, reference = outputs(5, 1), outputs(5, 2)
+    parts = [PreferenceObjective({name: 1.0}, OPTIONS)(policy, reference, facts(5)).losses for name in ("ipo", "sft")]
+    mixed = PreferenceObjective({"ipo": 2.0, "sft": 0.5}, OPTIONS)(policy, reference, facts(5)).losses
+    torch.testing.assert_close(mixed, 2.0 * parts[0] + 0.5 * parts[1])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_rewards_the_chosen_side_or_anchors_it(name: str) -> None:
+    """Finite, differentiable; and except for aot, whose entries are quantiles, a pair's loss is its own."""
+    policy, reference = outputs(6, 1).requires_grad_(), outputs(6, 2)
+    objective = PreferenceObjective({name: 1.0}, OPTIONS, name in ACROSS_PAIRS)
+    losses = objective(policy, reference, facts(6)).losses
+    assert losses.shape == (6,) and torch.isfinite(losses).all()
+    (gradient,) = torch.autograd.grad(losses.sum(), policy)
+    assert torch.isfinite(gradient).all() and gradient[::2].any()
+    if name not in ACROSS_PAIRS:
+        part = PairFacts(*(x[2:4] for x in facts(6)[:2]), facts(6).mean_chosen_tokens)
+        alone = objective(policy[4:8], reference[4:8], part).losses
+        torch.testing.assert_close(alone, losses[2:4])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_needs_no_reference_is_known(name: str) -> None:
+    policy = outputs(4, 1)
+    found = [PreferenceObjective({name: 1.0}, OPTIONS)(policy, outputs(4, s), facts(4)).losses for s in (2, 3)]
+    assert torch.equal(*found) == (name in REFERENCE_FREE)
+
+
+def test_ld_alpha_weighs_the_tail_of_policy_and_reference() -> None:
+    policy, reference = outputs(4, 1), outputs(4, 2)
+    weighed = PreferenceObjective({"sigmoid": 1.0}, LossOptions(ld_alpha=0.25))(policy, reference, facts(4))
+    scale = torch.tensor([1.0, 0.25])
+    plain = PreferenceObjective({"sigmoid": 1.0})(policy * scale, reference * scale, facts(4))
+    torch.testing.assert_close(weighed.losses, plain.losses)
+    sft = PreferenceObjective({"sft": 1.0}, LossOptions(ld_alpha=0.25))(policy, reference, facts(4)).losses
+    assert torch.equal(sft, PreferenceObjective({"sft": 1.0})(policy, reference, facts(4)).losses)
+
+
+def test_wpo_weighs_each_pair_without_gradient() -> None:
+    policy, reference = outputs(3, 1, columns=3).requires_grad_(), outputs(3, 2)
+    weighed = PreferenceObjective({"hinge": 1.0}, LossOptions(use_weighting=True))(policy, reference, facts(3)).losses
+    plain = PreferenceObjective({"hinge": 1.0})(policy, reference, facts(3)).losses
+    weights = (policy[:, 2] / facts(3).tokens.flatten()).exp().view(-1, 2).prod(1)
+    torch.testing.assert_close(weighed, plain * weights)
+    (gradient,) = torch.autograd.grad(weighed.sum(), policy)
+    assert not gradient[:, 2].any()
+
+
+def test_simpo_and_odpo_margins() -> None:
+    """Both are the logistic loss, shifted: at the margin they ask for, the loss is log 2."""
+    tokens = torch.tensor([[4.0, 8.0]])
+    policy = torch.tensor([[-2.0, 0.0], [-8.0, 0.0]])  # per token -0.5 and -1
+    known = PairFacts(tokens, torch.tensor([3.0]), 4.0)
+    simpo = PreferenceObjective({"simpo": 1.0}, LossOptions(beta=2.0, simpo_gamma=1.0))(policy, None, known).losses
+    assert simpo.item() == pytest.approx(math.log(2))
+    zero = torch.zeros(2, 2)
+    odpo = PreferenceObjective({"odpo": 1.0}, LossOptions(beta=math.log(3) / 6))(policy, zero, known).losses
+    assert odpo.item() == pytest.approx(math.log(2))
+
+
+def test_orpo_compares_odds() -> None:
+    tokens = torch.tensor([[1.0, 1.0]])
+    policy = torch.log(torch.tensor([[0.8], [0.5]])) * torch.tensor([[1.0, 0.0]])  # odds 4 and 1
+    options = LossOptions(beta=0.7)
+    found = PreferenceObjective({"orpo": 1.0}, options)(policy, None, PairFacts(tokens, tokens[:, 0], 1.0)).losses
+    assert found.item() == pytest.approx(-math.log(0.8) - 0.7 * math.log(4 / 5))
+
+
+def test_stats() -> None:
+    policy = torch.tensor([[-4.0, 0.0], [-6.0, 0.0], [-5.0, 0.0], [-3.0, 0.0]])
+    reference = torch.tensor([[-5.0, 0.0], [-5.0, 0.0], [-4.0, 0.0], [-4.0, 0.0]])
+    stats = named(PreferenceObjective({"sigmoid": 1.0}, LossOptions(beta=0.5))(policy, reference, facts(2)).stats)
+    assert stats["rewards/accuracies"] == 0.5
+    assert (stats["rewards/chosen"], stats["rewards/rejected"], stats["rewards/margins"]) == (0.0, 0.0, 0.0)
+    assert stats["logps/chosen"] == pytest.approx(-4.5)
 
 
 def test_an_empty_row_has_no_loss_but_a_gradient_path() -> None:
-    logps = torch.tensor([-1.0, -2.0], requires_grad=True)
-    losses, stats = PreferenceObjective({"sigmoid": 1.0, "sft": 1.0}, 0.1, 0.0)(logps[:0], torch.empty(0), 4.0)
+    policy = outputs(1).requires_grad_()
+    objective = PreferenceObjective({"sigmoid": 1.0, "sft": 1.0})
+    losses, stats = objective(policy[:0], torch.empty(0, 2), facts(0)._replace(mean_chosen_tokens=4.0))
     losses.sum().backward()
-    assert losses.shape == (0,) and not stats.any()
-    assert logps.grad is not None and not logps.grad.any()
+    assert losses.shape == (0,) and stats.shape == (len(STATS), 0)
+    assert policy.grad is not None and not policy.grad.any()

@@ -13,7 +13,7 @@ def digests(n: int, seed: int = 0) -> np.ndarray:
 
 def filled(folder: Path, n: int = 20) -> tuple[ReferenceStore, np.ndarray, np.ndarray]:
     keys = digests(n)
-    logps = np.random.default_rng(0).normal(size=(n, 2)).astype(np.float32)
+    logps = np.random.default_rng(0).normal(size=(n, 2, 2)).astype(np.float32)
     store = ReferenceStore(folder)
     store.write_chunk(keys[: n // 2], logps[: n // 2])
     store.write_chunk(keys[n // 2 :], logps[n // 2 :])

@@ -1,0 +1,91 @@
+"""Live and cached references give the same training; losses across pairs are right wherever the pairs lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.dist.grid import STEPS
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import save_adapter, save_model, save_tokenizer, tiny_llama_config
+
+PAIRS = 17
+WORLDS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    model = save_model(folder / "base", tiny_llama_config(tied=True))
+    save_tokenizer(folder / "base")
+    save_adapter(folder / "adapter", model, folder / "base")
+    return {name: str(folder / name) for name in ("base", "adapter", "cache")}
+
+
+def run(cases: dict[Any, dict[str, Any]], world: int, cache: str) -> dict[Any, list[dict[str, float]]]:
+    """case -> its metrics of each step. The ranks share the folder `cache`, which is new for each world size."""
+    settings = [{**case, "cache_dir": f"{cache}-{world}"} for case in cases.values()]
+    found = run_ranks("tests.dist.grid:run_cases", world, settings, PAIRS)[0]
+    return {name: result["metrics"] for name, result in zip(cases, found)}
+
+
+def reference_cases(models: dict[str, str]) -> dict[Any, dict[str, Any]]:
+    """Each kind of model x ZeRO 1 to 3 x cached and live. In the continued run the adapter is the reference."""
+    kinds = {
+        "full": {"finetuning_type": "full"},
+        "lora": {"finetuning_type": "lora"},
+        "continued": {"finetuning_type": "lora", "adapter_name_or_path": models["adapter"]},
+    }
+    return {
+        (kind, stage, reference): {
+            "model": models["base"],
+            "stage": stage,
+            "reference": reference,
+            "learning_rate": 0.01,
+            "loss_type": "sigmoid",
+            "loss_weights": [1.0],
+            **settings,
+        }
+        for kind, settings in kinds.items()
+        for stage in (1, 2, 3)
+        for reference in ("cached", "live")
+    }
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_live_and_cached_references_agree(models: dict[str, str], world: int) -> None:
+    found = run(reference_cases(models), world, models["cache"])
+    for (kind, stage, reference), steps in found.items():
+        losses = [step["loss"] for step in steps]
+        assert len(losses) == STEPS and abs(losses[0] - np.log(2)) < 1e-5
+        assert abs(losses[-1] - np.log(2)) > 1e-3, "training must have moved the policy away from the reference"
+        if reference == "live":
+            cached = [step["loss"] for step in found[kind, stage, "cached"]]
+            np.testing.assert_allclose(losses, cached, rtol=1e-5, err_msg=f"{kind}, stage {stage}")
+
+
+def loss_cases(model: str) -> dict[str, dict[str, Any]]:
+    """Losses that see all pairs of a step at once, alone and in a mix, and some that need their own settings."""
+    common = {"model": model, "stage": 2, "learning_rate": 0.01, "loss_weights": None}
+    return {
+        "aot": {**common, "loss_type": "aot"},
+        "aot_unpaired, live": {**common, "loss_type": "aot_unpaired", "reference": "live"},
+        "mix": {**common, "loss_type": "aot,sigmoid,sft", "ld_alpha": 0.5, "use_weighting": True},
+        "simpo": {**common, "loss_type": "simpo", "beta": 2.0},
+        "orpo": {**common, "loss_type": "orpo", "stage": 3},
+    }
+
+
+def test_losses_do_not_depend_on_where_pairs_lie(models: dict[str, str]) -> None:
+    """World sizes 1 and 2, rows for the whole step and rows of few pairs: the same loss and gradient norm."""
+    whole = loss_cases(models["base"])
+    short = {name: {**case, "max_tokens_per_row": 128} for name, case in whole.items()}
+    expected = run(whole, 1, models["cache"])
+    for cases, world in ((short, 1), (whole, 2), (short, 2)):
+        for name, steps in run(cases, world, models["cache"]).items():
+            for key in ("loss", "grad_norm", "rewards/margins"):
+                values = ([step[key] for step in steps], [step[key] for step in expected[name]])
+                np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5, err_msg=f"{name}, {world} ranks: {key}")
