@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.data.loader import PairLoader
 from dsdpo.data.packing import Segment
 from dsdpo.dist import launched
 from dsdpo.files import write_atomically
 from dsdpo.model.attention import RowLayout
-from dsdpo.train.engine import start_process_group
+from dsdpo.reference.store import ReferenceStore
+from dsdpo.train import reference as reference_pass
+from dsdpo.train.engine import build_engine, start_process_group
 from dsdpo.train.loop import train
 from dsdpo.train.session import build_session
 from dsdpo.train.stop import StopFlag
@@ -88,6 +94,52 @@ def train_and_export(cases: list[dict[str, Any]], folders: list[str], ids: list[
         session.engine.destroy()
     torch.distributed.destroy_process_group()
     return logits
+
+
+def fill_store(folder: str, runs: list[dict[str, Any]]) -> list[tuple[int, np.ndarray]]:
+    """Ask for the reference of some pairs in several runs that share a store.
+
+    Args:
+        folder: holds the store; shared by the ranks.
+        runs: changes to `run_config`; `pairs` says how many pairs the run has, `die_after` after how many chunks this
+            rank dies, as by a power cut.
+
+    Returns:
+        For each run: how many pairs all ranks computed together, and the reference as the run got it.
+    """
+    ranks = launched()
+    assert ranks is not None
+    reference_pass._PAIRS_PER_PASS, reference_pass._PASSES_PER_CHUNK = 2, 1
+    results = []
+    for number, changes in enumerate(runs):
+        n_pairs, die_after = changes.pop("pairs"), changes.pop("die_after", None)
+        own = Path(folder, f"run-{number}-{uuid.uuid4().hex}")
+        config = run_config(folder=own, cache_dir=folder, max_tokens_per_row=128, **changes)
+        hardware = start_process_group(config, ranks)
+        engine = build_engine(config, ranks, hardware)
+        computed: list[int] = []
+        write_chunk = ReferenceStore.write_chunk
+
+        def counted(self: ReferenceStore, digests: np.ndarray, logps: np.ndarray) -> None:
+            if len(computed) == die_after:  # noqa: B023 (used up before the next turn)
+                os._exit(9)
+            write_chunk(self, digests, logps)  # noqa: B023
+            computed.append(len(digests))  # noqa: B023
+
+        ReferenceStore.write_chunk = counted  # type: ignore[method-assign]
+        try:
+            source = reference_pass.reference_source(config, ranks, hardware, engine, lambda line: None)
+            loader = PairLoader(ListOfPairs(random_pairs(n_pairs)), ranks, config.row_tokens or 0, config.share_prefix)
+            found = source(loader, np.arange(n_pairs))
+        finally:
+            ReferenceStore.write_chunk = write_chunk  # type: ignore[method-assign]
+        assert isinstance(found, reference_pass.StoredReference)
+        total = torch.tensor(sum(computed))
+        torch.distributed.all_reduce(total)
+        results.append((int(total), found._logps))
+        engine.destroy()
+    torch.distributed.destroy_process_group()
+    return results
 
 
 def run_cases(cases: list[dict[str, Any]], n_pairs: int) -> list[dict[str, Any]]:
