@@ -24,7 +24,9 @@ class LogProbHead(nn.Module):
         self.weight = output_embeddings.weight
         self.bias = output_embeddings.bias
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.logit_scale: float = getattr(config, "logit_scale", None) or 1.0
+        # Cohere multiplies by logit_scale, Granite divides by logits_scaling.
+        multiplier, divisor = (getattr(config, key, None) or 1.0 for key in ("logit_scale", "logits_scaling"))
+        self.logit_scale: float = multiplier / divisor
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """hidden [C, hidden size], targets int64 [C] -> log-probs fp32 [C]."""
