@@ -25,7 +25,7 @@ class RowLayout:
     device: torch.device
     _masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Tokens of the longest sequence: a prefix and the segment that continues it."""
         return max(s.prefix_length + s.length for s in self.segments)

@@ -22,7 +22,8 @@ from tests.helpers.varlen import varlen_in_plain_torch
 CPU = torch.device("cpu")
 VARLEN_ON_CPU = "varlen_in_plain_torch"
 register(VARLEN_ON_CPU, partial(varlen_attention, kernel=varlen_in_plain_torch))
-LONGEST = 64  # no sequence below is longer
+PAIRS = random_pairs(3, seed=1)
+LONGEST = max(len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in PAIRS)
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -41,6 +42,7 @@ SIZES = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **{kind: (kind, {}) for kind in COMPARED},
     "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "llama with idle settings": ("llama", {"logit_scale": 0.5, "logits_scaling": 2.0, "final_logit_softcapping": 1.0}),
     "llama biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama3 rope": (
         "llama",
@@ -152,7 +154,6 @@ def flex_trains_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
 
 
-PAIRS = random_pairs(3, seed=1)
 ON_CPU = [NAMES["sdpa"], NAMES["flex_attention"], VARLEN_ON_CPU]
 
 

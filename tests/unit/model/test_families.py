@@ -62,6 +62,7 @@ REFUSED = {
     ),
     "not causal": (config("llama", is_causal=False), "bidirectional"),
     "chunks": (config("llama4_text"), "chunked_attention"),
+    "chunks in a llama": (config("llama", attention_chunk_size=256), "attention_chunk_size 256"),
     "linear attention": (config("qwen3_next"), "linear_attention"),
     "convolutions": (config("lfm2", layer_types=["conv", "full_attention"], num_hidden_layers=2), "conv"),
     "ALiBi": (config("falcon", alibi=True), "ALiBi"),
