@@ -192,18 +192,31 @@ def _trackers(config: RunConfig, given: Given) -> str:
     return ""
 
 
+# attn_implementation -> its package and how to get it. flash-attn and flash-attn-4 share the module flash_attn, so
+# that distributions are looked for, not modules.
+_FLASH_PACKAGES = {
+    "flash_attention_2": ("flash-attn", "run `pip install 'dsdpo[flash]'`"),
+    "flash_attention_3": ("flash-attn-3", "build it from the folder hopper of flash-attention"),
+    "flash_attention_4": ("flash-attn-4", "run `pip install --pre flash-attn-4`"),
+}
+
+
+def missing_flash_package(attn_implementation: str) -> str:
+    """What to say when the package behind an attention implementation is not installed, or an empty string."""
+    package, remedy = _FLASH_PACKAGES.get(attn_implementation, ("", ""))
+    if not package or any(importlib.metadata.distributions(name=package)):
+        return ""
+    return (
+        f"attn_implementation is {attn_implementation}, but the package {package} is not installed; {remedy}, or set "
+        "varlen (torch's own) or auto"
+    )
+
+
 def _attention(config: RunConfig, given: Given) -> str:
     wanted = config.attn_implementation
-    if wanted not in ("varlen", "flash_attention_2"):
-        return ""
-    if config.precision == "fp32":
+    if config.precision == "fp32" and wanted in ("varlen", *_FLASH_PACKAGES):
         return f"attn_implementation {wanted} computes in bf16, but precision is fp32; change one of them"
-    if wanted == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        return (
-            "attn_implementation is flash_attention_2, but the flash-attn package is not installed; run "
-            "`pip install 'dsdpo[flash]'`, or set varlen (torch's own) or auto"
-        )
-    return ""
+    return missing_flash_package(wanted)
 
 
 RULES: list[tuple[tuple[str, ...], Callable[[RunConfig, Given], str]]] = [

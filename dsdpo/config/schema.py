@@ -68,10 +68,13 @@ class RunConfig(BaseModel):
     """Module names that get adapters, such as `q_proj,v_proj`. `all`: every linear layer but the output
     head."""
 
-    attn_implementation: Literal["auto", "sdpa", "varlen", "flash_attention_2"] = "auto"
+    attn_implementation: Literal[
+        "auto", "sdpa", "varlen", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+    ] = "auto"
     """Attention over packed rows. `sdpa`: one torch SDPA call per segment, runs everywhere. `varlen`: one
-    `torch.nn.attention.varlen` call, CUDA in bf16. `flash_attention_2`: the flash-attn package, CUDA in bf16.
-    `auto`: varlen on CUDA in bf16, sdpa elsewhere."""
+    `torch.nn.attention.varlen` call, CUDA in bf16. `flex_attention`: torch's FlexAttention, CUDA.
+    `flash_attention_2`, `_3`, `_4`: the packages flash-attn, flash-attn-3, flash-attn-4, CUDA in bf16. `auto`:
+    varlen on CUDA in bf16, sdpa elsewhere."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of weights and activations; gradients and the optimizer stay in fp32. `auto`: bf16 on CUDA,

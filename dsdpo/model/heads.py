@@ -23,8 +23,12 @@ class LogProbHead(nn.Module):
         super().__init__()
         self.weight = output_embeddings.weight
         self.bias = output_embeddings.bias
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.logit_scale: float = getattr(config, "logit_scale", None) or 1.0
+        # Gemma caps, Cohere multiplies by logit_scale, Granite divides by logits_scaling. A type that does not declare
+        # one of these ignores it in a config file.
+        keys = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        softcap, factor, divisor = (getattr(config, key) if hasattr(type(config), key) else None for key in keys)
+        self.softcap: float | None = softcap
+        self.logit_scale: float = (factor or 1.0) / (divisor or 1.0)
 
     def forward(
         self, hidden: torch.Tensor, targets: torch.Tensor, with_log_sum_sq: bool = False

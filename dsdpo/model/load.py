@@ -20,7 +20,7 @@ from dsdpo.compat import zero3_loading
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import ConfigError
 from dsdpo.files import file_digest
-from dsdpo.model.attention import check_supported
+from dsdpo.model.families import check_supported
 
 # keys of a config that change no log-prob; the precision in memory is the run's own
 _NO_EFFECT = (
@@ -57,7 +57,7 @@ def load_causal_lm(
         ConfigError: the model's attention cannot run on packed rows.
     """
     model_config = AutoConfig.from_pretrained(model_name_or_path)
-    check_supported(model_config, config.max_length, config.disable_dropout)
+    check_supported(model_config, config.max_length, config.disable_dropout, attn_implementation)
     if config.disable_dropout:
         _zero_dropout(model_config)
     with zero3_loading(engine_config):

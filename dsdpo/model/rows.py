@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dsdpo.data.packing import Row
-from dsdpo.model.attention import RowLayout
 from dsdpo.model.heads import LogProbHead
+from dsdpo.model.layout import RowLayout
 
 
 @dataclass

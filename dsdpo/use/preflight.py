@@ -92,7 +92,7 @@ def reload(path: str | Path, overrides: list[str]) -> RunConfig:
 def check_device(config: RunConfig, cuda: bool) -> None:
     """What only the machine that trains can tell. Raises ConfigError."""
     wanted = config.attn_implementation
-    if wanted in ("varlen", "flash_attention_2") and not cuda:
+    if wanted not in ("auto", "sdpa") and not cuda:
         raise ConfigError(f"attn_implementation is {wanted}, but no CUDA device is visible here; set sdpa or auto")
 
 

@@ -2,27 +2,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config
 
-from dsdpo.data.packing import build_row
+from dsdpo.config.rules import missing_flash_package
+from dsdpo.data.packing import Segment, build_row
 from dsdpo.errors import ConfigError
-from dsdpo.model.attention import BACKENDS, RowLayout, check_supported, choose, varlen_attention
-from tests.helpers.tiny import random_pairs
+from dsdpo.model.attention import NAMES, choose
+from dsdpo.model.backends import BACKENDS, flex, sdpa, varlen_attention
+from dsdpo.model.layout import RowLayout
+from tests.helpers.tiny import random_pairs, tiny_llama_config
+from tests.helpers.varlen import varlen_in_plain_torch
 
 CPU = torch.device("cpu")
-
-
-def varlen_in_plain_torch(q, k, v, cu_q, cu_k, max_q, max_k, scale):  # type: ignore[no-untyped-def]
-    """What a variable-length kernel computes, a segment at a time: causal, aligned bottom right."""
-    outputs = []
-    for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
-        query, key, value = (x.transpose(0, 1) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
-        assert query.shape[1] <= max_q and key.shape[1] <= max_k
-        mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).tril(key.shape[1] - query.shape[1])
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
-        outputs.append(out.transpose(0, 1))
-    return torch.cat(outputs)
 
 
 def tensors(tokens: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -52,11 +43,11 @@ def test_the_varlen_call_computes_what_sdpa_per_segment_does(share_prefix: bool)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("backend", ["varlen", "flash_attention_2"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "sdpa"])
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_cuda_backends_match_fp32_sdpa(backend: str, share_prefix: bool) -> None:
-    if backend == "flash_attention_2":
-        pytest.importorskip("flash_attn")
+    if missing := missing_flash_package(backend):
+        pytest.skip(missing)
     cuda = torch.device("cuda")
     row = build_row(random_pairs(4, seed=7), range(4), share_prefix)
     layout = RowLayout(row.segments, cuda)
@@ -66,21 +57,71 @@ def test_cuda_backends_match_fp32_sdpa(backend: str, share_prefix: bool) -> None
         assert (a.float() - b).norm() / b.norm() < 1e-2
 
 
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_the_block_mask_allows_what_sdpa_computes(share_prefix: bool) -> None:
+    row = build_row(random_pairs(9, seed=3), range(9), share_prefix)
+    assert len(row.input_ids) > 256, "several blocks of 128"
+    layout = RowLayout(row.segments, CPU)
+    qkv = [x.detach() for x in tensors(len(row.input_ids))]
+    torch.testing.assert_close(flex(*qkv, layout, 0.25), sdpa(*qkv, layout, 0.25), rtol=1e-5, atol=1e-5)
+
+
 def test_choice_of_backend() -> None:
     cuda = torch.device("cuda")
     assert choose("auto", CPU, bf16=False) == choose("auto", cuda, bf16=False) == "dsdpo_sdpa"
     assert choose("auto", cuda, bf16=True) == "dsdpo_varlen"
-    with pytest.raises(ConfigError, match="needs CUDA and bf16"):
-        choose("varlen", CPU, bf16=False)
+    assert choose("flex_attention", cuda, bf16=False) == choose("flex_attention", cuda, bf16=True) == "dsdpo_flex"
+    assert choose("sdpa", CPU, bf16=True) == choose("sdpa", cuda, bf16=True) == "dsdpo_sdpa"
 
 
-def test_models_beyond_causal_softmax_attention_are_refused() -> None:
-    check_supported(LlamaConfig(), 4096, disable_dropout=True)
-    check_supported(MistralConfig(sliding_window=4096), 4096, disable_dropout=True)
-    check_supported(Qwen2Config(use_sliding_window=False, sliding_window=64), 4096, disable_dropout=True)
-    with pytest.raises(ConfigError, match="windows of 512 tokens"):
-        check_supported(MistralConfig(sliding_window=512), 1024, disable_dropout=True)
-    with pytest.raises(ConfigError, match="attn_logit_softcapping"):
-        check_supported(Gemma2Config(sliding_window=8192), 1024, disable_dropout=True)
-    with pytest.raises(ConfigError, match="disable_dropout"):
-        check_supported(LlamaConfig(attention_dropout=0.1), 1024, disable_dropout=False)
+@pytest.mark.parametrize("backend", [name for name in NAMES if name != "sdpa"])
+def test_an_unusable_choice_is_an_error(backend: str) -> None:
+    with pytest.raises(ConfigError, match=f"{backend} needs CUDA.*on cpu in bf16: use .* sdpa"):
+        choose(backend, CPU, bf16=True)
+    if backend != "flex_attention":
+        with pytest.raises(ConfigError, match="needs CUDA and bf16, this run is on cuda in fp32"):
+            choose(backend, torch.device("cuda"), bf16=False)
+    if missing := missing_flash_package(backend):
+        with pytest.raises(ConfigError, match="is not installed"):
+            choose(backend, torch.device("cuda"), bf16=True)
+        assert backend in missing
+
+
+@pytest.mark.parametrize("name", NAMES.values())
+def test_transformers_takes_our_names_for_ours(name: str) -> None:
+    """GPT-2 has no support for FlexAttention, and a name with `flash` in it makes transformers fetch a kernel."""
+    for config in (tiny_llama_config(), GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8)):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=name)
+        assert model.config._attn_implementation == name
+
+
+class Layer(torch.nn.Module):
+    """What an attention layer tells of itself."""
+
+    is_causal = True
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"s_aux": torch.zeros(4)}, "s_aux"),
+        ({"softcap": 50.0}, "softcap"),
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"sliding_window": 49}, "sliding_window"),
+    ],
+)
+def test_a_keyword_that_changes_the_result_is_refused(keywords: dict[str, object], said: str) -> None:
+    layout = RowLayout([Segment(0, 30), Segment(30, 20, 0, 30)], CPU)
+    attend = AttentionInterface()["dsdpo_sdpa"]
+    qkv = tensors(50)
+    attend(Layer(), *qkv, None, row_layout=layout, sliding_window=50, softcap=None, is_causal=True, use_cache=False)
+    with pytest.raises(ConfigError, match=said):
+        attend(Layer(), *qkv, None, row_layout=layout, **keywords)
+
+
+def test_a_layer_that_looks_ahead_is_refused() -> None:
+    layer = Layer()
+    layer.is_causal = False
+    with pytest.raises(ConfigError, match="is_causal=False"):
+        AttentionInterface()["dsdpo_sdpa"](layer, *tensors(5), None, row_layout=RowLayout([Segment(0, 5)], CPU))
