@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.data.digest import DIGEST_BYTES, pair_digest
 from dsdpo.data.formats import to_pair
 from dsdpo.data.messages import Pair, Refused
 from dsdpo.data.readers import RawRow, parse_row
@@ -142,6 +143,7 @@ class RowEncoder:
             "prompt_length": len(fitted.prompt_ids),
             "chosen_length": len(fitted.chosen_ids),
             "rejected_length": len(fitted.rejected_ids),
+            "digest": pair_digest((fitted.prompt_ids, fitted.chosen_ids, fitted.rejected_ids)),
             "chosen_score": pair.chosen_score,
             "rejected_score": pair.rejected_score,
             "reason": "",
@@ -159,6 +161,7 @@ def _refused(refused: Refused) -> dict[str, Any]:
         "prompt_length": 0,
         "chosen_length": 0,
         "rejected_length": 0,
+        "digest": bytes(DIGEST_BYTES),
         "chosen_score": None,
         "rejected_score": None,
         "reason": refused.reason,

@@ -19,7 +19,7 @@ from dsdpo.errors import DataError
 from dsdpo.files import write_atomically
 
 # raise it when the same inputs would give other shards
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 _HASH_BLOCK = 1 << 22
 _SETTLED_NS = 2_000_000_000  # a file changed less than this ago could change again within the clock's grain

@@ -13,13 +13,14 @@ import itertools
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from dsdpo.data.digest import DIGEST, DIGEST_BYTES
 from dsdpo.data.order import permute
 from dsdpo.data.packing import TokenPair
 
@@ -29,14 +30,13 @@ BATCH_ROWS = 1024
 SHARD_ROWS = 64 * BATCH_ROWS
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 LENGTHS = ("prompt_length", "chosen_length", "rejected_length")
+SCORES = ("chosen_score", "rejected_score")
 SCHEMA = pa.schema(
     [pa.field(name, pa.list_(pa.int32())) for name in IDS]
     + [pa.field(name, pa.int32()) for name in LENGTHS]
-    + [
-        pa.field("chosen_score", pa.float64()),
-        pa.field("rejected_score", pa.float64()),
-        pa.field("source", pa.string()),
-    ]
+    + [pa.field("digest", pa.binary(DIGEST_BYTES))]
+    + [pa.field(name, pa.float64()) for name in SCORES]
+    + [pa.field("source", pa.string())]
 )
 
 _OPEN_BATCHES = 256  # a record batch is a view of the map: a few KB of Python objects, no data
@@ -86,6 +86,16 @@ def write_shards(batches: Iterable[pa.RecordBatch], folder: Path) -> None:
         fsync_path(path)
 
 
+def _digest_view(column: pa.Array) -> np.ndarray:
+    """The column's bytes as records, without a copy; NumPy knows no fixed-size bytes that Arrow would give as such."""
+    return np.frombuffer(column.buffers()[1], DIGEST, count=len(column), offset=column.offset * DIGEST_BYTES)
+
+
+def _with_nan(column: pa.Array) -> np.ndarray:
+    """NaN for null; that takes a copy of the batch's column where there is a null."""
+    return column.to_numpy(zero_copy_only=False)
+
+
 class PreparedSet:
     """Prepared pairs 0 ... n-1, read from memory-mapped shards.
 
@@ -129,9 +139,8 @@ class PreparedSet:
         positions = ids if self.split == "eval" else ids + self.held_out
         return permute(positions, self._total, self._seed, _SPLIT_KEY)
 
-    def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
-        """(record batch, row in it)."""
-        number, at = divmod(row, BATCH_ROWS)
+    def _batch(self, number: int) -> pa.RecordBatch:
+        """Record batch `number` of the set: rows number * BATCH_ROWS and on."""
         batch = self._batches.get(number)
         if batch is None:
             shard, index = divmod(number, SHARD_ROWS // BATCH_ROWS)
@@ -140,28 +149,44 @@ class PreparedSet:
             batch = self._batches[number] = self._readers[shard].get_batch(index)
             if len(self._batches) > _OPEN_BATCHES:
                 self._batches.popitem(last=False)
-        return batch, at
+        return batch
+
+    def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
+        """(record batch, row in it) of a pair."""
+        number, at = divmod(int(self._rows(np.array([index]))[0]), BATCH_ROWS)
+        return self._batch(number), at
+
+    def _gather(
+        self, ids: np.ndarray, columns: Sequence[str], view: Callable[[pa.Array], np.ndarray], into: np.ndarray
+    ) -> np.ndarray:
+        """Fill `into` [len(ids), len(columns)] from the columns' values, each record batch looked up once."""
+        numbers, at = np.divmod(self._rows(ids), BATCH_ROWS)
+        order = np.argsort(numbers, kind="stable")
+        parts = np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1)
+        for part in parts if len(order) else []:
+            batch = self._batch(int(numbers[part[0]]))
+            for column, name in enumerate(columns):
+                into[part, column] = view(batch.column(name))[at[part]]
+        return into
 
     def lengths(self, ids: np.ndarray) -> np.ndarray:
         """Prompt, chosen and rejected tokens of the pairs: int64 [len(ids), 3]."""
-        found = np.empty((len(ids), 3), dtype=np.int64)
-        for i, row in enumerate(self._rows(ids)):
-            batch, at = self._locate(int(row))
-            for column, name in enumerate(LENGTHS):
-                found[i, column] = batch.column(name)[at].as_py()
-        return found
+        return self._gather(ids, LENGTHS, pa.Array.to_numpy, np.empty((len(ids), len(LENGTHS)), dtype=np.int64))
+
+    def digests(self, ids: np.ndarray) -> np.ndarray:
+        """What stands for the pairs' token ids in the reference store: DIGEST [len(ids)]."""
+        return self._gather(ids, ["digest"], _digest_view, np.empty((len(ids), 1), dtype=DIGEST)).reshape(-1)
+
+    def scores(self, ids: np.ndarray) -> np.ndarray:
+        """The ratings of chosen and rejected that came with the pairs: float64 [len(ids), 2], NaN where none did."""
+        return self._gather(ids, SCORES, _with_nan, np.empty((len(ids), len(SCORES)), dtype=np.float64))
 
     def pair(self, index: int) -> TokenPair:
         """Token ids of one pair: int64 arrays."""
-        batch, at = self._locate(int(self._rows(np.array([index]))[0]))
+        batch, at = self._locate(index)
         return TokenPair(*(batch.column(name)[at].values.to_numpy().astype(np.int64) for name in IDS))
-
-    def scores(self, index: int) -> tuple[float | None, float | None]:
-        """The ratings that came with a pair, None where there were none."""
-        batch, at = self._locate(int(self._rows(np.array([index]))[0]))
-        return batch.column("chosen_score")[at].as_py(), batch.column("rejected_score")[at].as_py()
 
     def where(self, index: int) -> str:
         """Where a pair comes from: `file.jsonl:17`."""
-        batch, at = self._locate(int(self._rows(np.array([index]))[0]))
+        batch, at = self._locate(index)
         return str(batch.column("source")[at].as_py())

@@ -11,36 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from dsdpo.data.packing import TokenPair
+from dsdpo.data.digest import DIGEST
 from dsdpo.files import write_atomically
-
-_DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
 
 
 def store_key(settings: dict[str, object]) -> str:
     """Name of a reference: a hash of what determines its log-probs (weights, precision, layout, attention)."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def pair_digest(pair: TokenPair) -> bytes:
-    """128 bits of a pair's token ids; the lengths keep [1,2],[3] and [1],[2,3] apart."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(np.array([len(ids) for ids in pair], dtype="<i8").tobytes())
-    for ids in pair:
-        digest.update(np.ascontiguousarray(ids, dtype="<i8").tobytes())
-    return digest.digest()
-
-
-def digests(pairs: Iterable[TokenPair]) -> np.ndarray:
-    """Digests of several pairs as one array of 128-bit records, [N]."""
-    return np.frombuffer(b"".join(pair_digest(pair) for pair in pairs), dtype=_DIGEST)
 
 
 class ReferenceStore:
@@ -52,7 +35,7 @@ class ReferenceStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._digests = np.empty(0, dtype=_DIGEST)
+        self._digests = np.empty(0, dtype=DIGEST)
         self._logps = np.empty((0, 2), dtype=np.float32)
 
     def reload(self) -> None:
@@ -60,13 +43,16 @@ class ReferenceStore:
         chunks = [chunk for path in sorted(self.folder.glob("*.safetensors")) if (chunk := _read_chunk(path))]
         if not chunks:
             return
-        digests = np.concatenate([chunk["digests"] for chunk in chunks]).view(_DIGEST).reshape(-1)
+        digests = np.concatenate([chunk["digests"] for chunk in chunks]).view(DIGEST).reshape(-1)
         logps = np.concatenate([chunk["logps"] for chunk in chunks])
         self._digests, first = np.unique(digests, return_index=True)
         self._logps = logps[first]
 
     def find(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Look digests up.
+
+        Args:
+            wanted: DIGEST [N], as a prepared set gives them.
 
         Returns:
             found, bool [N]; logps, fp32 [N, 2] of chosen and rejected, NaN where not found.
@@ -80,7 +66,7 @@ class ReferenceStore:
         return found, logps
 
     def write_chunk(self, digests: np.ndarray, logps: np.ndarray) -> None:
-        """Add entries: digests [N] as `digests()` makes them, logps fp32 [N, 2]. Visible to others at once or never."""
+        """Add entries: digests DIGEST [N], logps fp32 [N, 2]. Visible to others at once or never."""
         entries = {"digests": digests.view("<u8").reshape(-1, 2), "logps": logps.astype(np.float32)}
         content = safetensors.numpy.save(entries)
         write_atomically(self.folder / f"{_content_name(content)}.safetensors", content)

@@ -17,7 +17,7 @@ from dsdpo.model.adapters import adapters_off
 from dsdpo.model.attention import choose
 from dsdpo.model.load import weights_digest
 from dsdpo.model.rows import RowTensors
-from dsdpo.reference.store import ReferenceStore, digests, store_key
+from dsdpo.reference.store import ReferenceStore, store_key
 from dsdpo.train.engine import Hardware
 
 _PAIRS_PER_PASS = 64  # per rank, between two looks at the rows' balance
@@ -78,7 +78,7 @@ def reference_for(
         NumericError: the reference gives a log-prob that is not finite.
     """
     pairs = loader.pairs
-    wanted = digests(pairs.pair(int(i)) for i in ids)
+    wanted = pairs.digests(ids)
     found, logps = store.find(wanted)
     missing = np.flatnonzero(~found)
     if len(missing):

@@ -11,6 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from dsdpo.data.digest import DIGEST, pair_digest
 from dsdpo.data.packing import TokenPair
 
 VOCAB = 96
@@ -51,16 +52,23 @@ def random_pairs(n: int, seed: int = 0, vocab: int = VOCAB) -> list[TokenPair]:
 
 
 class ListOfPairs:
-    """Pairs in memory with the methods of a prepared set."""
+    """Pairs in memory with the methods of a prepared set; scores float64 [N, 2], none by default."""
 
-    def __init__(self, pairs: list[TokenPair]) -> None:
+    def __init__(self, pairs: list[TokenPair], scores: np.ndarray | None = None) -> None:
         self._pairs = pairs
+        self._scores = np.full((len(pairs), 2), np.nan) if scores is None else scores
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def lengths(self, ids: np.ndarray) -> np.ndarray:
         return np.array([[len(part) for part in self._pairs[i]] for i in ids], dtype=np.int64).reshape(-1, 3)
+
+    def digests(self, ids: np.ndarray) -> np.ndarray:
+        return np.frombuffer(b"".join(pair_digest(self._pairs[i]) for i in ids), dtype=DIGEST)
+
+    def scores(self, ids: np.ndarray) -> np.ndarray:
+        return self._scores[ids]
 
     def pair(self, index: int) -> TokenPair:
         return self._pairs[index]

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.data.digest import DIGEST_BYTES
 from dsdpo.data.encode import Limits, fit
 from dsdpo.data.messages import Refused
 from dsdpo.data.prepare import open_prepared, prepare, summary, wait_prepared
@@ -24,6 +25,7 @@ from dsdpo.data.shards import BATCH_ROWS, MANIFEST, SCHEMA, PreparedSet, write_s
 from dsdpo.data.templates import EncodedPair
 from dsdpo.errors import ConfigError, DataError, HangError, IOFailure
 from tests.helpers.real import shared_file
+from tests.helpers.tiny import ListOfPairs
 from tests.unit.data.conftest import make_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -80,7 +82,10 @@ def test_pairs_in_order_with_lengths_scores_and_sources(settings):
     assert pairs.lengths(np.array([], dtype=np.int64)).shape == (0, 3)
     assert all(ids.dtype == np.int64 for ids in pairs.pair(3))
     assert pairs.where(4) == "pairs.jsonl:5"
-    assert pairs.scores(4) == (4.0, None)
+    shuffled = np.random.default_rng(0).permutation(20)
+    assert np.array_equal(pairs.digests(shuffled), ListOfPairs([pairs.pair(i) for i in range(20)]).digests(shuffled))
+    assert np.array_equal(pairs.scores(np.array([4, 2])), [[4.0, np.nan], [2.0, np.nan]], equal_nan=True)
+    assert pairs.digests(shuffled[:0]).shape == (0,) and pairs.scores(shuffled[:0]).shape == (0, 2)
     with pytest.raises(IndexError):
         pairs.pair(20)
 
@@ -390,8 +395,10 @@ def batches(n: int, size: int, tokens: int):
         ids = np.arange(start, min(start + size, n), dtype=np.int32)
         lists = pa.FixedSizeListArray.from_arrays(pa.array(np.repeat(ids, tokens)), tokens).cast(pa.list_(pa.int32()))
         lengths = pa.array(np.full(len(ids), tokens, dtype=np.int32))
-        scores = pa.array(ids.astype(np.float64))
-        columns = [lists] * 3 + [lengths] * 3 + [scores] * 2 + [pa.array([f"f:{i}" for i in ids])]
+        digests = pa.array([int(i).to_bytes(DIGEST_BYTES, "little") for i in ids], pa.binary(DIGEST_BYTES))
+        scores = pa.array(ids.astype(np.float64), mask=ids % 3 == 0)
+        sources = pa.array([f"f:{i}" for i in ids])
+        columns = [lists] * 3 + [lengths] * 3 + [digests] + [scores] * 2 + [sources]
         yield pa.record_batch(columns, schema=SCHEMA)
 
 
@@ -405,6 +412,32 @@ def test_shards_hold_every_pair_whatever_the_batches(tmp_path, monkeypatch, size
     assert len(list(tmp_path.glob("*.arrow"))) == (3 if size > 1 else 1)
     for i in [0, 1, n // 2, n - 1, min(2 * BATCH_ROWS, n - 1), min(2 * BATCH_ROWS - 1, n - 1)]:
         assert pairs.pair(i).prompt_ids.tolist() == [i, i] and pairs.where(i) == f"f:{i}"
+    ids = np.random.default_rng(0).permutation(np.append(np.arange(n), [0, n - 1]))
+    assert (pairs.lengths(ids) == 2).all()
+    digests = pairs.digests(ids)
+    assert (digests["high"] == ids).all() and not digests["low"].any()
+    expected = np.where(ids % 3 == 0, np.nan, ids)
+    assert np.array_equal(pairs.scores(ids), np.stack([expected] * 2, axis=1), equal_nan=True)
+
+
+def test_columns_are_read_from_the_map_and_not_copied(tmp_path):
+    """Every buffer that is read lies in a mapped shard, and Arrow's pool holds nothing after reading 100k pairs."""
+    n = 100_000
+    write_shards(batches(n, BATCH_ROWS, 2), tmp_path)
+    (tmp_path / MANIFEST).write_text(json.dumps({"pairs": n, "fingerprint": "x"}))
+    pairs = PreparedSet(tmp_path)
+    before, copied = pa.total_allocated_bytes(), []
+    for read in (pairs.lengths, pairs.digests):
+        assert len(read(np.arange(n))) == n
+        copied.append(pa.total_allocated_bytes() - before)
+    assert copied == [0, 0]
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    maps = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    assert len(maps) == 2
+    for number in (0, n // BATCH_ROWS):
+        for column in pairs._batch(number).columns:
+            for buffer in filter(None, column.buffers()):
+                assert any(start <= buffer.address and buffer.address + buffer.size <= end for start, end in maps)
 
 
 def test_opening_and_reading_do_not_take_memory_with_the_data(tmp_path):
