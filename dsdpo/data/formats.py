@@ -55,7 +55,7 @@ SQL_PROMPT = "Write one SQL query that answers the question.\n\nSchema:\n{contex
 
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _LOOSE_ROLES = _ROLES | {"human": "user", "gpt": "assistant", "bot": "assistant"}
-_HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _CVALUES_TEXT = ("value", "content")
 
 
@@ -111,7 +111,7 @@ def hh_rlhf(row: Columns, tags: Mapping[str, str]) -> Pair:
 
 
 def _hh_messages(text: str, side: str) -> list[Message]:
-    before, *turns = _HH_TURN.split(text)
+    before, *turns = _HH_TURN.split("\n\n" + text.lstrip())  # the first turn may lack the blank line
     if before.strip() or not turns:
         raise Refused(f'{side} does not begin with "Human:"')
     roles = ["user" if speaker == "Human" else "assistant" for speaker in turns[::2]]
@@ -285,8 +285,8 @@ def to_pair(
     if isinstance(pair.prompt, str):
         if not pair.prompt.strip():
             raise Refused("empty prompt")
-    else:
-        pair = replace(pair, prompt=check_prompt(pair.prompt))
+    elif (checked := check_prompt(pair.prompt)) != pair.prompt:
+        pair = replace(pair, prompt=checked)
     if _is_empty(pair.chosen):
         raise Refused("empty chosen")
     if _is_empty(pair.rejected):
@@ -308,6 +308,6 @@ def _with_scores(pair: Pair, row: Columns) -> Pair:
     """Add the row's own score columns where the format has not found scores."""
     chosen = read_score(row.get("chosen_score", "chosen_score", "score_chosen"), "chosen_score")
     rejected = read_score(row.get("rejected_score", "rejected_score", "score_rejected"), "rejected_score")
-    if pair.chosen_score is None and pair.rejected_score is None:
+    if (chosen, rejected) != (None, None) and (pair.chosen_score, pair.rejected_score) == (None, None):
         return replace(pair, chosen_score=chosen, rejected_score=rejected)
     return pair

@@ -3,6 +3,8 @@
 A reply is the text that the template puts after the prompt, up to and with its end-of-turn token. Prompt and reply
 are tokenized together, as the model will see them, and split where the prompt alone ends. Where tokens merge over
 that border the split is made where the two tokenizations part, and counted (`diverged`); TRL does the same.
+
+What stands before the prompt's last special token is tokenized once: the ids before it do not depend on what follows.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dsdpo.compat import chat_renderer
 from dsdpo.data.messages import Message, Pair, Refused, assistant
 from dsdpo.data.named_templates import NAMED, PLAIN
+from dsdpo.data.tokens import Tokens
 from dsdpo.errors import ConfigError
 
 _SENTINEL = "words of the reply"
@@ -66,11 +70,12 @@ class PairEncoder:
         if tokenizer.eos_token_id is None:
             raise ConfigError("model_name_or_path: the tokenizer has no eos_token; set one in tokenizer_config.json")
         self.tokenizer = tokenizer
+        self.tokens = Tokens(tokenizer)
         self.template = template
         self.default_system = default_system
         self.eos_id: int = tokenizer.eos_token_id
         self.end_id = self.eos_id
-        self._chat_template = NAMED[template].jinja if template in NAMED else None
+        self._renderer = chat_renderer(tokenizer, NAMED[template].jinja if template in NAMED else None)
         self._is_own = template not in NAMED and template not in PLAIN and tokenizer.chat_template is not None
         self._has_chat = template in NAMED or self._is_own
         self._bos = _implied_bos(tokenizer)
@@ -104,16 +109,9 @@ class PairEncoder:
 
     def _render(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, for_reply: bool) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                chat_template=self._chat_template,
-                tokenize=False,
-                add_generation_prompt=for_reply,
-            )
+            return self._renderer(list(messages), tools or None, for_reply)
         except TemplateError as error:
             raise Refused("the chat template refuses the conversation", str(error)) from error
-        return str(text)
 
     def check_supports(self, pair: Pair) -> None:
         """Raises ConfigError where the pair is a conversation and nothing says how to write one."""
@@ -174,28 +172,33 @@ class PairEncoder:
 
     def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair | Refused]:
         """Token ids of many pairs, in order; a pair that the template cannot hold gives its refusal instead."""
-        prepared: list[_Texts | Refused] = []
+        prepared: list[tuple[_Texts, list[str]] | Refused] = []
         for pair in pairs:
             try:
-                prepared.append(_checked(self._texts(pair)))
+                texts = _checked(self._texts(pair))
+                prepared.append((texts, self._parts(texts)))
             except Refused as refused:
                 prepared.append(refused)
-        ids = iter(self._tokenize([text for texts in prepared if isinstance(texts, _Texts) for text in _given(texts)]))
+        ids = self.tokens.encode(part for some in prepared if not isinstance(some, Refused) for part in some[1])
         encoded: list[EncodedPair | Refused] = []
-        for texts in prepared:
-            if isinstance(texts, Refused):
-                encoded.append(texts)
+        for some in prepared:
+            if isinstance(some, Refused):
+                encoded.append(some)
                 continue
+            texts, (shared, *rests) = some
             try:
-                encoded.append(self._encoded(texts, [next(ids) for _ in _given(texts)]))
+                encoded.append(self._encoded(texts, [ids[shared] + ids[rest] for rest in rests]))
             except Refused as refused:
                 encoded.append(refused)
         return encoded
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    def _parts(self, texts: _Texts) -> list[str]:
+        """What the texts share up to a border, then the rest of each; the ids of a text are those of its two parts."""
+        given = _given(texts)
+        border = self.tokens.last_border(texts.prompt)
+        if not all(text.startswith(texts.prompt[:border]) for text in given):
+            border = 0
+        return [texts.prompt[:border], *(text[border:] for text in given)]
 
     def _encoded(self, texts: _Texts, ids: list[list[int]]) -> EncodedPair:
         ends_itself = texts.as_chat and not self._appends_eos
@@ -227,7 +230,7 @@ class PairEncoder:
         """Ids that ask for a reply to `messages`. Raises Refused when the template cannot hold them."""
         messages = self._with_system(messages)
         text = self._render(messages, None, for_reply=True) if self._has_chat else plain_prompt(messages)
-        return self._with_bos(self._tokenize([text])[0], as_chat=self._has_chat)
+        return self._with_bos(self.tokens.encode([text])[text], as_chat=self._has_chat)
 
 
 def plain_prompt(messages: Sequence[Message]) -> str:
