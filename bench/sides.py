@@ -102,7 +102,9 @@ class Bench:
             command += ["deepspeed.launcher.runner", "--log_level", "critical", "--no_local_rank"]
             command += ["--num_accelerators", str(self.case.ranks), "--master_port", str(free_port()), "--module"]
         command += ["bench.trl_run", str(self.folder / "trl.json")]
-        environment = self._environment() | {"HF_DATASETS_CACHE": str(self.folder / "hf_datasets")}
+        cache = self.folder / "hf_datasets"  # with TRL's reference log-probs
+        shutil.rmtree(cache, ignore_errors=True)
+        environment = self._environment() | {"HF_DATASETS_CACHE": str(cache)}
         if self.same_malloc:
             environment["GLIBC_TUNABLES"] = KEEP_FREED_MEMORY
         result = self.folder / "trl-result.json"
@@ -178,7 +180,7 @@ def make_ready(case: Case, work: Path, timeout: float, same_malloc: bool) -> Ben
         raise BenchError(f"{len(pairs)} pairs are no whole steps of {case.batch}: take fewer steps")
     keys = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [dict(zip(keys, (part.tolist() for part in pairs.pair(int(i))))) for i in ids]
-    (folder / "pairs.json").write_text(json.dumps(rows))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "trl.json").write_text(json.dumps(trl_job(case, folder)))
     return Bench(case, folder, pairs.lengths(ids), timeout, same_malloc)
 
@@ -224,7 +226,7 @@ def trl_job(case: Case, folder: Path) -> dict[str, Any]:
         }
     return {
         "model": str(case.model),
-        "pairs": str(folder / "pairs.json"),
+        "pairs": str(folder / "pairs.jsonl"),
         "result": str(folder / "trl-result.json"),
         "output_dir": str(folder / "trl"),
         "finetuning": case.finetuning,
@@ -264,7 +266,7 @@ def _between(log: list[tuple[float, str]], first: re.Pattern[str], last: re.Patt
 
 
 def _last_words(log: list[tuple[float, str]]) -> str:
-    """The line of a failed run that most likely names the cause."""
+    """The line of a failed run that most likely names the cause: a rank that lost its peer only tells the outcome."""
     lines = [line.strip() for _, line in log if line.strip()]
-    told = [line for line in lines if re.search(r"^(dsdpo \w+:|\w*(Error|Exception|Interrupt)\b)|\bError: ", line)]
+    told = [line for line in lines if re.search(r"^dsdpo \w+:|Error\b.*: ", line) and "Connection" not in line]
     return (told or lines or ["no output"])[-1][:300]

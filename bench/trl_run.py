@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from peft import LoraConfig, TaskType
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -85,7 +86,7 @@ def settings(job: dict[str, Any], world_size: int) -> DPOConfig:
         precompute_ref_log_probs=job["reference"] == "cached",
         gradient_checkpointing=job["gradient_checkpointing"],
         bf16=job["device"] == "cuda",
-        use_cpu=job["device"] == "cpu" and job["deepspeed"] is None,
+        use_cpu=job["device"] == "cpu",
         deepspeed=job["deepspeed"],
         dataloader_pin_memory=job["device"] == "cuda",
         seed=job["seed"],
@@ -100,6 +101,9 @@ def train(job: dict[str, Any]) -> None:
     """Train and write job["result"] on rank 0."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     args = settings(job, world_size)  # before the model, which ZeRO-3 partitions as it is loaded
+    if job["deepspeed"]:
+        # accelerate does this on GPUs; on a CPU it makes a gloo group, of which DeepSpeed does not know.
+        deepspeed.init_distributed(verbose=False)
     dtype = torch.bfloat16 if job["device"] == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
     lora = LoraConfig(
@@ -112,7 +116,8 @@ def train(job: dict[str, Any]) -> None:
     trainer = Trainer(
         model,
         args=args,
-        train_dataset=Dataset.from_list(json.loads(Path(job["pairs"]).read_bytes())),
+        # A file, so that all ranks find the reference log-probs that rank 0 caches beside it.
+        train_dataset=load_dataset("json", data_files=job["pairs"], split="train"),
         processing_class=AutoTokenizer.from_pretrained(job["model"]),
         peft_config=lora if job["finetuning"] == "lora" else None,
         callbacks=[times],
