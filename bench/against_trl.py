@@ -29,7 +29,7 @@ def compare(case: Case, rounds: int, warmup: int, work: Path, timeout: float, sa
     except BenchError as error:
         result.skipped = str(error)
         return result
-    result.mean_lengths = bench.lengths.mean(axis=0).tolist()
+    result.lengths = bench.lengths.tolist()
     sides: list[Side] = ["trl", "dsdpo"]
     for number in range(rounds):
         runs: dict[Side, Run] = {}

@@ -38,6 +38,7 @@ class Case:
         target: the ratio of pairs/s that dsdpo claims to reach at least; None: no claim.
         device: `cpu` trains in fp32, `cuda` in bf16.
         zero3: partition even on one rank.
+        trl_accumulation: micro-steps that TRL splits a step into, for what does not fit otherwise. dsdpo packs rows.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Case:
     device: Literal["cpu", "cuda"] = "cpu"
     zero3: bool = False
     gradient_checkpointing: bool = False
+    trl_accumulation: int = 1
     lora_rank: int = 16
     seed: int = 42
 

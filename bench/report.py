@@ -44,14 +44,14 @@ class Result:
     """All runs of one case: round by round, one of each side.
 
     Attributes:
-        mean_lengths: prompt, chosen and rejected tokens of the trained pairs.
+        lengths: prompt, chosen and rejected tokens of the trained pairs, in the order of the steps.
         skipped: why the case did not run at all.
         warmup: steps at the start of each run that are not timed.
     """
 
     case: Case
     warmup: int
-    mean_lengths: list[float] = field(default_factory=list)
+    lengths: list[list[int]] = field(default_factory=list)
     rounds: list[dict[Side, Run]] = field(default_factory=list)
     skipped: str | None = None
 
@@ -95,7 +95,7 @@ class Result:
         last = [r.losses[-1] if (r := self.rounds[-1][side]).losses else None for side in ("trl", "dsdpo")]
         return [
             self.case.name,
-            "/".join(f"{length:.0f}" for length in self.mean_lengths),
+            "/".join(f"{statistics.mean(side):.0f}" for side in zip(*self.lengths)),
             _number(self.throughput("trl"), 3),
             _number(self.throughput("dsdpo"), 3),
             ratio,
@@ -135,7 +135,7 @@ class Result:
         return {
             "case": asdict(self.case),
             "warmup": self.warmup,
-            "mean_lengths": self.mean_lengths,
+            "lengths": self.lengths,
             "skipped": self.skipped,
             "rounds": [{side: asdict(run) for side, run in runs.items()} for runs in self.rounds],
             "ratios": self.ratios(),

@@ -235,7 +235,7 @@ def trl_job(case: Case, folder: Path) -> dict[str, Any]:
         "gradient_checkpointing": case.gradient_checkpointing,
         "max_length": case.pairs.max_length,
         "batch": case.batch,
-        "accumulation": 1,
+        "accumulation": case.trl_accumulation,
         "steps": case.steps,
         "learning_rate": case.learning_rate,
         "beta": _BETA,
