@@ -190,7 +190,6 @@ def run_config(case: Case, folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "model_name_or_path": str(case.model),
         "finetuning_type": case.finetuning,
-        "lora_rank": case.lora_rank,
         "gradient_checkpointing": case.gradient_checkpointing,
         "dataset": case.pairs.dataset,
         "dataset_dir": str(case.pairs.folder.resolve()),
@@ -206,6 +205,8 @@ def run_config(case: Case, folder: Path) -> dict[str, Any]:
         "output_dir": str(folder / "dsdpo"),
         "disable_tqdm": True,
     }
+    if case.finetuning == "lora":
+        settings["lora_rank"] = case.lora_rank
     if case.reference != "cached":  # the default
         settings["reference"] = case.reference
     if case.deepspeed:
@@ -266,7 +267,10 @@ def _between(log: list[tuple[float, str]], first: re.Pattern[str], last: re.Patt
 
 
 def _last_words(log: list[tuple[float, str]]) -> str:
-    """The line of a failed run that most likely names the cause: a rank that lost its peer only tells the outcome."""
+    """What a failed run most likely died of: a rank that lost its peer only tells the outcome."""
     lines = [line.strip() for _, line in log if line.strip()]
+    for start, line in enumerate(lines):
+        if re.match(r"dsdpo \w+: \d+ problem", line):  # listed below it
+            return " ".join(lines[start:])[:300]
     told = [line for line in lines if re.search(r"^dsdpo \w+:|Error\b.*: ", line) and "Connection" not in line]
     return (told or lines or ["no output"])[-1][:300]
