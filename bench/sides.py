@@ -197,6 +197,7 @@ def run_config(case: Case, folder: Path) -> dict[str, Any]:
         **dict(case.pairs.options),
         "cache_dir": str(folder / "cache"),
         "beta": _BETA,
+        "reference": case.reference,
         "train_batch_size": case.batch,
         "max_steps": case.steps,
         "learning_rate": case.learning_rate,
@@ -207,8 +208,6 @@ def run_config(case: Case, folder: Path) -> dict[str, Any]:
     }
     if case.finetuning == "lora":
         settings["lora_rank"] = case.lora_rank
-    if case.reference != "cached":  # the default
-        settings["reference"] = case.reference
     if case.deepspeed:
         settings["deepspeed"] = str(case.deepspeed)
     return settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -26,16 +27,18 @@ TINY = LlamaConfig(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("finetuning", ["lora", "full"])
-def test_both_sides_are_told_and_agree(tmp_path: Path, finetuning: str) -> None:
+@pytest.mark.parametrize(("finetuning", "reference"), [("lora", "cached"), ("full", "live")])
+def test_both_sides_are_told_and_agree(
+    tmp_path: Path, finetuning: Literal["lora", "full"], reference: Literal["cached", "live"]
+) -> None:
     model = make_model(tmp_path / "model", TINY, "cpu", torch.float32)
     pairs = make_pairs(tmp_path / "data", 20, (12, 6, 6), 0.5, TINY.vocab_size)
-    case = Case("tiny", pairs, finetuning, "cached", steps=2, batch=4, model=model, target=1.0)  # type: ignore[arg-type]
+    case = Case("tiny", pairs, finetuning, reference, steps=2, batch=4, model=model, target=1.0)
     result = compare(case, rounds=1, warmup=1, work=tmp_path / "work", timeout=300)
     assert not result.skipped and not result.failed("trl") and not result.failed("dsdpo")
     runs = result.rounds[0]
     assert all(len(run.seconds) == len(run.losses) == 2 and len(run.memory_gb) == 1 for run in runs.values())
-    assert all(run.reference_seconds is not None for run in runs.values())
+    assert all((run.reference_seconds is not None) == (reference == "cached") for run in runs.values())
     np.testing.assert_allclose(runs["trl"].losses, runs["dsdpo"].losses, atol=1e-5)
     assert runs["trl"].losses[0] == pytest.approx(np.log(2)) and runs["trl"].losses[1] != runs["trl"].losses[0]
     assert result.cells()[0] == "tiny" and any("losses agree" in line for line in result.verdicts())
