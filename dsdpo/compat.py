@@ -6,8 +6,10 @@ module is below everything and must cost nothing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsdpo.errors import ConfigError
@@ -96,6 +98,17 @@ def active_adapter(model: torch.nn.Module, name: str | None) -> Iterator[None]:
     finally:
         for layer, (active, disabled) in zip(layers, before):
             layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def unlink_shared_buffers(rank: int) -> None:
+    """Remove the name of the shared memory through which DeepSpeed's CPU ranks of one host reduce.
+
+    DeepSpeed never does, so that every run leaves 66 MB a rank in /dev/shm until the next boot. All ranks of the host
+    must have mapped it: the memory itself lives as long as one of them.
+    """
+    pattern = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ.get('MASTER_PORT', '')}_{rank}"
+    for path in Path("/dev/shm").glob(pattern):
+        path.unlink(missing_ok=True)
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:

@@ -8,11 +8,12 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed import DeepSpeedEngine
+from deepspeed import DeepSpeedEngine, comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from transformers import PreTrainedModel
 
+from dsdpo.compat import unlink_shared_buffers
 from dsdpo.config.deepspeed import engine_config, reference_engine_config, zero_stage
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks
@@ -41,6 +42,9 @@ def start_process_group(config: RunConfig, ranks: Ranks) -> Hardware:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(ranks.local_rank)
     deepspeed.init_distributed(verbose=False)
+    if accelerator.device_name() == "cpu":
+        comm.barrier()
+        unlink_shared_buffers(ranks.rank)
     device = torch.device(accelerator.current_device_name())
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return Hardware(device, bf16)
