@@ -21,7 +21,7 @@ from dsdpo.files import write_atomically
 from dsdpo.model.attention import RowLayout
 from dsdpo.reference.store import ReferenceStore
 from dsdpo.train import reference as reference_pass
-from dsdpo.train.engine import build_engine, start_process_group
+from dsdpo.train.engine import build_engine, build_reference_engine, start_process_group
 from dsdpo.train.loop import train
 from dsdpo.train.session import build_session
 from dsdpo.train.stop import StopFlag
@@ -140,6 +140,18 @@ def fill_store(folder: str, runs: list[dict[str, Any]]) -> list[tuple[int, np.nd
         engine.destroy()
     torch.distributed.destroy_process_group()
     return results
+
+
+def parameter_bytes(folder: str, model: str) -> tuple[int, int]:
+    """What this rank holds of the parameters of policy and live reference between two ZeRO-3 steps, in bytes."""
+    ranks = launched()
+    assert ranks is not None
+    config = run_config(model, Path(folder), stage=3, reference="live")
+    hardware = start_process_group(config, ranks)
+    engines = build_engine(config, ranks, hardware), build_reference_engine(config, ranks, hardware)
+    held = [sum(p.data.nbytes + p.ds_tensor.nbytes for p in engine.module.parameters()) for engine in engines]
+    torch.distributed.destroy_process_group()
+    return held[0], held[1]
 
 
 def run_cases(cases: list[dict[str, Any]], n_pairs: int) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.dist.grid import STEPS
 from tests.helpers.ranks import run_ranks
+from tests.helpers.real import smollm2
 from tests.helpers.tiny import save_adapter, save_model, save_tokenizer, tiny_llama_config
 
 PAIRS = 17
@@ -65,6 +66,17 @@ def test_live_and_cached_references_agree(models: dict[str, str], world: int) ->
         if reference == "live":
             cached = [step["loss"] for step in found[kind, stage, "cached"]]
             np.testing.assert_allclose(losses, cached, rtol=1e-5, err_msg=f"{kind}, stage {stage}")
+
+
+@pytest.mark.slow
+def test_policy_and_live_reference_are_halved_by_two_ranks(tmp_path: Path) -> None:
+    """SmolLM2 under ZeRO-3: half the parameters each, whichever of the two engines."""
+    alone, *pair = (
+        run_ranks("tests.dist.grid:parameter_bytes", world, str(tmp_path), str(smollm2())) for world in (1, 2)
+    )
+    assert min(alone[0]) > 500e6, "134.5 million parameters in fp32"
+    for rank in pair[0]:
+        np.testing.assert_allclose(rank, np.array(alone[0]) / 2, rtol=0.01)
 
 
 def loss_cases(model: str) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ from dsdpo.data.formats import to_pair
 from dsdpo.data.messages import Pair, Refused
 from dsdpo.data.packing import TokenPair, build_row
 from dsdpo.data.templates import EncodedPair, PairEncoder
+from dsdpo.model.attention import NAMES
 from dsdpo.model.rows import RowModel, RowTensors
 from dsdpo.objectives.pairs import LossOptions, PairFacts
 from dsdpo.objectives.preference import PreferenceObjective
@@ -100,8 +101,8 @@ def trl(pairs: list[Pair], encoded: list[Any], tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module", params=[True, False], ids=["shared prefix", "plain rows"])
 def ours(request: pytest.FixtureRequest, encoded: list[EncodedPair]) -> Numbers:
     model = smollm2()
-    policy = RowModel(load(model, "dsdpo_sdpa", perturbed=True))
-    reference = RowModel(load(model, "dsdpo_sdpa", perturbed=False))
+    policy = RowModel(load(model, NAMES["sdpa"], perturbed=True))
+    reference = RowModel(load(model, NAMES["sdpa"], perturbed=False))
     objective = PreferenceObjective({"sigmoid": 1.0}, LossOptions(beta=BETA))
     token_pairs = [TokenPair(np.array(e.prompt_ids), np.array(e.chosen_ids), np.array(e.rejected_ids)) for e in encoded]
     logps, ref_logps, loss = [], [], 0.0

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from dsdpo.data.packing import TokenPair, build_row
+from dsdpo.model.attention import NAMES
 from dsdpo.model.rows import RowModel, RowTensors
 from tests.helpers.tiny import VOCAB, random_pairs, save_model, tiny_llama_config
 
@@ -64,7 +65,7 @@ def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedMo
     """The same weights twice: stock eager attention, and packed rows."""
     save_model(tmp_path, FAMILIES[request.param])
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
-    packed = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="dsdpo_sdpa", dtype=torch.float32)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=NAMES["sdpa"], dtype=torch.float32)
     return stock.eval(), RowModel(packed.eval())
 
 
