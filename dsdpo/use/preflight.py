@@ -112,9 +112,19 @@ def _check_data(loaded: LoadResult) -> list[str]:
 
 
 def _check_model(loaded: LoadResult) -> list[str]:
-    if loaded.config is None or "model_name_or_path" in loaded.faulty:
+    config = loaded.config
+    problems = []
+    if config is not None and "model_name_or_path" not in loaded.faulty:
+        problems += check_weights(config.model_name_or_path, "model_name_or_path")
+    if config is not None and config.adapter_name_or_path and "adapter_name_or_path" not in loaded.faulty:
+        problems += _check_adapter(config.adapter_name_or_path)
+    return problems
+
+
+def _check_adapter(name: str) -> list[str]:
+    if (Path(name) / "adapter_config.json").is_file() and any(Path(name).glob("adapter_model.*")):
         return []
-    return check_weights(loaded.config.model_name_or_path, "model_name_or_path")
+    return [f"adapter_name_or_path: {name} is no folder with adapter_config.json and adapter_model.safetensors"]
 
 
 def check_weights(name: str, option: str, adapter_allowed: bool = False) -> list[str]:
@@ -139,7 +149,10 @@ def _lacks(folder: Path, adapter_allowed: bool) -> list[str]:
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         if adapter_allowed:
             return []
-        return ["is a LoRA adapter; `dsdpo export --merge` makes a whole model of it"]
+        return [
+            "is a LoRA adapter; `dsdpo export --merge` makes a whole model of it. To train it further, name its base "
+            "model here and the adapter in adapter_name_or_path"
+        ]
     lacks = []
     if not (folder / "config.json").is_file():
         lacks.append("has no config.json")

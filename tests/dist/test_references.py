@@ -68,6 +68,18 @@ def test_live_and_cached_references_agree(models: dict[str, str], world: int) ->
             np.testing.assert_allclose(losses, cached, rtol=1e-5, err_msg=f"{kind}, stage {stage}")
 
 
+def test_the_first_loss_in_bf16(models: dict[str, str]) -> None:
+    """Live and policy compute the same row, so the loss is log 2 exactly. The cached reference comes from other rows,
+    in which matrix products round otherwise: its log-ratios are off by a few bf16 steps of the log-probs' size.
+    """
+    common = {"model": models["base"], "stage": 1, "precision": "bf16", "loss_type": "sigmoid", "loss_weights": None}
+    kinds = {kind: {**common, "finetuning_type": "lora", "reference": kind} for kind in ("live", "cached")}
+    first = {kind: steps[0] for kind, steps in run(kinds, 1, models["cache"]).items()}
+    assert abs(first["live"]["loss"] - np.log(2)) < 1e-6 and first["live"]["rewards/margins"] == 0
+    rounding = 2**-8 * 0.5 * abs(first["cached"]["logps/chosen"])  # beta is 0.5
+    assert abs(first["cached"]["loss"] - np.log(2)) < rounding
+
+
 @pytest.mark.slow
 def test_policy_and_live_reference_are_halved_by_two_ranks(tmp_path: Path) -> None:
     """SmolLM2 under ZeRO-3: half the parameters each, whichever of the two engines."""

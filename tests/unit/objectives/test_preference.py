@@ -1,6 +1,8 @@
 """The objective as a whole. That each loss is TRL's own is proved in tests/parity."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from dsdpo.objectives.pairs import LossOptions, PairFacts
 from dsdpo.objectives.preference import LOSSES, STATS, PreferenceObjective
 from dsdpo.objectives.sft import sft_loss
 
+ROOT = Path(__file__).parents[3]
 OPTIONS = LossOptions(beta=0.3, label_smoothing=0.1)
 
 
@@ -126,6 +129,11 @@ def test_wpo_weighs_each_pair_without_gradient() -> None:
     torch.testing.assert_close(weighed, plain * weights)
     (gradient,) = torch.autograd.grad(weighed.sum(), policy)
     assert not gradient[:, 2].any()
+
+
+def test_the_docs_list_every_loss() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (yes|no) \|$", (ROOT / "docs" / "losses.md").read_text(), re.MULTILINE)
+    assert {name: needs == "no" for name, needs in rows} == {name: name in REFERENCE_FREE for name in LOSSES}
 
 
 def test_simpo_and_odpo_margins() -> None:

@@ -14,7 +14,7 @@ import pytest
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE
-from dsdpo.use.preflight import ClusterRequest, check_device, check_weights, preflight
+from dsdpo.use.preflight import ClusterRequest, _check_adapter, check_device, check_weights, preflight
 
 
 @pytest.fixture
@@ -100,6 +100,13 @@ def test_a_model_folder_must_be_complete(tmp_path: Path, run: dict[str, Any], mi
     found = problems(tmp_path, run)
     assert len(found) == 1
     assert missing.split(".")[0].replace("model", "weights") in found[0]
+
+
+def test_an_adapter_to_train_further_must_be_one(tmp_path: Path) -> None:
+    assert "is no folder with adapter_config.json" in _check_adapter(str(tmp_path))[0]
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert _check_adapter(str(tmp_path)) == []
 
 
 def test_an_adapter_is_no_model_to_train_but_one_to_evaluate(tmp_path: Path) -> None:
