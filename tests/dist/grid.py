@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import PairLoader
 from dsdpo.data.packing import Segment
 from dsdpo.dist import launched
+from dsdpo.errors import NumericError
 from dsdpo.files import write_atomically
 from dsdpo.model.attention import RowLayout
 from dsdpo.reference.store import ReferenceStore
@@ -96,50 +96,76 @@ def train_and_export(cases: list[dict[str, Any]], folders: list[str], ids: list[
     return logits
 
 
-def fill_store(folder: str, runs: list[dict[str, Any]]) -> list[tuple[int, np.ndarray]]:
-    """Ask for the reference of some pairs in several runs that share a store.
+def fill_store(folder: str, runs: list[dict[str, Any]]) -> list[tuple[int, np.ndarray | str]]:
+    """Ask for the reference of some pairs in several runs, one after another.
 
     Args:
-        folder: holds the store; shared by the ranks.
-        runs: changes to `run_config`; `pairs` says how many pairs the run has, `die_after` after how many chunks this
-            rank dies, as by a power cut.
+        folder: shared by the ranks.
+        runs: changes to `run_config`, and: `pairs`, how many the run has; `store`, a name: runs of one name share a store;
+            `damage`, whether chunks of the store are damaged first; `die_after` so many chunks the ranks die, as by a
+            power cut.
 
     Returns:
-        For each run: how many pairs all ranks computed together, and the reference as the run got it.
+        For each run: how many pairs all ranks computed together, and the reference as the run got it, or the error.
     """
     ranks = launched()
     assert ranks is not None
     reference_pass._PAIRS_PER_PASS, reference_pass._PASSES_PER_CHUNK = 2, 1
-    results = []
-    for number, changes in enumerate(runs):
+    write_chunk = ReferenceStore.write_chunk
+    results: list[tuple[int, np.ndarray | str]] = []
+    for run in runs:
+        changes = dict(run)
         n_pairs, die_after = changes.pop("pairs"), changes.pop("die_after", None)
-        own = Path(folder, f"run-{number}-{uuid.uuid4().hex}")
-        config = run_config(folder=own, cache_dir=folder, max_tokens_per_row=128, **changes)
+        store = Path(folder, changes.pop("store", "store"))
+        damage = changes.pop("damage", False)
+        config = run_config(folder=Path(tempfile.mkdtemp()), cache_dir=str(store), max_tokens_per_row=128, **changes)
         hardware = start_process_group(config, ranks)
+        if damage and ranks.is_main:
+            _damage_chunks(store)
         engine = build_engine(config, ranks, hardware)
-        computed: list[int] = []
-        write_chunk = ReferenceStore.write_chunk
-
-        def counted(self: ReferenceStore, digests: np.ndarray, logps: np.ndarray) -> None:
-            if len(computed) == die_after:  # noqa: B023 (used up before the next turn)
-                os._exit(9)
-            write_chunk(self, digests, logps)  # noqa: B023
-            computed.append(len(digests))  # noqa: B023
-
-        ReferenceStore.write_chunk = counted  # type: ignore[method-assign]
+        written = _Counted(write_chunk, die_after)
+        ReferenceStore.write_chunk = written.write_chunk  # type: ignore[method-assign]
+        source = reference_pass.reference_source(config, ranks, hardware, engine, lambda line: None)
+        loader = PairLoader(ListOfPairs(random_pairs(n_pairs)), ranks, 128, config.share_prefix)
         try:
-            source = reference_pass.reference_source(config, ranks, hardware, engine, lambda line: None)
-            loader = PairLoader(ListOfPairs(random_pairs(n_pairs)), ranks, config.row_tokens or 0, config.share_prefix)
-            found = source(loader, np.arange(n_pairs))
-        finally:
-            ReferenceStore.write_chunk = write_chunk  # type: ignore[method-assign]
-        assert isinstance(found, reference_pass.StoredReference)
-        total = torch.tensor(sum(computed))
+            reference = source(loader, np.arange(n_pairs))
+            assert isinstance(reference, reference_pass.StoredReference)
+            found: np.ndarray | str = reference._logps
+        except NumericError as error:
+            found = str(error)
+        total = torch.tensor(written.pairs)
         torch.distributed.all_reduce(total)
-        results.append((int(total), found._logps))
+        results.append((int(total), found))
         engine.destroy()
     torch.distributed.destroy_process_group()
     return results
+
+
+class _Counted:
+    """ReferenceStore.write_chunk that counts pairs, and ends the process at the chunk after `die_after`."""
+
+    def __init__(self, write_chunk: Any, die_after: int | None) -> None:
+        self.pairs, self.chunks, self.die_after = 0, 0, die_after
+        self._write_chunk = write_chunk
+
+    @property
+    def write_chunk(self) -> Any:
+        def write(store: ReferenceStore, digests: np.ndarray, logps: np.ndarray) -> None:
+            if self.chunks == self.die_after:
+                os._exit(9)
+            self._write_chunk(store, digests, logps)
+            self.chunks, self.pairs = self.chunks + 1, self.pairs + len(digests)
+
+        return write
+
+
+def _damage_chunks(store: Path) -> None:
+    """Flip a bit of one chunk, cut another short."""
+    first, second, *_ = sorted(store.glob("reference/*/*.safetensors"))
+    content = bytearray(first.read_bytes())
+    content[-3] ^= 4
+    first.write_bytes(content)
+    second.write_bytes(second.read_bytes()[:20])
 
 
 def parameter_bytes(folder: str, model: str) -> tuple[int, int]:

@@ -105,11 +105,16 @@ def loss_cases(model: str) -> dict[str, dict[str, Any]]:
 
 def test_losses_do_not_depend_on_where_pairs_lie(models: dict[str, str]) -> None:
     """World sizes 1 and 2, rows for the whole step and rows of few pairs: the same loss and gradient norm."""
-    whole = loss_cases(models["base"])
-    short = {name: {**case, "max_tokens_per_row": 128} for name, case in whole.items()}
-    expected = run(whole, 1, models["cache"])
-    for cases, world in ((short, 1), (whole, 2), (short, 2)):
-        for name, steps in run(cases, world, models["cache"]).items():
+    rows = {"whole": {}, "short": {"max_tokens_per_row": 128}}
+    cases = {
+        (name, length): {**case, **change}
+        for name, case in loss_cases(models["base"]).items()
+        for length, change in rows.items()
+    }
+    by_world = {world: run(cases, world, models["cache"]) for world in WORLDS}
+    for world, found in by_world.items():
+        for (name, length), steps in found.items():
             for key in ("loss", "grad_norm", "rewards/margins"):
-                values = ([step[key] for step in steps], [step[key] for step in expected[name]])
-                np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5, err_msg=f"{name}, {world} ranks: {key}")
+                values = ([step[key] for step in steps], [step[key] for step in by_world[1][name, "whole"]])
+                where = f"{name}, {world} ranks, {length} rows: {key}"
+                np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5, err_msg=where)
