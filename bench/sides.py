@@ -159,6 +159,9 @@ class Bench:
                 code = process.wait()
             if watchdog.finished.is_set():
                 log.append((time.monotonic(), f"TimeoutError: took longer than --timeout {self.timeout:.0f}"))
+            elif code < 0:
+                peak = f"{sum(memory.gb):.1f} GiB"
+                log.append((time.monotonic(), f"ChildProcessError: killed by signal {-code} at {peak}: out of memory?"))
         finally:
             watchdog.cancel()
             _end(process.pid)
