@@ -69,8 +69,8 @@ class Case:
 
 
 SHARED = ROOT / ".." / "shared" / "data"
-# Short answers behind long shared prompts; long answers; a prompt and an empty answer. With max_length 1024 TRL's padded
-# batch of 16 sequences outgrows 24 GiB. Pairs whose prompt alone reaches max_length are left out, as in TRL.
+# Short answers behind long shared prompts; long answers; a prompt and an empty answer. With max_length 1024 a padded
+# batch of 16 sequences outgrows 24 GiB in TRL. Pairs whose prompt alone reaches max_length are left out, as in TRL.
 HH = Pairs("hh_harmless_base_test.jsonl.gz", SHARED, 512, (("max_refused", 0.1),))
 LONG = Pairs("dpo_en_demo.json", SHARED, 512, (("max_refused", 0.5),))
 SQL = Pairs("text_to_sql", ROOT / "data", 320)
