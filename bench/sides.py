@@ -8,12 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import yaml
 
 from bench.cases import ROOT, Case
@@ -26,6 +29,7 @@ from dsdpo.errors import DsdpoError
 from dsdpo.use.supervisor import KEEP_FREED_MEMORY, cores, end_session, free_port
 
 Side = Literal["trl", "dsdpo"]
+Log = list[tuple[float, str]]  # lines with the second at which each came
 
 _BETA = 0.1
 # What dsdpo says when its reference pass begins, and when it has what the run needs.
@@ -130,11 +134,9 @@ class Bench:
             result |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, cores() // self.case.ranks))}
         return result
 
-    def _start(
-        self, side: Side, command: list[str], environment: dict[str, str]
-    ) -> tuple[int, list[tuple[float, str]], list[float]]:
-        """Exit code, output lines with the second at which each came, and GiB per rank."""
-        log: list[tuple[float, str]] = []
+    def _start(self, side: Side, command: list[str], environment: dict[str, str]) -> tuple[int, Log, list[float]]:
+        """Exit code, output and GiB per rank."""
+        log: Log = []
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -145,18 +147,24 @@ class Bench:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        deadline = time.monotonic() + self.timeout
+        # Not its process group alone: dsdpo's supervisor starts the launcher in a session of its own.
+        watchdog = threading.Timer(self.timeout, _end, [process.pid])
+        watchdog.start()
         try:
             with RankMemory(process.pid) as memory, (self.folder / f"{side}.log").open("w") as copy:
                 for line in process.stdout or ():
                     log.append((time.monotonic(), line.rstrip()))
                     copy.write(line)
                     copy.flush()
-                    if time.monotonic() > deadline:
-                        process.terminate()
                 code = process.wait()
+            if watchdog.finished.is_set():
+                log.append((time.monotonic(), f"TimeoutError: took longer than --timeout {self.timeout:.0f}"))
+            elif code < 0:
+                peak = f"{sum(memory.gb):.1f} GiB"
+                log.append((time.monotonic(), f"ChildProcessError: killed by signal {-code} at {peak}: out of memory?"))
         finally:
-            end_session(process.pid)
+            watchdog.cancel()
+            _end(process.pid)
         return code, log, memory.gb
 
 
@@ -258,14 +266,24 @@ def _prepared(case: Case, folder: Path) -> PreparedSet:
     return pairs
 
 
-def _between(log: list[tuple[float, str]], first: re.Pattern[str], last: re.Pattern[str]) -> float | None:
+def _end(root: int) -> None:
+    """Kill a command and all that it started, if any of it still runs: its process group, and what left that group."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(root)
+        for child in (*process.children(recursive=True), process):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+    end_session(root)
+
+
+def _between(log: Log, first: re.Pattern[str], last: re.Pattern[str]) -> float | None:
     """Seconds from the first line that matches one pattern to the first that matches the other."""
     begin = next((at for at, line in log if first.match(line)), None)
     end = next((at for at, line in log if last.match(line)), None)
     return None if begin is None or end is None else end - begin
 
 
-def _last_words(log: list[tuple[float, str]]) -> str:
+def _last_words(log: Log) -> str:
     """What a failed run most likely died of: a rank that lost its peer only tells the outcome."""
     lines = [line.strip() for _, line in log if line.strip()]
     for start, line in enumerate(lines):
