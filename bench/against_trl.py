@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -68,8 +69,14 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def end_runs_on_sigterm() -> None:
+    """SIGTERM leaves by an exception, so that the run in progress is ended too and spoils no later measurement."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def main() -> None:
     """Choose, run, tell."""
+    end_runs_on_sigterm()
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--cases", default="*", metavar="GLOB", help="names to run, `a*,b*` (all)")
     parser.add_argument("--same_malloc", action="store_true", help="give TRL the allocator settings of dsdpo's ranks")

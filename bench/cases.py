@@ -69,9 +69,9 @@ class Case:
 
 
 SHARED = ROOT / ".." / "shared" / "data"
-# Short answers behind long shared prompts; long answers; a prompt and an empty answer. With max_length 1024 a padded
-# batch of 16 sequences outgrows 24 GiB in TRL. Pairs whose prompt alone reaches max_length are left out, as in TRL.
-HH = Pairs("hh_harmless_base_test.jsonl.gz", SHARED, 512, (("max_refused", 0.1),))
+# Short answers behind long shared prompts; long answers; a prompt and an empty answer. The longest pair rules how much TRL
+# pads: at 512 its batch of 16 hh sequences outgrows 24 GiB of memory. Longer pairs are left out on both sides.
+HH = Pairs("hh_harmless_base_test.jsonl.gz", SHARED, 320, (("max_refused", 0.4), ("truncation_mode", "refuse")))
 LONG = Pairs("dpo_en_demo.json", SHARED, 512, (("max_refused", 0.5),))
 SQL = Pairs("text_to_sql", ROOT / "data", 320)
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.against_trl import arguments, compare
+from bench.against_trl import arguments, compare, end_runs_on_sigterm
 from bench.cases import Case, Pairs
 from bench.flops import Shape, peak_tflops, step_flops, tokens
 from bench.report import Result, machine, table
@@ -158,6 +158,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Make the model and the pairs, run, tell."""
     asked = options()
+    end_runs_on_sigterm()
     if not torch.cuda.is_available():
         sys.exit("cuda_7b: needs an NVIDIA GPU that torch can use; there is none here. On a CPU: bench/against_trl.py")
     gpus, gpu, steps = asked.gpus or torch.cuda.device_count(), torch.cuda.get_device_name(0), asked.steps or 10
