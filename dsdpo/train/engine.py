@@ -81,6 +81,8 @@ def build_engine(config: RunConfig, ranks: Ranks, hardware: Hardware, weights: s
         fused=hardware.device.type == "cuda",
     )
     engine, *_ = deepspeed.initialize(model=row_model, optimizer=optimizer, config=settings)
+    if ranks.world_size == 1 and not engine.zero_optimization():
+        engine.enable_backward_allreduce = False  # it copies all gradients into one buffer and back, here for nothing
     return engine
 
 
