@@ -73,6 +73,7 @@ def preflight(
     problems += cluster.problems() if cluster else []
     problems += check_weights(model, "--model", adapter_allowed=True) if model else []
     problems += _check_held_out(loaded) if task == "eval" else []
+    problems += _check_stored(loaded) if task == "reference" else []
     earlier = _earlier_run(loaded) if task == "train" else ""
     if problems or loaded.config is None:
         raise ConfigError(problems + [earlier] if earlier else problems)
@@ -168,6 +169,13 @@ def _check_held_out(loaded: LoadResult) -> list[str]:
     if config is None or loaded.faulty & {"eval_dataset", "val_size"} or config.eval_dataset or config.val_size:
         return []
     return ["there is nothing to evaluate on; set eval_dataset or val_size"]
+
+
+def _check_stored(loaded: LoadResult) -> list[str]:
+    config = loaded.config
+    if config is None or loaded.faulty & {"reference", "loss_type"} or config.reference_kind == "cached":
+        return []
+    return [f"`dsdpo reference` fills a store, but this run's reference is {config.reference_kind}; set cached"]
 
 
 def _check_folders(loaded: LoadResult) -> list[str]:

@@ -109,6 +109,13 @@ def test_an_adapter_to_train_further_must_be_one(tmp_path: Path) -> None:
     assert _check_adapter(str(tmp_path)) == []
 
 
+@pytest.mark.parametrize("change", [{"reference": "live"}, {"loss_type": "simpo"}])
+def test_a_store_is_filled_only_for_a_cached_reference(tmp_path: Path, run: dict[str, Any], change: Any) -> None:
+    assert check(tmp_path, run | change)
+    (problem,) = problems(tmp_path, run | change, task="reference")
+    assert "this run's reference is" in problem
+
+
 def test_an_adapter_is_no_model_to_train_but_one_to_evaluate(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "dsdpo export --merge" in check_weights(str(tmp_path), "model_name_or_path")[0]
