@@ -69,7 +69,7 @@ class Case:
 
 
 SHARED = ROOT / ".." / "shared" / "data"
-# Short answers behind long shared prompts; long answers; a prompt and an empty answer. The longest pair rules how much TRL
+# Short answers behind long shared prompts; long answers; a prompt and an empty answer. The longest pair rules what TRL
 # pads: at 512 its batch of 16 hh sequences outgrows 24 GiB of memory. Longer pairs are left out on both sides.
 HH = Pairs("hh_harmless_base_test.jsonl.gz", SHARED, 320, (("max_refused", 0.4), ("truncation_mode", "refuse")))
 LONG = Pairs("dpo_en_demo.json", SHARED, 512, (("max_refused", 0.5),))
