@@ -118,11 +118,11 @@ def plain(model: PreTrainedModel, pairs: list[TokenPair]) -> torch.Tensor:
 
 
 def packed(model: PreTrainedModel, pairs: list[TokenPair], share_prefix: bool) -> torch.Tensor:
-    """The same from one packed row, [C]: each scored token counts as a completion of its own."""
+    """The same from one packed row, [C]: each scored token counts as a completion of its own, without a tail."""
     row = RowTensors.from_row(build_row(pairs, range(len(pairs)), share_prefix), model.device)
-    row.completion = torch.arange(len(row.completion), device=model.device)
-    row.n_completions = len(row.completion)
-    return RowModel(model)(row)
+    each = torch.ones_like(row.targets)
+    row.part_lengths = torch.stack([each, torch.zeros_like(each)], dim=1)
+    return RowModel(model)(row)[:, 0]
 
 
 def gradients(model: PreTrainedModel, logps: torch.Tensor) -> dict[str, torch.Tensor]:
