@@ -149,15 +149,15 @@ def reference_for(
     """
     pairs = loader.pairs
     wanted = pairs.digests(ids)
-    found, logps = store.find(wanted)
-    missing = np.flatnonzero(~found)
+    missing = np.flatnonzero(~_seen_by_main(store.find(wanted)[0], device))
     if len(missing):
         say(f"reference: computing {len(missing)} of {len(ids)} pairs, {store.folder}")
         _fill(ids[missing], wanted[missing], store, make_engine(), loader, device)
         comm.barrier()
-        found, logps = _find_all(store, wanted)
+        store.reload()
     else:
         say(f"reference: all {len(ids)} pairs found in {store.folder}")
+    logps = _find_all(store, wanted)
     bad = np.flatnonzero(~np.isfinite(logps).all(axis=(1, 2)))
     if len(bad):
         raise NumericError(
@@ -169,24 +169,34 @@ def reference_for(
     return StoredReference(everything, device)
 
 
-def _find_all(store: ReferenceStore, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What all ranks together have just written; another node's files can take a while to be seen.
+def _seen_by_main(found: np.ndarray, device: torch.device) -> np.ndarray:
+    """Rank 0's view of what the store has, bool [N], on all ranks: they compute what lacks in lock-step.
+
+    While another job fills the store, or on a slow file system, ranks see it differently.
+    """
+    view = torch.from_numpy(found.astype(np.uint8)).to(device)
+    comm.broadcast(view, src=0)
+    return view.cpu().numpy().astype(bool)
+
+
+def _find_all(store: ReferenceStore, wanted: np.ndarray) -> np.ndarray:
+    """Log-probs of pairs that are in the store; what another node wrote can take a while to be seen.
 
     Raises:
         IOFailure: some of it is not there.
     """
     deadline = time.monotonic() + _SEEN_WITHIN_S
     while True:
-        store.reload()
         found, logps = store.find(wanted)
         if found.all():
-            return found, logps
+            return logps
         if time.monotonic() > deadline:
             raise IOFailure(
-                f"reference log-probs of {(~found).sum()} of {len(wanted)} pairs have been computed but are not in "
+                f"other ranks have reference log-probs of {(~found).sum()} of {len(wanted)} pairs that are not seen in "
                 f"{store.folder}: it must lie on a file system that all nodes share; set cache_dir"
             )
         time.sleep(1.0)
+        store.reload()
 
 
 def _fill(

@@ -102,8 +102,8 @@ def fill_store(folder: str, runs: list[dict[str, Any]]) -> list[tuple[int, np.nd
     Args:
         folder: shared by the ranks.
         runs: changes to `run_config`, and: `pairs`, how many the run has; `store`, a name: runs of one name share a store;
-            `damage`, whether chunks of the store are damaged first; `die_after` so many chunks the ranks die, as by a
-            power cut.
+            `damage`, whether chunks of the store are damaged first; `blind`, a rank that sees the store only at its
+            second look; `die_after` so many chunks the ranks die, as by a power cut.
 
     Returns:
         For each run: how many pairs all ranks computed together, and the reference as the run got it, or the error.
@@ -117,7 +117,7 @@ def fill_store(folder: str, runs: list[dict[str, Any]]) -> list[tuple[int, np.nd
         changes = dict(run)
         n_pairs, die_after = changes.pop("pairs"), changes.pop("die_after", None)
         store = Path(folder, changes.pop("store", "store"))
-        damage = changes.pop("damage", False)
+        damage, blind = changes.pop("damage", False), changes.pop("blind", None)
         config = run_config(folder=Path(tempfile.mkdtemp()), cache_dir=str(store), max_tokens_per_row=128, **changes)
         hardware = start_process_group(config, ranks)
         if damage and ranks.is_main:
@@ -125,6 +125,8 @@ def fill_store(folder: str, runs: list[dict[str, Any]]) -> list[tuple[int, np.nd
         engine = build_engine(config, ranks, hardware)
         written = _Counted(write_chunk, die_after)
         ReferenceStore.write_chunk = written.write_chunk  # type: ignore[method-assign]
+        if blind == ranks.rank:
+            ReferenceStore.reload = _blind_once(ReferenceStore.reload)  # type: ignore[method-assign]
         source = reference_pass.reference_source(config, ranks, hardware, engine, lambda line: None)
         loader = PairLoader(ListOfPairs(random_pairs(n_pairs)), ranks, 128, config.share_prefix)
         try:
@@ -157,6 +159,15 @@ class _Counted:
             self.chunks, self.pairs = self.chunks + 1, self.pairs + len(digests)
 
         return write
+
+
+def _blind_once(reload: Any) -> Any:
+    """ReferenceStore.reload whose first call finds nothing and puts the true one back."""
+
+    def look(store: ReferenceStore) -> None:
+        ReferenceStore.reload = reload  # type: ignore[method-assign]
+
+    return look
 
 
 def _damage_chunks(store: Path) -> None:

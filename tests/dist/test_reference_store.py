@@ -58,6 +58,7 @@ def found(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
         "other layout": {**run, "share_prefix": False},
         "other weights": {**run, "model": str(variant(folder / "weights", base, norm=1.5))},
         "other config": {**run, "model": str(variant(folder / "config", base, **{'"rms_norm_eps": 1e-06': '"rms_norm_eps": 0.1'}))},
+        "seen late by one rank": {**run, "blind": 1},
         "grown": {**run, "pairs": N + 5},
         "damaged": {**run, "damage": True, "store": "damaged"},
         "whole": {**run, "pairs": N + 5, "store": "whole"},
@@ -70,7 +71,7 @@ def found(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
     return dict(zip(runs, fill(store, *runs.values())))
 
 
-@pytest.mark.parametrize("name", ["other training", "other stage", "other loss", "moved"])
+@pytest.mark.parametrize("name", ["other training", "other stage", "other loss", "moved", "seen late by one rank"])
 def test_reused_when_nothing_that_counts_has_changed(found: dict[str, tuple[int, Any]], name: str) -> None:
     assert found["first"][0] == N and found[name][0] == 0
     assert np.array_equal(found[name][1], found["first"][1])
