@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.fingerprint import set_fingerprint, source_digest, tokenizer_digest
 from dsdpo.data.make import make_set
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 Split = Literal["train", "eval"]
 
 _POLL_S = 1.0
+_PAIRS_AT_ONCE = 1_000_000
 
 
 def prepare(config: RunConfig, split: Split) -> PreparedSet | None:
@@ -27,7 +30,7 @@ def prepare(config: RunConfig, split: Split) -> PreparedSet | None:
 
     Raises:
         ConfigError: a name of `dataset` or `eval_dataset` cannot be resolved, or the template does not fit.
-        DataError: more than max_refused of the rows are refused, or none is left.
+        DataError: more than max_refused of the rows are refused, none is left, or the loss needs scores that it lacks.
         IOFailure: the cache folder cannot be written.
     """
     names = _names(config, split)
@@ -43,7 +46,25 @@ def prepare(config: RunConfig, split: Split) -> PreparedSet | None:
             raise IOFailure(
                 f"cannot write prepared data to {path.parent}: {error}; free space or set cache_dir"
             ) from error
-    return _opened(config, split, path)
+    prepared = _opened(config, split, path)
+    if "odpo" in config.loss_type:
+        _check_scores(prepared)
+    return prepared
+
+
+def _check_scores(pairs: PreparedSet) -> None:
+    """Refuse pairs without scores, or whose chosen side does not score higher. Raises DataError, naming the first."""
+    for start in range(0, len(pairs), _PAIRS_AT_ONCE):
+        ids = np.arange(start, min(start + _PAIRS_AT_ONCE, len(pairs)))
+        scores = pairs.scores(ids)
+        bad = np.flatnonzero(~(scores[:, 0] > scores[:, 1]))
+        if len(bad):
+            chosen, rejected = scores[bad[0]]
+            raise DataError(
+                f"loss_type odpo needs a chosen_score above the rejected_score in every pair; "
+                f"{pairs.where(int(ids[bad[0]]))} has {chosen} and {rejected} (nan: none): mend the data, or choose "
+                "another loss_type"
+            )
 
 
 def open_prepared(config: RunConfig, split: Split) -> PreparedSet | None:

@@ -11,9 +11,8 @@ import torch
 from deepspeed import DeepSpeedEngine, comm
 
 from dsdpo.config.schema import ACROSS_PAIRS, RunConfig
-from dsdpo.data.loader import Batch, PairSource
+from dsdpo.data.loader import Batch
 from dsdpo.data.packing import Row
-from dsdpo.errors import DataError
 from dsdpo.model.rows import RowTensors
 from dsdpo.objectives.pairs import LossOptions, PairFacts
 from dsdpo.objectives.preference import PreferenceObjective
@@ -49,30 +48,6 @@ def objective_of(config: RunConfig) -> PreferenceObjective:
     )
     across_pairs = any(loss in ACROSS_PAIRS for loss in config.loss_type)
     return PreferenceObjective(config.weighted_losses, options, across_pairs)
-
-
-def check_scores(config: RunConfig, pairs: PairSource, ids: np.ndarray) -> None:
-    """Refuse to train `odpo` on pairs without scores, or whose chosen side does not score higher.
-
-    Args:
-        config: the run.
-        pairs: the set.
-        ids: int64, the pairs that the run uses.
-
-    Raises:
-        DataError: names the first such pair.
-    """
-    if "odpo" not in config.loss_type:
-        return
-    scores = pairs.scores(ids)
-    bad = np.flatnonzero(~(scores[:, 0] > scores[:, 1]))
-    if len(bad):
-        first = int(ids[bad[0]])
-        raise DataError(
-            f"loss_type odpo needs a chosen_score above the rejected_score of every pair; {len(bad)} of {len(ids)} "
-            f"pairs have not, the first at {pairs.where(first)} with {scores[bad[0]].tolist()} (nan: no score): mend "
-            "the data, or choose another loss_type"
-        )
 
 
 def facts_of(batch: Batch, pairs: np.ndarray, mean_chosen_tokens: float | None, device: torch.device) -> PairFacts:

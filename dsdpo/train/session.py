@@ -20,7 +20,7 @@ from dsdpo.train.engine import Hardware, Schedule, build_engine, describe
 from dsdpo.train.evaluate import evaluate
 from dsdpo.train.memory import row_tokens
 from dsdpo.train.metrics import Reporter
-from dsdpo.train.objective import check_scores, objective_of
+from dsdpo.train.objective import objective_of
 from dsdpo.train.reference import Reference, reference_source
 from dsdpo.train.stop import StopFlag
 
@@ -92,7 +92,6 @@ def build_session(
 
     Raises:
         ConfigError: the model cannot be trained this way.
-        DataError: the loss needs scores that the data lacks.
         NumericError: the reference gives log-probs that are not finite.
     """
     per_epoch = steps_per_epoch(len(train_set), config.train_batch_size)
@@ -100,11 +99,10 @@ def build_session(
     reporter = Reporter(config, schedule.total_steps, ranks.is_main)
     engine = build_engine(config, ranks, hardware)
     reporter.say(describe(engine, config, ranks, hardware))
-    row_length = row_tokens(config, engine, hardware)
     reference_of = reference_source(config, ranks, hardware, engine, reporter.say)
+    row_length = row_tokens(config, engine, hardware)  # a live reference takes its memory first
 
     def with_reference(pairs: PairSource, ids: np.ndarray) -> tuple[PairLoader, Reference]:
-        check_scores(config, pairs, ids)
         loader = PairLoader(pairs, ranks, row_length, config.share_prefix)
         return loader, reference_of(loader, ids)
 

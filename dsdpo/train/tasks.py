@@ -22,7 +22,7 @@ from dsdpo.files import write_atomically
 from dsdpo.train.engine import Hardware, build_engine, start_process_group
 from dsdpo.train.evaluate import evaluate
 from dsdpo.train.loop import train
-from dsdpo.train.objective import check_scores, objective_of
+from dsdpo.train.objective import objective_of
 from dsdpo.train.reference import NoReference, Reference, open_store, reference_for
 from dsdpo.train.session import Session, build_session
 from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE, StopFlag, write_exit
@@ -109,7 +109,6 @@ def _evaluate(config: RunConfig, ranks: Ranks, hardware: Hardware, model: str) -
             print(line, flush=True)
 
     ids = np.arange(len(pairs))
-    check_scores(config, pairs, ids)
     # without gradients a row takes little: no need to look how much memory there is
     loader = PairLoader(pairs, ranks, config.row_tokens or 4 * config.max_length, config.share_prefix)
     reference: Reference = NoReference()

@@ -490,3 +490,15 @@ def test_dpo_en_demo(settings):
     source = shared_file("dpo_en_demo.json")
     pairs = prepared(settings, dataset=[source.name], dataset_dir=str(source.parent), max_length=16384)
     assert pairs.manifest["datasets"] == ["dpo_en_demo.json (sharegpt)"] and len(pairs) == 300
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [(2.0, 2.0), (1.0, 2.0), (None, 2.0), (3.0, None)])
+def test_odpo_takes_only_pairs_whose_chosen_side_scores_higher(settings, chosen, rejected) -> None:
+    scored = [{**row, "chosen_score": 2.5, "rejected_score": 1.0} for row in rows(20)]
+    write(Path(settings["dataset_dir"]) / "pairs.jsonl", scored)
+    assert prepare(RunConfig(**settings, loss_type="odpo"), "train")
+    scored[7] |= {"chosen_score": chosen, "rejected_score": rejected}
+    write(Path(settings["dataset_dir"]) / "pairs.jsonl", scored)
+    assert prepare(RunConfig(**settings), "train")
+    with pytest.raises(DataError, match=r"odpo needs a chosen_score above .*pairs\.jsonl:8 has"):
+        prepare(RunConfig(**settings, loss_type="odpo"), "train")
