@@ -85,9 +85,10 @@ class PreferenceObjective:
         for name, weight in self.weights.items():
             losses = losses + weight * LOSSES[name](pairs, self.options)
         losses = losses * pairs.weights
-        return PairLosses(losses, self._stats(pairs, losses))
+        per_token = reference is None and any(name in self.weights for name in _PER_TOKEN_REWARDS)
+        return PairLosses(losses, self._stats(pairs, losses, per_token))
 
-    def _stats(self, pairs: PairLogps, losses: torch.Tensor) -> torch.Tensor:
+    def _stats(self, pairs: PairLogps, losses: torch.Tensor, per_token: bool) -> torch.Tensor:
         """STATS of each pair.
 
         The reward is beta times the log-ratio to the reference: equation 5 of Rafailov et al., "Direct preference
@@ -95,7 +96,7 @@ class PreferenceObjective:
         the losses that see it so.
         """
         chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
-        if any(name in self.weights for name in _PER_TOKEN_REWARDS):
+        if per_token:
             chosen, rejected = pairs.mean_logps
         chosen, rejected = self.options.beta * chosen, self.options.beta * rejected
         columns = [

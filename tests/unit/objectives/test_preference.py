@@ -165,6 +165,20 @@ def test_stats() -> None:
     assert stats["logps/chosen"] == pytest.approx(-4.5)
 
 
+def test_rewards_without_a_reference() -> None:
+    """Per token where the loss sees it so; with a reference, for a mix, they are log-ratios as ever."""
+    policy, reference, known = outputs(3, 1), outputs(3, 2), facts(3)
+    sums, ref_sums = (x.sum(1)[::2] for x in (policy, reference))
+    options = LossOptions(beta=0.5)
+    for weights, ref, expected in (
+        ({"simpo": 1.0}, None, sums / known.tokens[:, 0]),
+        ({"cpo": 1.0}, None, sums),
+        ({"simpo": 1.0, "sigmoid": 1.0}, reference, sums - ref_sums),
+    ):
+        stats = PreferenceObjective(weights, options)(policy, ref, known).stats
+        torch.testing.assert_close(stats[STATS.index("rewards/chosen")], 0.5 * expected)
+
+
 def test_an_empty_row_has_no_loss_but_a_gradient_path() -> None:
     policy = outputs(1).requires_grad_()
     objective = PreferenceObjective({"sigmoid": 1.0, "sft": 1.0})
