@@ -22,6 +22,8 @@ CASES = [
     (model, finetuning, stage) for model in ("tied", "untied") for finetuning in ("full", "lora") for stage in (0, 2, 3)
 ]
 
+CONTINUED = [(2, "live"), (3, "cached")]  # runs that train the adapter of ("tied", "lora", 0) further
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[Path, np.ndarray]]:
@@ -38,7 +40,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[Path, 
     for output in outputs:
         output.mkdir()
     logits = run_ranks("tests.dist.grid:train_and_export", 2, settings, [str(o) for o in outputs], IDS)[0]
-    return {case: (output / "out", found) for case, output, found in zip(CASES, outputs, logits)}
+    found = {case: (output / "out", numbers) for case, output, numbers in zip(CASES, outputs, logits)}
+
+    start = found["tied", "lora", 0][0] / "final"
+    further = [
+        {**settings[CASES.index(("tied", "lora", stage))], "adapter_name_or_path": str(start), "reference": kind}
+        for stage, kind in CONTINUED
+    ]
+    outputs = [folder / f"continued-{stage}" for stage, _ in CONTINUED]
+    for output in outputs:
+        output.mkdir()
+    logits = run_ranks("tests.dist.grid:train_and_export", 2, further, [str(o) for o in outputs], IDS)[0]
+    return found | {stage: (output / "out", numbers) for (stage, _), output, numbers in zip(CONTINUED, outputs, logits)}
 
 
 def logits_of(model: Any) -> np.ndarray:
@@ -58,6 +71,15 @@ def test_plain_loading_gives_the_engines_logits(exported: Any, case: Any) -> Non
     base = AutoModelForCausalLM.from_pretrained(output_dir.parents[1] / case[0], dtype=torch.float32)
     assert np.abs(logits_of(base) - expected).max() > 0.05, "training must have moved the model to prove anything"
     np.testing.assert_allclose(logits_of(load(output_dir / "final")), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [stage for stage, _ in CONTINUED])
+def test_a_continued_adapter_is_exported_without_its_reference(exported: Any, stage: int) -> None:
+    output_dir, expected = exported[stage]
+    start = logits_of(load(exported["tied", "lora", 0][0] / "final"))
+    assert np.abs(start - expected).max() > 0.05, "training must have moved the adapter to prove anything"
+    np.testing.assert_allclose(logits_of(load(output_dir / "final")), expected, atol=1e-4)
+    assert not [path for path in (output_dir / "final").iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[1] == "lora"], ids=str)

@@ -1,19 +1,11 @@
-"""Packed rows against the plain computation: one sequence at a time through stock transformers."""
+"""The sums that a packed row gives, against stock transformers; tests/parity has every family, and gradients."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    MistralConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, PreTrainedModel
 
 from dsdpo.data.packing import TokenPair, build_row
 from dsdpo.model.attention import NAMES
@@ -21,15 +13,6 @@ from dsdpo.model.rows import RowModel, RowTensors
 from tests.helpers.tiny import VOCAB, random_pairs, save_model, tiny_llama_config
 
 CPU = torch.device("cpu")
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
 GPT2 = {
     "vocab_size": VOCAB,
     "n_embd": 32,
@@ -40,11 +23,7 @@ GPT2 = {
 }
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 FAMILIES: dict[str, PretrainedConfig] = {
-    "llama": tiny_llama_config(tied=False),
-    "llama tied": tiny_llama_config(tied=True),
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen3": Qwen3Config(**SMALL, head_dim=8),
-    "mistral": MistralConfig(**SMALL, sliding_window=None),
+    "llama": tiny_llama_config(tied=True),
     "gpt2": GPT2Config(**GPT2, **NO_DROPOUT, bos_token_id=0, eos_token_id=1),
 }
 
@@ -67,24 +46,6 @@ def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedMo
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
     packed = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=NAMES["sdpa"], dtype=torch.float32)
     return stock.eval(), RowModel(packed.eval())
-
-
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_log_probs_and_gradients_match(models: tuple[PreTrainedModel, RowModel], share_prefix: bool) -> None:
-    stock, packed = models
-    pairs = random_pairs(5, seed=1)
-    weights = torch.linspace(-1.0, 1.0, 10)
-    expected = plain_logps(stock, pairs)
-    (expected * weights).sum().backward()
-    row = build_row(pairs, range(5), share_prefix)
-    found = packed(RowTensors.from_row(row, CPU)).sum(1)
-    (found * weights).sum().backward()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-    wanted = {name: parameter.grad for name, parameter in stock.named_parameters()}
-    for name, parameter in packed.model.named_parameters():
-        assert parameter.grad is not None and wanted[name] is not None
-        scale = wanted[name].abs().max()
-        torch.testing.assert_close(parameter.grad / scale, wanted[name] / scale, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
