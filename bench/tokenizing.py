@@ -89,6 +89,7 @@ def measure(entry: DatasetEntry, encoder: PairEncoder, rounds: int, profile: boo
 
 
 def main() -> None:
+    """Every set of SETS that is here, a line each."""
     parser = argparse.ArgumentParser(description="dsdpo's tokenizing rate against the tokenizer alone")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--template", default="default")
