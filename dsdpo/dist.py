@@ -39,3 +39,8 @@ def launched() -> Ranks | None:
     if found is None and "SLURM_STEP_ID" in os.environ and "SLURM_STEP_TASKS_PER_NODE" in os.environ:
         found = _from_env("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     return found
+
+
+def slurm_job() -> str | None:
+    """Id of the SLURM job that this process belongs to, None outside of one."""
+    return os.environ.get("SLURM_JOB_ID")
