@@ -111,6 +111,27 @@ def unlink_shared_buffers(rank: int) -> None:
         path.unlink(missing_ok=True)
 
 
+def cpu_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    """DeepSpeed's vectorized AdamW for a state in the CPU's memory, as a function of that state alone.
+
+    Its C++ side multiplies the powers of the betas on from step to step, in fp32; a resumed run would get them from
+    pow(), rounded otherwise. Asking it for step 0 of nothing first makes it take pow() in every step.
+    """
+    import torch
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    nothing = torch.zeros(0)
+
+    def forget_the_powers(*_: Any) -> None:
+        beta1, beta2 = settings["betas"]
+        parts = (nothing, nothing, nothing, nothing)
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, 0, 0.0, beta1, beta2, 1.0, 0.0, True, *parts)
+
+    optimizer.register_step_pre_hook(forget_the_powers)
+    return optimizer
+
+
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
     """Whether ZeRO-3 holds this parameter in pieces."""
     return hasattr(parameter, "ds_id")

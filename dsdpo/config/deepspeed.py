@@ -15,6 +15,8 @@ from typing import Any
 from dsdpo.config.deepspeed_keys import (
     BLOCKS,
     FIXED,
+    OFFLOAD_OPTIMIZER,
+    OFFLOAD_PARAM,
     OWNED,
     PASSED,
     REFUSED,
@@ -63,6 +65,7 @@ def check_deepspeed(loaded: LoadResult) -> list[str]:
     except ConfigError as error:
         return error.problems
     problems = [_check_leaf(key, value, loaded) for key, value in _leaves(data)]
+    problems += _check_offload(data)
     return [f"{path}: {problem}" for problem in problems if problem]
 
 
@@ -91,6 +94,20 @@ def _check_leaf(key: str, value: Any, loaded: LoadResult) -> str:
         fine = value == FIXED[key]
         return "" if fine else f"{key} is {value!r}; training always uses {FIXED[key]!r}; delete the key"
     return _check_zero(key, value)
+
+
+def _check_offload(data: dict[str, Any]) -> list[str]:
+    """Devices of the offload blocks, and whether the stage has them."""
+    zero = data.get(ZERO, {})
+    problems = []
+    for key, lowest in ((OFFLOAD_OPTIMIZER, 1), (OFFLOAD_PARAM, 3)):
+        block = zero.get(key.rpartition(".")[2], {}) if isinstance(zero, dict) else {}
+        device = block.get("device", "none") if isinstance(block, dict) else "none"
+        if device not in ("none", "cpu", AUTO):
+            problems.append(f"{key}.device is {device!r}; allowed: none or cpu")
+        elif device == "cpu" and isinstance(zero.get("stage", 0), int) and zero.get("stage", 0) < lowest:
+            problems.append(f"{key} needs stage {lowest} or higher, but stage is {zero.get('stage', 0)}; change one")
+    return problems
 
 
 def _check_owned(key: str, value: Any, loaded: LoadResult) -> str:
@@ -142,6 +159,12 @@ def effective_stage(config: RunConfig, bf16: bool) -> int:
     return zero_stage(config) or int(bf16)
 
 
+def offloads_optimizer(config: RunConfig) -> bool:
+    """Whether the optimizer's state lies in the CPU's memory, where DeepSpeed's own Adam works on it."""
+    block = read_json(config.deepspeed).get(ZERO, {}).get("offload_optimizer", {}) if config.deepspeed else {}
+    return bool(block.get("device") == "cpu")
+
+
 def engine_config(config: RunConfig, world_size: int, bf16: bool) -> dict[str, Any]:
     """The complete config for `deepspeed.initialize`. A row is one micro-batch: batch sizes count rows.
 
@@ -167,8 +190,8 @@ def engine_config(config: RunConfig, world_size: int, bf16: bool) -> dict[str, A
 def reference_engine_config(config: RunConfig, world_size: int, bf16: bool) -> dict[str, Any]:
     """The same for a frozen model beside the policy: always stage 3, with the user's block if it is of stage 3."""
     settings = engine_config(config, world_size, bf16)
-    zero = settings["zero_optimization"]
-    settings["zero_optimization"] = zero if zero["stage"] == 3 else {"stage": 3}
+    zero = settings["zero_optimization"] if settings["zero_optimization"]["stage"] == 3 else {"stage": 3}
+    settings["zero_optimization"] = {key: value for key, value in zero.items() if key != "offload_optimizer"}
     return settings
 
 

@@ -17,7 +17,11 @@ def _names(text: str, block: str = "") -> frozenset[str]:
 
 
 ZERO = "zero_optimization"
-BLOCKS = _names("zero_optimization bf16 bfloat16 optimizer optimizer.params scheduler scheduler.params data_types")
+OFFLOAD_OPTIMIZER, OFFLOAD_PARAM = f"{ZERO}.offload_optimizer", f"{ZERO}.offload_param"
+BLOCKS = _names("zero_optimization bf16 bfloat16 optimizer optimizer.params scheduler scheduler.params data_types") | {
+    OFFLOAD_OPTIMIZER,
+    OFFLOAD_PARAM,
+}
 
 _SCHEDULERS = {"linear": "WarmupDecayLR", "constant": "WarmupLR", "cosine": "WarmupCosineLR"}
 _BF16 = {"bf16": True, "fp32": False}
@@ -55,6 +59,8 @@ FIXED: dict[str, Any] = {
     "bf16.bf16_master_weights_and_grads": False,
     "bf16.bf16_optimizer_states": False,
     "zero_optimization.compute_grad_norm": True,
+    f"{OFFLOAD_OPTIMIZER}.ratio": 1.0,
+    f"{OFFLOAD_OPTIMIZER}.super_offload": False,
 }
 
 _UNSUPPORTED = _names(
@@ -65,9 +71,7 @@ _UNSUPPORTED = _names(
     "progressive_layer_drop zero_optimization.zenflow zero_optimization.mics_shard_size "
     "zero_optimization.mics_hierarchical_params_gather"
 )
-_OFFLOAD = _names(
-    "offload_param offload_optimizer cpu_offload cpu_offload_param cpu_offload_use_pin_memory", f"{ZERO}."
-)
+_OLD_OFFLOAD = _names("cpu_offload cpu_offload_param cpu_offload_use_pin_memory", f"{ZERO}.")
 _ZEROPP = _names(
     "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
     "zero_hpz_partition_size zeropp_loco_param",
@@ -87,11 +91,12 @@ REFUSED: dict[str, str] = {
     "csv_monitor": "metrics are in output_dir/metrics.jsonl; delete the key",
     "comet": "set report_to in the run config",
     **dict.fromkeys(_UNSUPPORTED, "not supported; delete the key"),
-    **dict.fromkeys(_OFFLOAD, "offload is not supported; delete the key or set its device to none"),
+    **dict.fromkeys(_OLD_OFFLOAD, 'write "offload_optimizer": {"device": "cpu"}, or offload_param, instead'),
     **dict.fromkeys(_ZEROPP, "ZeRO++ is not supported; delete the key"),
 }
 
 ZERO_FLAGS = _names(
+    "offload_optimizer.pin_memory offload_param.pin_memory "
     "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions "
     "overlap_comm load_from_fp32_weights elastic_checkpoint stage3_gather_16bit_weights_on_model_save "
     "stage3_gather_fp16_weights_on_model_save stage3_use_all_reduce_for_fetch_params "
@@ -106,7 +111,7 @@ ZERO_SIZES = _names(
     "stage3_max_reuse_distance stage3_module_granularity_threshold",
     f"{ZERO}.",
 )
-ZERO_OTHER = _names("stage leaf_module", f"{ZERO}.")
+ZERO_OTHER = _names("stage leaf_module offload_optimizer.device offload_param.device", f"{ZERO}.")
 
 # Engine keys that go to DeepSpeed as they are.
 PASSED = (

@@ -7,6 +7,7 @@ No torch here: reading a config must cost nothing.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,28 @@ LossType = Literal[
 ]
 REFERENCE_FREE: tuple[LossType, ...] = ("simpo", "cpo", "orpo", "sft")
 ACROSS_PAIRS: tuple[LossType, ...] = ("aot", "aot_unpaired")
+
+
+# Options that a checkpoint may be continued with other values of, when `change_on_resume` names them.
+Consentable = Literal[
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "weight_decay",
+    "max_grad_norm",
+]
+
+_TIME = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+def _seconds(text: str) -> float:
+    """Of a time such as `1d2h30m5s`; 0 when it is none."""
+    found = _TIME.fullmatch(text)
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 class RunConfig(BaseModel):
@@ -234,8 +257,34 @@ class RunConfig(BaseModel):
     logging_steps: int = Field(1, ge=1)
     """Steps between lines on the terminal and in TensorBoard or wandb; metrics.jsonl has every step."""
 
-    save_steps: int | None = Field(None, ge=1)
-    """Steps between exports of the weights to output_dir/weights. Empty: only at the end."""
+    save_steps: int | None = Field(500, ge=1)
+    """Steps between checkpoints in output_dir/checkpoints; there is one after the last step too. Empty: none, but when
+    the run is stopped."""
+
+    save_total_limit: int | None = Field(None, ge=2)
+    """Newest checkpoints that are kept, at least 2. Empty: all."""
+
+    save_every_forever: int | None = Field(None, ge=1)
+    """Checkpoints after a multiple of so many steps are kept for ever, beyond save_total_limit. Empty: none."""
+
+    async_save: bool = False
+    """Write checkpoints beside the training. It stops only while the state is copied to the host's memory, which must
+    hold 12 bytes for each trainable parameter, over all ranks."""
+
+    resume_from_checkpoint: str | None = None
+    """Checkpoint folder to go on from. Empty: the newest of output_dir that is whole, or the beginning."""
+
+    change_on_resume: list[Consentable] = []
+    """Options whose new values count for a checkpoint that was saved with others; without it a difference is an
+    error."""
+
+    max_time: str | None = None
+    """Time after which the run saves a checkpoint and ends with exit code 75, such as `3h50m` or `90s`. Counted from
+    its start. Empty: no limit."""
+
+    hang_timeout: float = Field(120.0, gt=0.0)
+    """Seconds without progress after which a run ends with exit code 71 and names the rank that is stuck. The first
+    steps, saves and evaluations may take longer."""
 
     eval_steps: int | None = Field(None, ge=1)
     """Steps between evaluations on the held-out pairs. Empty: only at the end."""
@@ -252,7 +301,9 @@ class RunConfig(BaseModel):
     disable_tqdm: bool = False
     """No progress bar: a line per logging_steps instead, as when the output is no terminal."""
 
-    @field_validator("lora_target", "dataset", "eval_dataset", "loss_type", "report_to", mode="before")
+    @field_validator(
+        "lora_target", "dataset", "eval_dataset", "loss_type", "report_to", "change_on_resume", mode="before"
+    )
     @classmethod
     def _split_commas(cls, value: object) -> object:
         """Accept `a,b` for a list of names, as LLaMA-Factory's files and command lines write it."""
@@ -274,6 +325,18 @@ class RunConfig(BaseModel):
         if isinstance(value, int) and value < 16:
             raise ValueError("must be at least 16, or auto")
         return value
+
+    @field_validator("max_time")
+    @classmethod
+    def _time_is_readable(cls, value: str | None) -> str | None:
+        if value is not None and not _seconds(value):
+            raise ValueError("must be a time above 0, such as 3h50m, 90m or 45s")
+        return value
+
+    @property
+    def max_seconds(self) -> float | None:
+        """`max_time` in seconds."""
+        return None if self.max_time is None else _seconds(self.max_time)
 
     @property
     def row_tokens(self) -> int | None:

@@ -17,6 +17,9 @@ from dsdpo.dist import Ranks
 class PairSource(Protocol):
     """What the loader reads: a prepared set, or anything with these methods of one."""
 
+    @property
+    def fingerprint(self) -> str: ...
+
     def __len__(self) -> int: ...
 
     def lengths(self, ids: np.ndarray) -> np.ndarray: ...

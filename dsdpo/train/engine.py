@@ -13,8 +13,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from transformers import PreTrainedModel
 
-from dsdpo.compat import unlink_shared_buffers
-from dsdpo.config.deepspeed import engine_config, reference_engine_config, zero_stage
+from dsdpo.compat import cpu_adamw, unlink_shared_buffers
+from dsdpo.config.deepspeed import engine_config, offloads_optimizer, reference_engine_config, zero_stage
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks
 from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora
@@ -73,13 +73,7 @@ def build_engine(config: RunConfig, ranks: Ranks, hardware: Hardware, weights: s
     row_model = RowModel(model, config.use_weighting)
     if settings["zero_optimization"]["stage"] == 3:
         gather_by_layer(row_model, base)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(row_model, config.weight_decay),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=hardware.device.type == "cuda",
-    )
+    optimizer = build_optimizer(parameter_groups(row_model, config.weight_decay), config, hardware)
     engine, *_ = deepspeed.initialize(model=row_model, optimizer=optimizer, config=settings)
     if ranks.world_size == 1 and not engine.zero_optimization():
         engine.enable_backward_allreduce = False  # it copies all gradients into one buffer and back, here for nothing
@@ -95,6 +89,18 @@ def build_reference_engine(config: RunConfig, ranks: Ranks, hardware: Hardware) 
     engine, *_ = deepspeed.initialize(model=RowModel(base), config=settings)
     engine.eval()
     return engine
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, hardware: Hardware) -> torch.optim.Optimizer:
+    """AdamW: torch's, or DeepSpeed's vectorized one for a state that is offloaded to the CPU."""
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+    }
+    if offloads_optimizer(config):
+        return cpu_adamw(groups, **settings)
+    return torch.optim.AdamW(groups, fused=hardware.device.type == "cuda", **settings)
 
 
 def gather_by_layer(model: torch.nn.Module, base: PreTrainedModel) -> None:

@@ -40,4 +40,4 @@ def evaluate(
                 vector.add(stats, losses)
     engine.train()
     vector.reduce()
-    return vector.read()[0]
+    return vector.read().means

@@ -12,23 +12,25 @@ from dsdpo.train.session import Session
 from dsdpo.train.steplog import StepEnd, StepLog
 
 
-def train(s: Session) -> bool:
-    """Run the schedule's steps.
+def train(s: Session) -> int:
+    """Run the schedule's steps from `s.first_step` on.
 
     Returns:
-        True when the run was asked to stop before its last step.
+        How many steps have been taken; fewer than there are when the run was asked to stop.
 
     Raises:
         NumericError: a loss or gradient norm is not finite; names the step and its pairs.
+        IOFailure: a checkpoint cannot be written.
     """
     engine, config, device = s.engine, s.config, s.hardware.device
     log = StepLog(s)
-    batches = s.loader.training_batches(range(s.schedule.total_steps), config.train_batch_size, config.seed)
-    stopping = False
+    steps = range(s.first_step, s.schedule.total_steps)
+    batches = s.loader.training_batches(steps, config.train_batch_size, config.seed)
+    done = s.first_step
     s.reporter.start()
     engine.train()
     # ----------------------------------------------------------------------------------------------------------
-    for step, batch in enumerate(batches):
+    for step, batch in zip(steps, batches):
         started = time.perf_counter()
         learning_rate = s.schedule.learning_rate(step)
         set_learning_rate(engine, learning_rate)
@@ -47,17 +49,18 @@ def train(s: Session) -> bool:
             vector.add(stats, losses)
             row_losses.append(losses)
 
-        vector.reduce(stop=bool(s.stop_flag))
+        vector.reduce(bool(s.stop_flag), s.saver.is_written, s.saver.has_failed)
         seconds = time.perf_counter() - started
-        stopping = log.end(StepEnd(step + 1, batch, vector, row_losses, grad_norm, learning_rate, seconds))
-        if s.evaluation_is_due(step + 1):
+        done = step + 1
+        log.end(StepEnd(done, batch, vector, row_losses, grad_norm, learning_rate, seconds))
+        if s.evaluation_is_due(done):
             log.flush()
-            s.evaluate(step + 1)
-        if s.save_is_due(step + 1):
+            s.evaluate(done)
+        if s.save_is_due(done):
             log.flush()
-            s.save(step + 1)
-        if stopping:
+            s.save(done)
+        if log.stopping:
             break
     # ----------------------------------------------------------------------------------------------------------
     log.flush()
-    return stopping and step + 1 < s.schedule.total_steps
+    return done

@@ -6,6 +6,8 @@ import json
 import resource
 import sys
 import time
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +16,65 @@ from deepspeed import comm
 from tqdm import tqdm
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.files import write_atomically
 from dsdpo.objectives.preference import STATS
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """A step over all ranks.
+
+    Attributes:
+        means: STATS -> mean over the pairs.
+        bad_losses: losses that are not finite.
+        stop: whether a rank wants to stop.
+        written: ranks that had written all of their part of the checkpoint in flight.
+        failed: those that could not.
+    """
+
+    means: dict[str, float]
+    bad_losses: int
+    stop: bool
+    written: int
+    failed: int
 
 
 class StepVector:
     """Sums over a step's pairs on all ranks, reduced on the device and read when they are needed.
 
-    Entries: the sums of STATS, the number of pairs, the number of losses that are not finite, the number of ranks
-    that want to stop. The copy to the host runs beside the next step, so reading it one step late costs nothing.
+    Entries: the sums of STATS, the number of pairs, the number of losses that are not finite, and the number of ranks
+    that want to stop, that have written their part of a checkpoint, that could not. The copy to the host runs beside
+    the next step, so reading it one step late costs nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(STATS) + 3, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(STATS) + 5, dtype=torch.float64, device=device)
         self._host: torch.Tensor | None = None
         self._ready: torch.cuda.Event | None = None
 
     def add(self, stats: torch.Tensor, losses: torch.Tensor) -> None:
         """Add a row's pairs: stats [len(STATS), P], losses [P]."""
         self._sums[: len(STATS)] += stats.sum(dim=1)
-        self._sums[-3] += losses.numel()
-        self._sums[-2] += (~torch.isfinite(losses.detach())).sum()
+        self._sums[-5] += losses.numel()
+        self._sums[-4] += (~torch.isfinite(losses.detach())).sum()
 
-    def reduce(self, stop: bool = False) -> None:
-        """Sum over the ranks and start the copy to the host."""
-        self._sums[-1] += float(stop)
+    def reduce(self, stop: bool = False, written: bool = False, failed: bool = False) -> None:
+        """Sum over the ranks, with what this one wants and has done, and start the copy to the host."""
+        self._sums[-3:] += torch.tensor([stop, written, failed], device=self._sums.device)
         comm.all_reduce(self._sums)
         self._host = self._sums.to("cpu", non_blocking=True)
         if self._sums.is_cuda:
             self._ready = torch.cuda.Event()
             self._ready.record()
 
-    def read(self) -> tuple[dict[str, float], int, bool]:
-        """Means of STATS over the pairs, the number of losses that are not finite, whether a rank wants to stop."""
+    def read(self) -> StepTotals:
+        """What it came to over all ranks."""
         if self._ready is not None:
             self._ready.synchronize()
         assert self._host is not None, "reduce() comes before read()"
-        *sums, pairs, bad, stop = self._host.tolist()
-        return {name: value / max(pairs, 1) for name, value in zip(STATS, sums)}, int(bad), stop > 0
+        *sums, pairs, bad, stop, written, failed = self._host.tolist()
+        means = {name: value / max(pairs, 1) for name, value in zip(STATS, sums)}
+        return StepTotals(means, int(bad), stop > 0, int(written), int(failed))
 
 
 def memory_peak_gb(device: torch.device) -> float:
@@ -61,6 +85,31 @@ def memory_peak_gb(device: torch.device) -> float:
     return kilobytes / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+METRICS_FILE = "metrics.jsonl"
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Leave only the lines of a metrics file up to a step; of a line that a kill has cut short, nothing."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(path, "".join(kept))
+
+
+def _wandb_id(folder: Path, first_step: int) -> str:
+    """The id of a run in wandb, the same for every process that goes on with it."""
+    path = folder / "wandb_id"
+    if first_step == 0 or not path.exists():
+        write_atomically(path, uuid.uuid4().hex[:12])
+    return path.read_text()
+
+
 class Reporter:
     """Writes metrics on the main rank; on the others every method does nothing.
 
@@ -68,18 +117,22 @@ class Reporter:
         config: the run.
         total_steps: length of the progress bar.
         is_main: whether this rank reports.
+        first_step: steps that were taken before. What an earlier process reported of later ones is dropped, as they
+            are taken again.
     """
 
-    def __init__(self, config: RunConfig, total_steps: int, is_main: bool) -> None:
+    def __init__(self, config: RunConfig, total_steps: int, is_main: bool, first_step: int = 0) -> None:
         self.config = config
         self.is_main = is_main
         self.total_steps = total_steps
+        self._first_step = first_step
         self._started = 0.0
         if not is_main:
             return
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self._jsonl = (folder / "metrics.jsonl").open("a", buffering=1)
+        _drop_after(folder / METRICS_FILE, first_step)
+        self._jsonl = (folder / METRICS_FILE).open("a", buffering=1)
         self._bar = tqdm(
             total=total_steps,
             unit="step",
@@ -91,12 +144,15 @@ class Reporter:
         if "tensorboard" in config.report_to:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            purge = {"purge_step": first_step + 1} if first_step else {}
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), **purge)
         if "wandb" in config.report_to:
             import wandb
 
             self._wandb = wandb.init(
                 project="dsdpo",
+                id=_wandb_id(folder, first_step),
+                resume="allow",
                 name=config.run_name or folder.name,
                 dir=str(folder),
                 config=config.model_dump(),
@@ -107,6 +163,7 @@ class Reporter:
         self._started = time.perf_counter()
         if self.is_main:
             self._bar.reset()
+            self._bar.update(self._first_step)
 
     def step(self, record: dict[str, float]) -> None:
         """One optimizer step: to metrics.jsonl always, elsewhere every logging_steps."""
@@ -126,7 +183,8 @@ class Reporter:
             return
         self._track(record, "train")
         if self._bar.disable:
-            left = (time.perf_counter() - self._started) / step * (self.total_steps - step)
+            per_step = (time.perf_counter() - self._started) / (step - self._first_step)
+            left = per_step * (self.total_steps - step)
             words = "  ".join(f"{key} {value}" for key, value in brief.items())
             print(f"step {step}/{self.total_steps}  {words}  left {tqdm.format_interval(left)}", flush=True)
 

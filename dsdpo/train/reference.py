@@ -16,10 +16,10 @@ from dsdpo.dist import Ranks
 from dsdpo.errors import IOFailure, NumericError
 from dsdpo.model.adapters import reference_weights
 from dsdpo.model.attention import choose
-from dsdpo.model.load import weights_digest
 from dsdpo.model.rows import RowTensors
 from dsdpo.reference.store import ReferenceStore, store_key
 from dsdpo.train.engine import Hardware, build_reference_engine
+from dsdpo.train.facts import weights_digests
 
 _PAIRS_PER_PASS = 64  # per rank, between two looks at the rows' balance
 _PASSES_PER_CHUNK = 16  # a killed pass repeats at most this many
@@ -111,14 +111,10 @@ def reference_source(
 
 def open_store(config: RunConfig, ranks: Ranks, hardware: Hardware) -> ReferenceStore:
     """The store of this run's reference, keyed by the true weights and by what changes a log-prob."""
-    sources = [config.model_name_or_path, *([config.adapter_name_or_path] if config.adapter_name_or_path else [])]
-    stamps = config.cache_path / "reference" / "weights"
-    weights = [[weights_digest(source, stamps) for source in sources] if ranks.is_main else None]
-    comm.broadcast_object_list(weights, src=0)
     key = store_key(
         {
             "format": _STORE_FORMAT,
-            "weights": weights[0],
+            "weights": list(weights_digests(config, ranks).values()),
             "dtype": str(hardware.dtype),
             "attention": choose(config.attn_implementation, hardware.device, hardware.bf16),
             "share_prefix": config.share_prefix,

@@ -9,7 +9,7 @@ import numpy as np
 from deepspeed import DeepSpeedEngine, comm
 from transformers import PreTrainedTokenizerBase
 
-from dsdpo.checkpoint.export import FINAL, INTERMEDIATE, export_engine
+from dsdpo.checkpoint.export import FINAL, export_engine
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import PairLoader, PairSource
 from dsdpo.data.order import pairs_of_steps, steps_per_epoch
@@ -18,10 +18,13 @@ from dsdpo.dist import Ranks
 from dsdpo.objectives.preference import PreferenceObjective
 from dsdpo.train.engine import Hardware, Schedule, build_engine, describe
 from dsdpo.train.evaluate import evaluate
+from dsdpo.train.facts import circumstances, identity
 from dsdpo.train.memory import row_tokens
 from dsdpo.train.metrics import Reporter
 from dsdpo.train.objective import objective_of
 from dsdpo.train.reference import Reference, reference_source
+from dsdpo.train.resume import find_start, restore
+from dsdpo.train.saving import Saver
 from dsdpo.train.stop import StopFlag
 
 
@@ -42,6 +45,8 @@ class Session:
     steps_per_epoch: int
     reporter: Reporter
     stop_flag: StopFlag
+    first_step: int
+    saver: Saver
 
     def _is_due(self, step: int, every: int | None) -> bool:
         return every is not None and step % every == 0 and step < self.schedule.total_steps
@@ -51,8 +56,9 @@ class Session:
         return self.held_out is not None and self._is_due(step, self.config.eval_steps)
 
     def save_is_due(self, step: int) -> bool:
-        """Every save_steps; the last step's weights are `final`."""
-        return self._is_due(step, self.config.save_steps)
+        """Every save_steps, and after the last step."""
+        at_the_end = self.config.save_steps is not None and step == self.schedule.total_steps
+        return at_the_end or self._is_due(step, self.config.save_steps)
 
     def evaluate(self, step: int) -> dict[str, float] | None:
         """Means over the held-out pairs, reported; None without held-out pairs."""
@@ -65,15 +71,15 @@ class Session:
         self.reporter.evaluation(step, means)
         return means
 
-    def save(self, step: int) -> Path:
-        """Export the weights after `step` steps."""
-        return self._export(Path(self.config.output_dir) / INTERMEDIATE / f"step-{step:08d}")
+    def save(self, step: int) -> None:
+        """Make a checkpoint after `step` steps; stop here if there will be no room for the next one."""
+        self.saver.save(step)
+        if step < self.schedule.total_steps:
+            self.saver.check_room()
 
     def save_final(self) -> Path:
         """Export the trained weights."""
-        return self._export(Path(self.config.output_dir) / FINAL)
-
-    def _export(self, folder: Path) -> Path:
+        folder = Path(self.config.output_dir) / FINAL
         export_engine(self.engine, self.tokenizer, folder, self.ranks.is_main)
         comm.barrier()
         self.reporter.say(f"weights: {folder}")
@@ -92,15 +98,21 @@ def build_session(
 
     Raises:
         ConfigError: the model cannot be trained this way.
+        CheckpointError: output_dir holds checkpoints, and none can be continued by this run.
         NumericError: the reference gives log-probs that are not finite.
+        IOFailure: there is no room for a checkpoint.
     """
     per_epoch = steps_per_epoch(len(train_set), config.train_batch_size)
     schedule = Schedule.of(config, per_epoch)
-    reporter = Reporter(config, schedule.total_steps, ranks.is_main)
+    start = find_start(config, ranks, identity(config, ranks, hardware, train_set))
+    reporter = Reporter(config, schedule.total_steps, ranks.is_main, start.step)
+    for line in start.remarks:
+        reporter.say(line)
     engine = build_engine(config, ranks, hardware)
     reporter.say(describe(engine, config, ranks, hardware))
     reference_of = reference_source(config, ranks, hardware, engine, reporter.say)
-    row_length = row_tokens(config, engine, hardware)  # a live reference takes its memory first
+    # a live reference takes its memory first; rows as before make the same steps to the bit
+    row_length = start.row_tokens(config, ranks) or row_tokens(config, engine, hardware)
 
     def with_reference(pairs: PairSource, ids: np.ndarray) -> tuple[PairLoader, Reference]:
         loader = PairLoader(pairs, ranks, row_length, config.share_prefix)
@@ -109,6 +121,13 @@ def build_session(
     used = pairs_of_steps(schedule.total_steps, len(train_set), config.train_batch_size, config.seed)
     loader, reference = with_reference(train_set, used)
     held_out = with_reference(eval_set, np.arange(len(eval_set))) if eval_set is not None else None
+    facts = {**start.identity, **circumstances(config, ranks, engine, train_set, row_length)}
+    saver = Saver(config, engine, ranks, facts, reporter.say)
+    if start.checkpoint is not None:  # after the reference, which the untrained policy may have had to compute
+        restore(engine, start.checkpoint, config, ranks)
+        reporter.say(f"resumed after step {start.step} from {start.checkpoint.path}")
+    if config.save_steps is not None and start.step < schedule.total_steps:
+        saver.check_room()
     reporter.say(
         f"{len(train_set)} pairs, {schedule.total_steps} steps of {config.train_batch_size} pairs, rows of at most "
         f"{row_length} tokens"
@@ -127,4 +146,6 @@ def build_session(
         steps_per_epoch=per_epoch,
         reporter=reporter,
         stop_flag=stop_flag,
+        first_step=start.step,
+        saver=saver,
     )

@@ -43,37 +43,44 @@ class StepEnd:
 
 
 class StepLog:
-    """Holds back one step, so that reading its numbers does not wait for the device."""
+    """Holds back one step, so that reading its numbers does not wait for the device.
+
+    Attributes:
+        stopping: whether a step that was reported carried a request to stop.
+    """
 
     def __init__(self, session: Session) -> None:
+        self.stopping = False
         self._session = session
         self._held: StepEnd | None = None
 
-    def end(self, step_end: StepEnd) -> bool:
-        """Hold this step, report the one held before. Returns whether that one carried a request to stop."""
-        stop = self.flush()
+    def end(self, step_end: StepEnd) -> None:
+        """Hold this step, report the one held before."""
+        self.flush()
         self._held = step_end
-        return stop
 
-    def flush(self) -> bool:
+    def flush(self) -> None:
         """Report the held step now; before a save, so that no state that is not finite is ever written.
 
         Raises:
             NumericError: on all ranks alike.
+            IOFailure: so is this; a checkpoint that is written beside the training has failed.
         """
         held, self._held = self._held, None
         if held is None:
-            return False
-        means, bad_losses, stop = held.vector.read()
+            return
+        totals = held.vector.read()
         grad_norm = float(held.grad_norm)
-        if bad_losses or not math.isfinite(grad_norm):
-            raise NumericError(self._diagnose(held, bad_losses, grad_norm))
+        if totals.bad_losses or not math.isfinite(grad_norm):
+            raise NumericError(self._diagnose(held, totals.bad_losses, grad_norm))
+        self.stopping = self.stopping or totals.stop
         session = self._session
+        session.saver.heed(held.step, totals.written, totals.failed)
         session.reporter.step(
             {
                 "step": held.step,
                 "epoch": held.step / session.steps_per_epoch,
-                **means,
+                **totals.means,
                 "grad_norm": grad_norm,
                 "learning_rate": held.learning_rate,
                 "logical_tokens_per_second": held.batch.logical_tokens / held.seconds,
@@ -83,7 +90,6 @@ class StepLog:
                 "memory_peak_gb": memory_peak_gb(session.hardware.device),
             }
         )
-        return stop
 
     def _diagnose(self, held: StepEnd, bad_losses: int, grad_norm: float) -> str:
         """Name the step and the pairs. A collective call: every rank knows only its own rows' losses."""

@@ -85,15 +85,16 @@ def _train(session: Session) -> None:
         write_atomically(output_dir / "run_config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
         write_atomically(output_dir / STARTED_FILE, "")
     comm.barrier()
-    stopped = train(session)
-    if not stopped:
-        session.evaluate(session.schedule.total_steps)
-    weights = session.save_final()
-    if stopped:
+    done, total = train(session), session.schedule.total_steps
+    if done < total and session.saver.last_step != done:
+        session.saver.save(done)
+    session.saver.finish()
+    if done < total:
         raise StopRequested(
-            f"stopped on request; the weights so far are in {weights}. This version cannot resume in the middle: "
-            "train again into another output_dir"
+            f"stopped on request after step {done} of {total}, with a checkpoint; the same command goes on from there"
         )
+    session.evaluate(total)
+    session.save_final()
     if is_main:
         write_atomically(output_dir / COMPLETED_FILE, "")
 

@@ -30,17 +30,19 @@ from tests.helpers.tiny import ListOfPairs, random_pairs
 STEPS = 5
 
 
-def zero_json(folder: Path, stage: int) -> str:
+def zero_json(folder: Path, stage: int, offload: bool = False) -> str:
     """A DeepSpeed JSON of one ZeRO stage in which even tiny parameters are partitioned."""
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0
-    path = folder / f"zero{stage}.json"
+    if offload:
+        zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    path = folder / f"zero{stage}{'-offload' * offload}.json"
     write_atomically(path, json.dumps({"zero_optimization": zero}))  # ranks of a group may share the folder
     return str(path)
 
 
-def run_config(model: str, folder: Path, stage: int = 0, **changes: Any) -> RunConfig:
+def run_config(model: str, folder: Path, stage: int = 0, offload: bool = False, **changes: Any) -> RunConfig:
     """A short run on a tiny model."""
     settings: dict[str, Any] = {
         "model_name_or_path": model,
@@ -59,7 +61,7 @@ def run_config(model: str, folder: Path, stage: int = 0, **changes: Any) -> RunC
         "loss_type": "sigmoid,sft",
         "loss_weights": [1.0, 0.3],
         "precision": "fp32",
-        "deepspeed": zero_json(folder, stage),
+        "deepspeed": zero_json(folder, stage, offload),
         "output_dir": str(folder / "out"),
         "disable_tqdm": True,
         **changes,

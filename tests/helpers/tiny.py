@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,10 @@ class ListOfPairs:
     def __init__(self, pairs: list[TokenPair], scores: np.ndarray | None = None) -> None:
         self._pairs = pairs
         self._scores = np.full((len(pairs), 2), np.nan) if scores is None else scores
+
+    @property
+    def fingerprint(self) -> str:
+        return sha256(self.digests(np.arange(len(self))).tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._pairs)

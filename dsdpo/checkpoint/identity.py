@@ -1,0 +1,67 @@
+"""Whether a checkpoint may be continued by a run config: which settings must be the same, and which need not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from dsdpo.config.schema import Consentable
+
+# Where things are, how fast they go, what is reported and when: none of it changes what is learnt beyond rounding.
+MAY_CHANGE = frozenset(
+    (
+        "model_name_or_path",  # the weights' content is compared instead
+        "adapter_name_or_path",
+        "attn_implementation",
+        "gradient_checkpointing",
+        "dataset_dir",
+        "eval_dataset",
+        "max_refused",
+        "preprocessing_num_workers",
+        "cache_dir",
+        "max_tokens_per_row",
+        "share_prefix",
+        "reference",
+        "deepspeed",
+        "output_dir",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "save_every_forever",
+        "async_save",
+        "resume_from_checkpoint",
+        "change_on_resume",
+        "max_time",
+        "hang_timeout",
+        "eval_steps",
+        "report_to",
+        "run_name",
+        "plot_loss",
+        "disable_tqdm",
+    )
+)
+_WITH_CONSENT = get_args(Consentable)
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], consented: Sequence[str]) -> list[str]:
+    """Settings of a saved run that another run config changes and may not, a line each.
+
+    Args:
+        saved, now: option -> value.
+        consented: names of `change_on_resume`.
+    """
+    lines = []
+    for option in sorted(saved.keys() | now.keys()):
+        if option in MAY_CHANGE or option in consented or saved.get(option) == now.get(option):
+            continue
+        hint = f" (name it in change_on_resume to go on with {now.get(option)})" if option in _WITH_CONSENT else ""
+        lines.append(f"{option} was {saved.get(option)}, now it is {now.get(option)}{hint}")
+    return lines
+
+
+def refusal(folder: str, lines: list[str]) -> str:
+    """What to say of differences."""
+    return (
+        f"{folder} was saved by a run that differs in {len(lines)} point{'s' if len(lines) > 1 else ''}: "
+        f"{'; '.join(lines)}. Put the old value{'s' if len(lines) > 1 else ''} back, or choose another output_dir"
+    )

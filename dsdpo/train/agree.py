@@ -1,0 +1,48 @@
+"""What one rank finds out, all ranks must know: an error on one alone would leave the others waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from deepspeed import comm
+
+from dsdpo.errors import DsdpoError, IOFailure
+
+T = TypeVar("T")
+
+
+def tell_all(value: Any) -> list[Any]:
+    """What each rank gives, in the order of the ranks. A collective call."""
+    everyone: list[Any] = [None] * comm.get_world_size()
+    comm.all_gather_object(everyone, value)
+    return everyone
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do some work on each rank; where it fails on one, it fails on all. A collective call.
+
+    Returns:
+        This rank's result.
+
+    Raises:
+        DsdpoError: of the first rank on which the work failed, with its text; IOFailure for an OSError.
+    """
+    result: T | None = None
+    error: tuple[type[DsdpoError], str] | None = None
+    try:
+        result = work()
+    except DsdpoError as caught:
+        error = (type(caught), str(caught))
+    except OSError as caught:
+        error = (IOFailure, f"{caught.filename or 'a file'}: {caught.strerror or caught}")
+    for rank, found in enumerate(tell_all(error)):
+        if found is not None:
+            kind, text = found
+            raise kind(text if rank == 0 else f"rank {rank}: {text}")
+    return result  # type: ignore[return-value]
+
+
+def on_main(is_main: bool, work: Callable[[], T]) -> T:
+    """Do some work on the main rank; all ranks get what it gives, or its error. A collective call."""
+    return tell_all(together(work if is_main else lambda: None))[0]

@@ -1,0 +1,124 @@
+"""Going on from a checkpoint: which one, whether it belongs to this run, and its state into the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from safetensors import safe_open
+
+from dsdpo.checkpoint.commit import Checkpoint, candidates, none_usable, read_run, set_later_aside, verify
+from dsdpo.checkpoint.fragments import Fragments, rank_file
+from dsdpo.checkpoint.identity import differences, refusal
+from dsdpo.checkpoint.zero import held_pieces, refresh_weights, set_adam_step, trainable_shapes
+from dsdpo.config.schema import RunConfig
+from dsdpo.dist import Ranks
+from dsdpo.errors import CheckpointError
+from dsdpo.train.agree import on_main, tell_all, together
+from dsdpo.train.rng import random_keys, seed_anew, set_random_state
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a process begins.
+
+    Attributes:
+        identity: of this run.
+        checkpoint: to go on from, or None.
+        run: what its run.json says; empty without a checkpoint.
+        remarks: lines for the reader.
+    """
+
+    identity: dict[str, Any]
+    checkpoint: Checkpoint | None
+    run: dict[str, Any]
+    remarks: list[str]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken before."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    def row_tokens(self, config: RunConfig, ranks: Ranks) -> int | None:
+        """The longest row of before, where it is to be found from memory and the ranks are as many."""
+        as_before = config.row_tokens is None and self.run.get("world_size") == ranks.world_size
+        return int(self.run["row_tokens"]) if as_before else None
+
+
+def find_start(config: RunConfig, ranks: Ranks, identity: dict[str, Any]) -> Start:
+    """Find the checkpoint that the config names, or the newest that is whole.
+
+    Every byte is read and hashed, each rank taking its share of the files. A collective call.
+
+    Args:
+        identity: of this run, as `facts.identity` gives it.
+
+    Raises:
+        CheckpointError: the one that is named, or every one that there is, is damaged; or the run is another one.
+    """
+    found: list[Checkpoint] = on_main(ranks.is_main, lambda: candidates(config))
+    faults = []
+    for checkpoint in found:
+        files = sorted(checkpoint.manifest.get("files", {}))[ranks.rank :: ranks.world_size]
+        problems = [problem for problem in tell_all(verify(checkpoint, files)) if problem]
+        if problems:
+            faults.append(f"{checkpoint.path.name}: {problems[0]}")
+            continue
+        run = on_main(ranks.is_main, partial(_own_run, checkpoint, config, identity))
+        remarks = [f"checkpoint passed over: {fault}" for fault in faults]
+        return Start({**identity, "resumed_from": run["resumed_from"]}, checkpoint, run, remarks)
+    if found:
+        raise none_usable(config, faults)
+    return Start({**identity, "resumed_from": None}, None, {}, [])
+
+
+def _own_run(checkpoint: Checkpoint, config: RunConfig, now: dict[str, Any]) -> dict[str, Any]:
+    """What run.json of a checkpoint says, where it belongs to this run. Raises CheckpointError."""
+    run = read_run(checkpoint.path)
+    lines = differences(run["config"], now["config"], config.change_on_resume)
+    if run["dtype"] != now["dtype"]:
+        lines.append(f"precision was {run['dtype']}, now it is {now['dtype']}")
+    for what, digest in run["fingerprints"].items():
+        if digest != now["fingerprints"].get(what):
+            lines.append(f"the content of {what} was {digest}, now it is {now['fingerprints'].get(what)}")
+    if lines:
+        raise CheckpointError(refusal(str(checkpoint.path), lines))
+    if config.resume_from_checkpoint:
+        set_later_aside(Path(config.output_dir), checkpoint)
+        run["resumed_from"] = run["resumed_from"] or str(Path(config.resume_from_checkpoint).resolve())
+    return run
+
+
+def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint, config: RunConfig, ranks: Ranks) -> None:
+    """Put a checkpoint's state into an engine that has not trained yet, whatever its ranks and ZeRO stage.
+
+    A collective call.
+
+    Raises:
+        CheckpointError: the model has other trainable parameters, or a file cannot be read.
+    """
+    step = on_main(ranks.is_main, lambda: int(read_run(checkpoint.path)["adam_step"]))
+    together(lambda: _fill(engine, checkpoint, step))
+    refresh_weights(engine)
+    engine.global_steps = checkpoint.step
+    together(lambda: _restore_random(checkpoint, config, ranks))
+
+
+def _fill(engine: DeepSpeedEngine, checkpoint: Checkpoint, adam_step: int) -> None:
+    set_adam_step(engine, adam_step)
+    manifest = checkpoint.manifest
+    with Fragments(checkpoint.path, manifest["parameters"], manifest["world_size"]) as fragments, torch.no_grad():
+        fragments.check(trainable_shapes(engine))
+        fragments.fill(held_pieces(engine))
+
+
+def _restore_random(checkpoint: Checkpoint, config: RunConfig, ranks: Ranks) -> None:
+    if checkpoint.manifest["world_size"] != ranks.world_size:
+        seed_anew(config.seed, checkpoint.step, ranks.rank)
+        return
+    with safe_open(checkpoint.path / rank_file(ranks.rank, ranks.world_size), framework="pt") as file:
+        set_random_state({key: file.get_tensor(key) for key in random_keys(set(file.keys()))})

@@ -1,0 +1,197 @@
+"""Checkpoints of a run: all ranks write their pieces, the main rank makes the checkpoint count."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from dsdpo.checkpoint.commit import RUN_FILE, FileRecord, commit, hashed_file, retain, stage, step_folder
+from dsdpo.checkpoint.fragments import Index, index_of, join_indices, rank_file, tensors_of, write_tensors
+from dsdpo.checkpoint.zero import STATES, adam_step, owned_pieces, trainable_shapes
+from dsdpo.config.schema import RunConfig
+from dsdpo.dist import Ranks
+from dsdpo.errors import DsdpoError, IOFailure
+from dsdpo.faults import fault_point
+from dsdpo.train.agree import on_main, tell_all, together
+from dsdpo.train.rng import random_state
+
+_SPARE_BYTES = 2**24  # run.json, manifest, headers, random states
+
+
+@dataclass
+class _InFlight:
+    """A checkpoint that is being written."""
+
+    step: int
+    staged: Path
+    folder: Path
+    index: Index
+    written: Future[dict[str, FileRecord]]
+
+
+class Saver:
+    """Makes checkpoints. Every rank has one, and calls its methods at the same points.
+
+    Args:
+        config: the run.
+        engine: of the policy.
+        ranks: this rank's place.
+        facts: what run.json says beside the step: the same in all checkpoints of this process.
+        say: where progress is told.
+        may_commit: asked on the main rank before a checkpoint counts; raises when the run is no longer ours.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: DeepSpeedEngine,
+        ranks: Ranks,
+        facts: dict[str, Any],
+        say: Callable[[str], None],
+        may_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._ranks = ranks
+        self._facts = facts
+        self._say = say
+        self._may_commit = may_commit
+        self._output_dir = Path(config.output_dir)
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
+        self._in_flight: _InFlight | None = None
+        self._host: dict[str, torch.Tensor] = {}
+        self.last_step: int | None = None
+
+    # --- what the training loop sees ---
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has written all of the save in flight, well or not."""
+        return self._in_flight is not None and self._in_flight.written.done()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank could not write its part of the save in flight."""
+        return self.is_written and self._in_flight.written.exception() is not None  # type: ignore[union-attr]
+
+    def heed(self, step: int, written: int, failed: int) -> None:
+        """Commit the save in flight once every rank has written its part, or fail on all ranks where one could not.
+
+        Args:
+            step: whose end the counts tell of.
+            written, failed: ranks for which `is_written` and `has_failed` held then.
+
+        Raises:
+            IOFailure: a part could not be written.
+        """
+        flying = self._in_flight
+        if flying is not None and step > flying.step and (failed or written == self._ranks.world_size):
+            self.finish()
+
+    def save(self, step: int) -> None:
+        """Save the state after `step` steps; with async_save, return when it is copied to the host's memory.
+
+        Raises:
+            IOFailure: the file system refused; earlier checkpoints are as they were. The same on all ranks.
+        """
+        self.finish()
+        self.last_step = step
+        folder = step_folder(self._output_dir, step)
+        staged: Path = on_main(self._ranks.is_main, lambda: stage(folder))
+        fault_point("save:staged")
+        pieces = owned_pieces(self._engine, self._ranks.rank, self._ranks.world_size)
+        tensors = tensors_of(pieces)
+        if self._config.async_save:
+            tensors = self._copied(tensors)
+        tensors |= random_state()
+        run = {"step": step, "adam_step": adam_step(self._engine), **self._facts} if self._ranks.is_main else None
+        job = self._pool.submit(self._write, staged, tensors, run)
+        self._in_flight = _InFlight(step, staged, folder, index_of(pieces, self._ranks.rank), job)
+        if not self._config.async_save:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save in flight and commit it. A collective call.
+
+        Raises:
+            IOFailure: it failed, on whichever rank.
+        """
+        flying, self._in_flight = self._in_flight, None
+        if flying is None:
+            return
+        try:
+            records = tell_all(together(flying.written.result))
+            index = join_indices(tell_all(flying.index))
+            on_main(self._ranks.is_main, lambda: self._commit(flying, records, index))
+        except DsdpoError:
+            if self._ranks.is_main:
+                shutil.rmtree(flying.staged, ignore_errors=True)
+            raise
+        self._say(f"checkpoint: {flying.folder}")
+
+    def close(self) -> None:
+        """Wait for what runs in the background; a save in flight is given up."""
+        self._pool.shutdown(wait=True)
+
+    def check_room(self) -> None:
+        """Tell a full disk before the steps whose checkpoint would fill it. A collective call.
+
+        Raises:
+            IOFailure: there is no room for one more checkpoint.
+        """
+        on_main(self._ranks.is_main, self._check_room)
+
+    # --- how ---
+
+    def _check_room(self) -> None:
+        needed = checkpoint_bytes(self._engine)
+        free = shutil.disk_usage(self._output_dir).free
+        if free < needed:
+            raise IOFailure(
+                f"the next checkpoint takes {needed / 2**30:.2f} GiB, but {self._output_dir} has {free / 2**30:.2f} "
+                "GiB free; free space, set save_total_limit, or choose another output_dir. What has been saved is "
+                "whole: the same command goes on from there"
+            )
+
+    def _copied(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies in host memory that is kept between saves, page-locked where there is a GPU."""
+        for key, tensor in tensors.items():
+            if key not in self._host:
+                self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._host[key].copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        return dict(self._host)
+
+    def _write(
+        self, staged: Path, tensors: dict[str, torch.Tensor], run: dict[str, Any] | None
+    ) -> dict[str, FileRecord]:
+        name = rank_file(self._ranks.rank, self._ranks.world_size)
+        records = {name: write_tensors(staged / name, tensors)}
+        fault_point("save:rank-written")
+        if run is not None:
+            with hashed_file(staged / RUN_FILE) as file:
+                file.write(json.dumps(run, indent=1).encode())
+            records[RUN_FILE] = file.record
+        return records
+
+    def _commit(self, flying: _InFlight, records: list[dict[str, FileRecord]], index: Index) -> None:
+        self._may_commit()
+        files = {name: record for part in records for name, record in part.items()}
+        facts = {"step": flying.step, "world_size": self._ranks.world_size, "parameters": index}
+        commit(flying.staged, flying.folder, files, facts)
+        retain(self._output_dir, self._config.save_total_limit, self._config.save_every_forever)
+
+
+def checkpoint_bytes(engine: DeepSpeedEngine) -> int:
+    """Size of a checkpoint, estimated: three fp32 numbers for each trainable parameter."""
+    numel = sum(torch.Size(shape).numel() for shape in trainable_shapes(engine).values())
+    return 4 * len(STATES) * numel + _SPARE_BYTES
