@@ -65,6 +65,15 @@ def _export(args: argparse.Namespace, _: list[str]) -> None:
     print(f"exported {export(source, target, args.merge)} to {target}")
 
 
+def _import_checkpoint(args: argparse.Namespace, _: list[str]) -> None:
+    source, target = Path(args.checkpoint), Path(args.to)
+    if not source.is_dir():
+        raise CheckpointError(f"there is no folder {source}; give a DeepSpeed checkpoint, such as out/checkpoint-500")
+    from dsdpo.checkpoint.stock import import_checkpoint
+
+    print(f"imported {import_checkpoint(source, target, args.tag, args.model)} to {target}")
+
+
 def _chat(args: argparse.Namespace, _: list[str]) -> None:
     if args.prompts and not Path(args.prompts).is_file():
         raise ConfigError(f"--prompts: there is no file {args.prompts}")
@@ -118,6 +127,7 @@ def _parser() -> _Parser:
     evaluate.add_argument("--model", required=True, metavar="DIR", help="folder of trained weights, or a hub id")
     _add_launch(evaluate)
     _add_export(commands)
+    _add_import(commands)
     _add_chat(commands)
     plot = commands.add_parser("plot", help="PNG curves from metrics.jsonl")
     plot.add_argument("output_dir", metavar="OUTPUT_DIR", help="output_dir of a run")
@@ -150,6 +160,17 @@ def _add_export(commands: Commands) -> None:
     parser.add_argument("--to", required=True, metavar="DIR", help="new folder")
     parser.add_argument("--merge", action="store_true", help="fold the LoRA adapter into its base model")
     parser.set_defaults(function=_export)
+
+
+def _add_import(commands: Commands) -> None:
+    text = "another trainer's DeepSpeed checkpoint as a Hugging Face folder"
+    warning = "These are pickle files, and reading one can run code: import only what you trust."
+    parser = commands.add_parser("import-checkpoint", help=text, description=f"Writes {text}. {warning}")
+    parser.add_argument("checkpoint", metavar="DIR", help="folder with the file latest, or a global_step folder in it")
+    parser.add_argument("--to", required=True, metavar="OUT", help="new folder")
+    parser.add_argument("--tag", metavar="TAG", help="which folder of DIR to read (the one that latest names)")
+    parser.add_argument("--model", metavar="BASE", help="what was trained, or an adapter's base: folder or hub id")
+    parser.set_defaults(function=_import_checkpoint)
 
 
 def _add_chat(commands: Commands) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,7 +40,7 @@ def export_engine(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, f
     if not is_main:
         return
     if adapter_only:
-        _resolve_base(model.peft_config["default"])
+        resolve_base(model.peft_config["default"])
     _write_folder(folder, model, tokenizer, state)
 
 
@@ -55,7 +58,7 @@ def _whole_state(model: nn.Module, trainable_only: bool, keep: bool) -> dict[str
     return state
 
 
-def _resolve_base(adapter_config: peft.PeftConfig) -> None:
+def resolve_base(adapter_config: peft.PeftConfig) -> None:
     """Name a local base model by its absolute path: an adapter moves, and is loaded from other folders."""
     base = adapter_config.base_model_name_or_path
     if base and Path(base).is_dir():
@@ -65,19 +68,32 @@ def _resolve_base(adapter_config: peft.PeftConfig) -> None:
 def _write_folder(
     folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, state: dict[str, torch.Tensor] | None
 ) -> None:
-    """save_pretrained into a temporary neighbour, then rename over `folder`."""
+    """save_pretrained into a new folder in place of `folder`."""
+    with new_folder(folder) as temporary:
+        which = {"selected_adapters": ["default"]} if isinstance(model, peft.PeftModel) else {}
+        model.save_pretrained(temporary, **which, **({} if state is None else {"state_dict": state}))
+        tokenizer.save_pretrained(temporary)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary neighbour to write into, renamed over `folder` at the end.
+
+    Raises:
+        IOFailure: the file system refused.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        which = {"selected_adapters": ["default"]} if isinstance(model, peft.PeftModel) else {}
-        model.save_pretrained(temporary, **which, **({} if state is None else {"state_dict": state}))
-        tokenizer.save_pretrained(temporary)
+        yield temporary
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has an exception of its own for a full disk
         raise IOFailure(f"cannot write {folder}: {error}; free space or choose another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def newest_weights(output_dir: Path) -> Path:
@@ -115,8 +131,7 @@ def export(output_dir: Path, to: Path, merge: bool) -> Path:
         CheckpointError: no weights, a target that is not empty, or `merge` without an adapter.
     """
     source = newest_weights(output_dir)
-    if to.exists() and any(to.iterdir()):
-        raise CheckpointError(f"{to} is not empty: choose another folder for --to")
+    check_target(to)
     is_adapter = (source / "adapter_config.json").exists()
     if merge and not is_adapter:
         raise CheckpointError(f"{source} is a whole model, there is no adapter to merge: leave --merge away")
@@ -125,6 +140,12 @@ def export(output_dir: Path, to: Path, merge: bool) -> Path:
     else:
         shutil.copytree(source, to, dirs_exist_ok=True)
     return source
+
+
+def check_target(to: Path) -> None:
+    """Raise CheckpointError unless `to` does not exist, or is an empty folder."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise CheckpointError(f"{to} is not empty: choose another folder for --to")
 
 
 def merged(adapter: Path) -> PreTrainedModel:
