@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench check format install clean
+.PHONY: help demo test test-faults bench check format install clean
 
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
@@ -24,6 +24,7 @@ WITH_VENV = export PATH="$(BIN):$$PATH"
 help:
 	@echo "make demo     install, then train a small model on text-to-SQL and show what changed"
 	echo "make test     install, then run the tests (SLOW=1: all of them)"
+	echo "make test-faults KILLS=60    install, then kill as many runs, most inside a save, and count what was lost"
 	echo "make bench    install, then dsdpo beside TRL's DPOTrainer: hours (BENCH_ARGS=\"--cases 'hh-lora-*'\" for a part)"
 	echo "make check    ruff, ruff format --check, mypy"
 	echo "make format   ruff's fixes and format"
@@ -40,6 +41,12 @@ test: $(STAMP)
 	export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 	if [ -z "$(GPUS)" ]; then export DS_ACCELERATOR=cpu; fi
 	python -m pytest -m "$(if $(SLOW),slow or not slow,not slow)" $(PYTEST_ARGS)
+
+test-faults: $(STAMP)
+	@$(WITH_VENV)
+	export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg KILLS=$(or $(KILLS),12)
+	if [ -z "$(GPUS)" ]; then export DS_ACCELERATOR=cpu; fi
+	python -m pytest -m slow tests/faults/test_kills.py $(PYTEST_ARGS)
 
 # Wants a quiet machine: whatever else runs is in the numbers.
 bench: $(STAMP)

@@ -41,7 +41,8 @@ def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
     from dsdpo.use.preflight import ClusterRequest
     from dsdpo.use.supervisor import Task, join, supervise
 
-    task = Task(args.command, args.config, overrides, getattr(args, "model", None))
+    more = {name: getattr(args, name) for name in ("model", "fresh", "confirmed") if hasattr(args, name)}
+    task = Task(args.command, args.config, overrides, **more)
     ranks = launched()
     if ranks is not None:
         return join(task, ranks, args.supervised)
@@ -62,7 +63,13 @@ def _export(args: argparse.Namespace, _: list[str]) -> None:
         raise CheckpointError(f"there is no folder {source}; give the output_dir of a run")
     from dsdpo.checkpoint.export import export
 
-    print(f"exported {export(source, target, args.merge)} to {target}")
+    print(f"exported {export(source, target, args.merge, args.step)} to {target}")
+
+
+def _checkpoints(args: argparse.Namespace, _: list[str]) -> int:
+    from dsdpo.use.checkpoints import show
+
+    return show(Path(args.output_dir), args.verify, args.prune)
 
 
 def _import_checkpoint(args: argparse.Namespace, _: list[str]) -> None:
@@ -120,13 +127,17 @@ def _parser() -> _Parser:
     parser = _Parser(prog="dsdpo", description="Preference tuning of language models with DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"dsdpo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    _add_launch(_add_task(commands, "train", "train, export the weights and write metrics"))
+    train = _add_task(commands, "train", "train, or go on with a run that was stopped, and export the weights")
+    train.add_argument("--fresh", action="store_true", help="begin again; what output_dir holds is moved aside")
+    train.add_argument("--yes", dest="confirmed", action="store_true", help="do not ask before --fresh does so")
+    _add_launch(train)
     _add_task(commands, "prepare", "read, check, template and tokenize the data").set_defaults(function=_prepare)
     _add_launch(_add_task(commands, "reference", "fill the store of reference log-probs"))
     evaluate = _add_task(commands, "eval", "loss, accuracy and margin on held-out pairs")
     evaluate.add_argument("--model", required=True, metavar="DIR", help="folder of trained weights, or a hub id")
     _add_launch(evaluate)
     _add_export(commands)
+    _add_checkpoints(commands)
     _add_import(commands)
     _add_chat(commands)
     plot = commands.add_parser("plot", help="PNG curves from metrics.jsonl")
@@ -149,7 +160,7 @@ def _add_launch(parser: _Parser) -> None:
     launch.add_argument("--include", metavar="NODES", help="only these, such as node-1:0,1@node-2")
     launch.add_argument("--exclude", metavar="NODES", help="all but these")
     launch.add_argument("--master_port", type=int, metavar="PORT", help="port for the ranks to meet (a free one)")
-    launch.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
+    launch.add_argument("--supervised", metavar="TOKEN", help=argparse.SUPPRESS)
     launch.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers add it; LOCAL_RANK says it too
     parser.set_defaults(function=_launched_task)
 
@@ -158,6 +169,7 @@ def _add_export(commands: Commands) -> None:
     parser = commands.add_parser("export", help="a run's weights as a Hugging Face folder")
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="output_dir of a run")
     parser.add_argument("--to", required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint after step N (the end, or the newest)")
     parser.add_argument("--merge", action="store_true", help="fold the LoRA adapter into its base model")
     parser.set_defaults(function=_export)
 
@@ -171,6 +183,14 @@ def _add_import(commands: Commands) -> None:
     parser.add_argument("--tag", metavar="TAG", help="which folder of DIR to read (the one that latest names)")
     parser.add_argument("--model", metavar="BASE", help="what was trained, or an adapter's base: folder or hub id")
     parser.set_defaults(function=_import_checkpoint)
+
+
+def _add_checkpoints(commands: Commands) -> None:
+    parser = commands.add_parser("checkpoints", help="list a run's checkpoints, verify them, remove old ones")
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="output_dir of a run")
+    parser.add_argument("--verify", action="store_true", help="read and hash every file")
+    parser.add_argument("--prune", type=int, metavar="N", help="remove all but the newest N whole ones (at least 2)")
+    parser.set_defaults(function=_checkpoints)
 
 
 def _add_chat(commands: Commands) -> None:

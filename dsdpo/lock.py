@@ -191,6 +191,15 @@ def _is_alive(pid: int, started: int | None) -> bool:
     return not has_ended and (None in (start, started) or start == started)
 
 
+def _can_be_asked(facts: dict[str, Any], here: dict[str, Any]) -> bool:
+    return isinstance(facts.get("pid"), int) and all(facts.get(key) == value for key, value in here.items())
+
+
+def holder_is_gone(facts: dict[str, Any]) -> bool:
+    """Whether the process that a lock names is known to have ended: it was on this host, so that it can be asked."""
+    return _can_be_asked(facts, _place()) and not _is_alive(facts["pid"], facts.get("started"))
+
+
 def _is_stale(file: Path, facts: dict[str, Any]) -> bool:
     """Whether the holder is gone: asked directly where its pid means something here, else judged by its last renewal.
 
@@ -198,8 +207,8 @@ def _is_stale(file: Path, facts: dict[str, Any]) -> bool:
     containers do: two missed renewals tell.
     """
     here = _place()
-    if isinstance(facts.get("pid"), int) and all(facts.get(key) == value for key, value in here.items()):
-        return not _is_alive(facts["pid"], facts.get("started"))
+    if _can_be_asked(facts, here):
+        return holder_is_gone(facts)
     restarted = facts.get("host") == here["host"] and facts.get("boot_id") != here["boot_id"]
     return _age(file) > (2 * HEARTBEAT_S if restarted else EXPIRED_S)
 

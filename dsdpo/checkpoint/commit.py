@@ -207,6 +207,19 @@ def checkpoints(output_dir: Path) -> list[Checkpoint]:
     return sorted(map(read, named), key=lambda checkpoint: -checkpoint.step)
 
 
+def leftovers(output_dir: Path) -> list[Path]:
+    """Folders beside the checkpoints that are none: of killed saves and removals, and those that were set aside."""
+    folders = (output_dir / FOLDER).glob("step-*")
+    return sorted(folder for folder in folders if folder.suffix in (_STAGED, _REMOVED, _ASIDE))
+
+
+def clear_unfinished(output_dir: Path) -> None:
+    """Remove what killed saves and removals have left; whoever calls it holds the lock of output_dir."""
+    for folder in leftovers(output_dir):
+        if folder.suffix != _ASIDE:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """What run.json of a checkpoint says. Raises CheckpointError."""
     path = folder / RUN_FILE

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from dsdpo.checkpoint.assemble import assemble
+from dsdpo.checkpoint.commit import MANIFEST, Checkpoint, checkpoints, read, read_run
 from dsdpo.compat import is_partitioned
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.errors import CheckpointError, IOFailure
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 FINAL = "final"
-INTERMEDIATE = "weights"
 
 
 def export_engine(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, is_main: bool) -> None:
@@ -96,50 +97,64 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def newest_weights(output_dir: Path) -> Path:
-    """The weights of a run: `final`, else the newest of `weights/step-…`, else the folder itself.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    candidates = [
-        output_dir / FINAL,
-        *sorted((output_dir / INTERMEDIATE).glob("step-*"), reverse=True),
-        output_dir,
-    ]
-    for folder in candidates:
+def finished_weights(output_dir: Path) -> Path | None:
+    """The weights of a run that has ended, or the folder itself where it holds weights; None where there are none."""
+    for folder in (output_dir / FINAL, output_dir):
         if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
             return folder
-    raise CheckpointError(
-        f"{output_dir} holds no weights: expected final/, weights/step-… or a model's own files; "
-        "has the run ended, and is this its output_dir?"
-    )
+    return None
 
 
-def export(output_dir: Path, to: Path, merge: bool) -> Path:
-    """Copy a run's newest weights to `to`, merged into the base model when asked.
+def export(output_dir: Path, to: Path, merge: bool, step: int | None = None) -> Path:
+    """Write a run's weights to `to`, merged into the base model when asked.
 
     Args:
-        output_dir: of a run, or a folder of weights.
+        output_dir: of a run, or a folder of weights, or a checkpoint.
         to: must not exist, or be empty.
         merge: fold a LoRA adapter into its base and write a whole model.
+        step: of the checkpoint. None: the weights at the end, or of the newest checkpoint before it.
 
     Returns:
         The folder that was exported.
 
     Raises:
         CheckpointError: no weights, a target that is not empty, or `merge` without an adapter.
+        IOFailure: the file system refused.
     """
-    source = newest_weights(output_dir)
     check_target(to)
-    is_adapter = (source / "adapter_config.json").exists()
-    if merge and not is_adapter:
+    source = finished_weights(output_dir) if step is None else None
+    if source is None:
+        checkpoint = _pick(output_dir, step)
+        if merge and not read_run(checkpoint.path)["adapter_config"]:
+            raise CheckpointError(f"{checkpoint.path} is of a whole model, without an adapter: leave --merge away")
+        with new_folder(to) as folder:
+            assemble(checkpoint, folder)
+        if merge:
+            _write_folder(to, merged(to), load_tokenizer(str(to)), None)
+        return checkpoint.path
+    if merge and not (source / "adapter_config.json").exists():
         raise CheckpointError(f"{source} is a whole model, there is no adapter to merge: leave --merge away")
     if merge:
         _write_folder(to, merged(source), load_tokenizer(str(source)), None)
     else:
         shutil.copytree(source, to, dirs_exist_ok=True)
     return source
+
+
+def _pick(output_dir: Path, step: int | None) -> Checkpoint:
+    """The checkpoint of a step, or the newest that is whole by size. Raises CheckpointError."""
+    if (output_dir / MANIFEST).exists():
+        return read(output_dir)
+    found = checkpoints(output_dir)
+    for checkpoint in found:
+        if checkpoint.step == step or (step is None and not checkpoint.problem):
+            return checkpoint
+    steps = ", ".join(str(checkpoint.step) for checkpoint in found) or "none"
+    what = "no weights" if step is None else f"no checkpoint of step {step}"
+    raise CheckpointError(
+        f"{output_dir} holds {what}: expected {FINAL}/, a model's own files or checkpoints (there are {steps}); is "
+        "this the output_dir of a run?"
+    )
 
 
 def check_target(to: Path) -> None:

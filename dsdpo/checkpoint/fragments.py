@@ -8,7 +8,7 @@ of ranks reads what any other number wrote.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,35 @@ def rank_file(rank: int, world_size: int) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileRecord:
-    """A safetensors file, written tensor by tensor and hashed on the way. Raises IOFailure."""
-    header: dict[str, Any] = {}
+    """A safetensors file of tensors at hand. Raises IOFailure."""
+    shapes = {key: (tensor.dtype, list(tensor.shape)) for key, tensor in tensors.items()}
+    return write_stream(path, shapes, tensors.__getitem__)
+
+
+def write_stream(
+    path: Path, shapes: dict[str, tuple[torch.dtype, list[int]]], tensor_of: Callable[[str], torch.Tensor]
+) -> FileRecord:
+    """A safetensors file, written tensor by tensor and hashed on the way.
+
+    Args:
+        shapes: key -> precision and shape.
+        tensor_of: gives the tensor of a key; asked once for each, in order.
+
+    Raises:
+        IOFailure: the file system refused.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for key, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for key, (dtype, shape) in shapes.items():
+        start, end = end, end + _numel(shape) * dtype.itemsize
+        header[key] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with hashed_file(path) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for tensor in tensors.values():
-            data = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8)
+        for key in shapes:
+            data = tensor_of(key).detach().contiguous().cpu().view(-1).view(torch.uint8)
             file.write(data.numpy().data)
     return file.record
 

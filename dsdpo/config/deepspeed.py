@@ -202,5 +202,7 @@ def _without(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = prefix + key
         if value == AUTO or name in REFUSED or name in OWNED or name in ("optimizer", "scheduler", "bfloat16"):
             continue
+        if name in (OFFLOAD_OPTIMIZER, OFFLOAD_PARAM) and _is_off(value):
+            continue
         kept[key] = _without(value, f"{name}.") if isinstance(value, dict) else value
     return kept

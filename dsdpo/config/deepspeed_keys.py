@@ -71,6 +71,9 @@ _UNSUPPORTED = _names(
     "progressive_layer_drop zero_optimization.zenflow zero_optimization.mics_shard_size "
     "zero_optimization.mics_hierarchical_params_gather"
 )
+_NVME = _names(
+    "cpuadam_cores_perc nvme_path buffer_count pipeline_read pipeline_write fast_init", f"{OFFLOAD_OPTIMIZER}."
+) | _names("nvme_path buffer_count buffer_size max_in_cpu", f"{OFFLOAD_PARAM}.")
 _OLD_OFFLOAD = _names("cpu_offload cpu_offload_param cpu_offload_use_pin_memory", f"{ZERO}.")
 _ZEROPP = _names(
     "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
@@ -91,6 +94,7 @@ REFUSED: dict[str, str] = {
     "csv_monitor": "metrics are in output_dir/metrics.jsonl; delete the key",
     "comet": "set report_to in the run config",
     **dict.fromkeys(_UNSUPPORTED, "not supported; delete the key"),
+    **dict.fromkeys(_NVME, "offloading to NVMe is not supported; delete the key and set device to cpu"),
     **dict.fromkeys(_OLD_OFFLOAD, 'write "offload_optimizer": {"device": "cpu"}, or offload_param, instead'),
     **dict.fromkeys(_ZEROPP, "ZeRO++ is not supported; delete the key"),
 }

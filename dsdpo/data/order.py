@@ -71,4 +71,4 @@ def pairs_of_steps(total_steps: int, n: int, train_batch_size: int, seed: int) -
     """The pairs that the first `total_steps` steps use, each once: int64, all n of them from one epoch on."""
     if total_steps >= steps_per_epoch(n, train_batch_size):
         return np.arange(n)
-    return np.concatenate([step_pair_ids(step, n, train_batch_size, seed) for step in range(total_steps)])
+    return permute(np.arange(total_steps * train_batch_size), n, seed, epoch=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from deepspeed import comm
 
 from dsdpo.errors import DsdpoError, IOFailure
@@ -46,3 +47,10 @@ def together(work: Callable[[], T]) -> T:
 def on_main(is_main: bool, work: Callable[[], T]) -> T:
     """Do some work on the main rank; all ranks get what it gives, or its error. A collective call."""
     return tell_all(together(work if is_main else lambda: None))[0]
+
+
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Whether it is true on a rank. A collective call."""
+    count = torch.tensor(float(value), device=device)
+    comm.all_reduce(count)
+    return bool(count.item() > 0)

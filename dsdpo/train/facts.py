@@ -52,6 +52,7 @@ def circumstances(
         "zero_stage": engine.zero_optimization_stage(),
         "row_tokens": row_tokens,
         "model_config": model.config.to_diff_dict(),
+        "generation_config": model.generation_config.to_diff_dict(),
         "adapter_config": adapter and {key: sorted(x) if isinstance(x, set) else x for key, x in adapter.items()},
         "versions": {"dsdpo": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
     }

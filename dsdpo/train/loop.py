@@ -48,6 +48,7 @@ def train(s: Session) -> int:
             grad_norm = optimizer_step(engine)
             vector.add(stats, losses)
             row_losses.append(losses)
+            s.watch.beat(step)
 
         vector.reduce(bool(s.stop_flag), s.saver.is_written, s.saver.has_failed)
         seconds = time.perf_counter() - started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -13,18 +13,23 @@ from deepspeed import DeepSpeedEngine, comm
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import Batch, PairLoader
 from dsdpo.dist import Ranks
-from dsdpo.errors import IOFailure, NumericError
+from dsdpo.errors import IOFailure, NumericError, StopRequested
 from dsdpo.model.adapters import reference_weights
 from dsdpo.model.attention import choose
 from dsdpo.model.rows import RowTensors
 from dsdpo.reference.store import ReferenceStore, store_key
+from dsdpo.train.agree import any_rank
 from dsdpo.train.engine import Hardware, build_reference_engine
 from dsdpo.train.facts import weights_digests
+from dsdpo.train.stop import StopFlag
 
 _PAIRS_PER_PASS = 64  # per rank, between two looks at the rows' balance
 _PASSES_PER_CHUNK = 16  # a killed pass repeats at most this many
 _STORE_FORMAT = 2
 _SEEN_WITHIN_S = 60.0
+
+
+Stop: TypeAlias = StopFlag | None
 
 
 class Reference(Protocol):
@@ -89,13 +94,19 @@ class LiveReference:
 
 
 def reference_source(
-    config: RunConfig, ranks: Ranks, hardware: Hardware, engine: DeepSpeedEngine, say: Callable[[str], None]
+    config: RunConfig,
+    ranks: Ranks,
+    hardware: Hardware,
+    engine: DeepSpeedEngine,
+    say: Callable[[str], None],
+    stop: Stop,
 ) -> Callable[[PairLoader, np.ndarray], Reference]:
     """How a run gets the reference of a set: a function of the set's loader and the pairs that will be asked for.
 
     Args:
         engine: the untrained policy.
         say: where progress is told.
+        stop: true once this rank is asked to stop.
     """
     if config.reference_kind == "none":
         return lambda loader, ids: NoReference()
@@ -106,7 +117,7 @@ def reference_source(
         )
         return lambda loader, ids: live
     store = open_store(config, ranks, hardware)
-    return lambda loader, ids: reference_for(loader, ids, store, lambda: engine, hardware.device, say)
+    return lambda loader, ids: reference_for(loader, ids, store, lambda: engine, hardware.device, say, stop)
 
 
 def open_store(config: RunConfig, ranks: Ranks, hardware: Hardware) -> ReferenceStore:
@@ -132,6 +143,7 @@ def reference_for(
     make_engine: Callable[[], DeepSpeedEngine],
     device: torch.device,
     say: Callable[[str], None],
+    stop: Stop = None,
 ) -> StoredReference:
     """Reference log-probs of pairs of a loader's set; what the store lacks is computed by all ranks and stored.
 
@@ -141,6 +153,7 @@ def reference_for(
 
     Raises:
         NumericError: the reference gives a log-prob that is not finite.
+        StopRequested: a rank was asked to stop; what was stored until then stays.
         IOFailure: ranks do not see what other ranks have stored.
     """
     pairs = loader.pairs
@@ -148,7 +161,7 @@ def reference_for(
     missing = np.flatnonzero(~_seen_by_main(store.find(wanted)[0], device))
     if len(missing):
         say(f"reference: computing {len(missing)} of {len(ids)} pairs, {store.folder}")
-        _fill(ids[missing], wanted[missing], store, make_engine(), loader, device)
+        _fill(ids[missing], wanted[missing], store, make_engine(), loader, device, stop)
         comm.barrier()
         store.reload()
     else:
@@ -202,6 +215,7 @@ def _fill(
     engine: DeepSpeedEngine,
     loader: PairLoader,
     device: torch.device,
+    stop: Stop,
 ) -> None:
     """Compute the pairs `ids`, whose digests are `keys`; each rank writes chunks of those in its own rows."""
     done: list[np.ndarray] = []
@@ -224,5 +238,11 @@ def _fill(
                     values.append(outputs[:, :2])
             if (number + 1) % _PASSES_PER_CHUNK == 0:
                 flush()
+            if any_rank(bool(stop), device):
+                flush()
+                raise StopRequested(
+                    "stopped on request while the reference was computed; what is stored stays, and the same command "
+                    "goes on from there"
+                )
     flush()
     engine.train()

@@ -11,7 +11,15 @@ import torch
 from deepspeed import DeepSpeedEngine
 from safetensors import safe_open
 
-from dsdpo.checkpoint.commit import Checkpoint, candidates, none_usable, read_run, set_later_aside, verify
+from dsdpo.checkpoint.commit import (
+    Checkpoint,
+    candidates,
+    clear_unfinished,
+    none_usable,
+    read_run,
+    set_later_aside,
+    verify,
+)
 from dsdpo.checkpoint.fragments import Fragments, rank_file
 from dsdpo.checkpoint.identity import differences, refusal
 from dsdpo.checkpoint.zero import held_pieces, refresh_weights, set_adam_step, trainable_shapes
@@ -60,7 +68,7 @@ def find_start(config: RunConfig, ranks: Ranks, identity: dict[str, Any]) -> Sta
     Raises:
         CheckpointError: the one that is named, or every one that there is, is damaged; or the run is another one.
     """
-    found: list[Checkpoint] = on_main(ranks.is_main, lambda: candidates(config))
+    found: list[Checkpoint] = on_main(ranks.is_main, lambda: _look(config))
     faults = []
     for checkpoint in found:
         files = sorted(checkpoint.manifest.get("files", {}))[ranks.rank :: ranks.world_size]
@@ -74,6 +82,11 @@ def find_start(config: RunConfig, ranks: Ranks, identity: dict[str, Any]) -> Sta
     if found:
         raise none_usable(config, faults)
     return Start({**identity, "resumed_from": None}, None, {}, [])
+
+
+def _look(config: RunConfig) -> list[Checkpoint]:
+    clear_unfinished(Path(config.output_dir))
+    return candidates(config)
 
 
 def _own_run(checkpoint: Checkpoint, config: RunConfig, now: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks
 from dsdpo.errors import DsdpoError, IOFailure
 from dsdpo.faults import fault_point
+from dsdpo.lock import is_held_by
 from dsdpo.train.agree import on_main, tell_all, together
 from dsdpo.train.rng import random_state
 
@@ -46,7 +47,7 @@ class Saver:
         ranks: this rank's place.
         facts: what run.json says beside the step: the same in all checkpoints of this process.
         say: where progress is told.
-        may_commit: asked on the main rank before a checkpoint counts; raises when the run is no longer ours.
+        token: of the lock on output_dir, looked at before a checkpoint counts; None without a lock.
     """
 
     def __init__(
@@ -56,14 +57,14 @@ class Saver:
         ranks: Ranks,
         facts: dict[str, Any],
         say: Callable[[str], None],
-        may_commit: Callable[[], None] = lambda: None,
+        token: str | None = None,
     ) -> None:
         self._config = config
         self._engine = engine
         self._ranks = ranks
         self._facts = facts
         self._say = say
-        self._may_commit = may_commit
+        self._token = token
         self._output_dir = Path(config.output_dir)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self._in_flight: _InFlight | None = None
@@ -184,7 +185,8 @@ class Saver:
         return records
 
     def _commit(self, flying: _InFlight, records: list[dict[str, FileRecord]], index: Index) -> None:
-        self._may_commit()
+        if self._token is not None and not is_held_by(self._output_dir, self._token):
+            raise IOFailure(f"another job has taken over {self._output_dir}; this one ends without a checkpoint")
         files = {name: record for part in records for name, record in part.items()}
         facts = {"step": flying.step, "world_size": self._ranks.world_size, "parameters": index}
         commit(flying.staged, flying.folder, files, facts)

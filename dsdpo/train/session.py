@@ -26,6 +26,7 @@ from dsdpo.train.reference import Reference, reference_source
 from dsdpo.train.resume import find_start, restore
 from dsdpo.train.saving import Saver
 from dsdpo.train.stop import StopFlag
+from dsdpo.train.watch import Watch
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Session:
     stop_flag: StopFlag
     first_step: int
     saver: Saver
+    watch: Watch
 
     def _is_due(self, step: int, every: int | None) -> bool:
         return every is not None and step % every == 0 and step < self.schedule.total_steps
@@ -65,17 +67,18 @@ class Session:
         if self.held_out is None:
             return None
         loader, reference = self.held_out
-        means = evaluate(
-            self.engine, loader, reference, self.objective, self.config.train_batch_size, self.hardware.device
-        )
+        batch_size, device = self.config.train_batch_size, self.hardware.device
+        with self.watch.slow("an evaluation"):
+            means = evaluate(self.engine, loader, reference, self.objective, batch_size, device)
         self.reporter.evaluation(step, means)
         return means
 
     def save(self, step: int) -> None:
         """Make a checkpoint after `step` steps; stop here if there will be no room for the next one."""
-        self.saver.save(step)
-        if step < self.schedule.total_steps:
-            self.saver.check_room()
+        with self.watch.slow("a checkpoint"):
+            self.saver.save(step)
+            if step < self.schedule.total_steps:
+                self.saver.check_room()
 
     def save_final(self) -> Path:
         """Export the trained weights."""
@@ -93,8 +96,12 @@ def build_session(
     train_set: PairSource,
     eval_set: PairSource | None,
     stop_flag: StopFlag,
+    watch: Watch | None = None,
 ) -> Session:
-    """Load the model and fill what the reference store lacks for the two sets.
+    """Load the model, fill what the reference store lacks for the two sets, and put back what a checkpoint holds.
+
+    Args:
+        watch: over this rank. None: nobody watches.
 
     Raises:
         ConfigError: the model cannot be trained this way.
@@ -110,7 +117,7 @@ def build_session(
         reporter.say(line)
     engine = build_engine(config, ranks, hardware)
     reporter.say(describe(engine, config, ranks, hardware))
-    reference_of = reference_source(config, ranks, hardware, engine, reporter.say)
+    reference_of = reference_source(config, ranks, hardware, engine, reporter.say, stop_flag)
     # a live reference takes its memory first; rows as before make the same steps to the bit
     row_length = start.row_tokens(config, ranks) or row_tokens(config, engine, hardware)
 
@@ -122,7 +129,8 @@ def build_session(
     loader, reference = with_reference(train_set, used)
     held_out = with_reference(eval_set, np.arange(len(eval_set))) if eval_set is not None else None
     facts = {**start.identity, **circumstances(config, ranks, engine, train_set, row_length)}
-    saver = Saver(config, engine, ranks, facts, reporter.say)
+    watch = watch or Watch(Path(config.output_dir), ranks, config.hang_timeout, None)
+    saver = Saver(config, engine, ranks, facts, reporter.say, watch.token)
     if start.checkpoint is not None:  # after the reference, which the untrained policy may have had to compute
         restore(engine, start.checkpoint, config, ranks)
         reporter.say(f"resumed after step {start.step} from {start.checkpoint.path}")
@@ -148,4 +156,5 @@ def build_session(
         stop_flag=stop_flag,
         first_step=start.step,
         saver=saver,
+        watch=watch,
     )

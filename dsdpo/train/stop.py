@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 
 from dsdpo.files import write_atomically
@@ -19,22 +20,33 @@ COMPLETED_FILE = "COMPLETED"
 
 
 class StopFlag:
-    """True once this rank received SIGTERM or SIGUSR1, or found output_dir/STOP."""
+    """True once this rank received SIGTERM or SIGUSR1, or found output_dir/STOP, or its time is over.
 
-    def __init__(self, output_dir: Path) -> None:
+    Args:
+        output_dir: of the run.
+        looks: whether this rank looks for the file; one of a run is enough.
+        deadline: time.time() at which the run must stop; None: no limit.
+    """
+
+    def __init__(self, output_dir: Path, looks: bool = True, deadline: float | None = None) -> None:
         self._file = output_dir / STOP_FILE
+        self._looks = looks
+        self._deadline = deadline
         self._signalled = False
 
     def install(self) -> None:
-        """Handle the signals that a scheduler sends before it kills."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        """Handle the signals that a scheduler sends before it kills. Ctrl-C reaches the ranks of a user's launcher."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
-    def _on_signal(self, *_: object) -> None:
+    def _on_signal(self, number: int, _: object) -> None:
+        if number == signal.SIGINT and self._signalled:
+            raise KeyboardInterrupt
         self._signalled = True
 
     def __bool__(self) -> bool:
-        return self._signalled or self._file.exists()
+        is_late = self._deadline is not None and time.time() >= self._deadline
+        return self._signalled or is_late or (self._looks and self._file.exists())
 
 
 def write_exit(output_dir: Path, code: int, message: str) -> None:

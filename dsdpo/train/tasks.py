@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from dsdpo.data.prepare import open_prepared
 from dsdpo.dist import Ranks, launched
 from dsdpo.errors import DataError, DsdpoError, StopRequested
 from dsdpo.files import write_atomically
+from dsdpo.lock import holder
+from dsdpo.train.agree import tell_all
 from dsdpo.train.engine import Hardware, build_engine, start_process_group
 from dsdpo.train.evaluate import evaluate
 from dsdpo.train.loop import train
@@ -26,25 +30,30 @@ from dsdpo.train.objective import objective_of
 from dsdpo.train.reference import NoReference, Reference, open_store, reference_for
 from dsdpo.train.session import Session, build_session
 from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE, StopFlag, write_exit
+from dsdpo.train.watch import Watch
 
 
-def run(config: RunConfig, task: str = "train", model: str | None = None) -> None:
+def run(config: RunConfig, task: str = "train", model: str | None = None, token: str | None = None) -> None:
     """Do one task as one rank; the data is prepared already.
 
     Args:
         config: the run, the same on every rank.
         task: `train`, `reference` or `eval`.
         model: for `eval`, the folder of trained weights.
+        token: of the lock on output_dir; the main rank's counts.
 
     Raises:
         DsdpoError: with the exit code; said in output_dir/EXIT too, for the supervisor.
     """
     ranks = launched() or Ranks(0, 1, 0)
     disable_progress_bar()  # transformers' bars for loading and saving, one per rank
-    stop_flag = StopFlag(Path(config.output_dir))
+    output_dir = Path(config.output_dir)
+    stop_flag = StopFlag(output_dir, ranks.is_main, _deadline(config) if ranks.is_main else None)
     stop_flag.install()
     with _exit_told(config, ranks):
         hardware = start_process_group(config, ranks)
+        watch = Watch(output_dir, ranks, config.hang_timeout, tell_all(token)[0])
+        watch.start()
         if task == "eval":
             assert model is not None, "eval needs the weights to evaluate"
             _evaluate(config, ranks, hardware, model)
@@ -52,11 +61,20 @@ def run(config: RunConfig, task: str = "train", model: str | None = None) -> Non
             train_set = open_prepared(config, "train")
             assert train_set is not None, "a run has a training set"
             eval_set = open_prepared(config, "eval")
-            session = build_session(config, ranks, hardware, train_set, eval_set, stop_flag)
+            session = build_session(config, ranks, hardware, train_set, eval_set, stop_flag, watch)
             if task == "train":
                 _train(session)
             session.reporter.close()
         comm.barrier()
+        watch.close()
+
+
+def _deadline(config: RunConfig) -> float | None:
+    """When max_time is over, by time.time(): counted from when the lock was taken."""
+    if config.max_seconds is None:
+        return None
+    since = (holder(Path(config.output_dir)) or {}).get("since")
+    return (datetime.fromisoformat(since).timestamp() if since else time.time()) + config.max_seconds
 
 
 @contextmanager
@@ -86,15 +104,17 @@ def _train(session: Session) -> None:
         write_atomically(output_dir / STARTED_FILE, "")
     comm.barrier()
     done, total = train(session), session.schedule.total_steps
-    if done < total and session.saver.last_step != done:
-        session.saver.save(done)
-    session.saver.finish()
+    with session.watch.slow("the last checkpoint"):
+        if done < total and session.saver.last_step != done:
+            session.saver.save(done)
+        session.saver.finish()
     if done < total:
         raise StopRequested(
             f"stopped on request after step {done} of {total}, with a checkpoint; the same command goes on from there"
         )
     session.evaluate(total)
-    session.save_final()
+    with session.watch.slow("the export of the weights"):
+        session.save_final()
     if is_main:
         write_atomically(output_dir / COMPLETED_FILE, "")
 

@@ -15,11 +15,11 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from dsdpo.checkpoint.export import newest_weights
+from dsdpo.checkpoint.export import finished_weights
 from dsdpo.data.formats import SQL_PROMPT
 from dsdpo.data.messages import Message, Refused, check_prompt, read_message
 from dsdpo.data.templates import PairEncoder, load_tokenizer
-from dsdpo.errors import ConfigError, DataError
+from dsdpo.errors import CheckpointError, ConfigError, DataError
 from dsdpo.use.screen import Screen
 
 BATCH_SIZE = 8
@@ -147,7 +147,15 @@ def load_both(model: str, base: str, settings: AnswerSettings = AnswerSettings()
 
 def _weights(name: str) -> str:
     """The folder to load from, or the hub id as it stands."""
-    return str(newest_weights(Path(name))) if Path(name).is_dir() else name
+    if not Path(name).is_dir():
+        return name
+    weights = finished_weights(Path(name))
+    if weights is None:
+        raise CheckpointError(
+            f"{name} holds no weights: expected final/ or a model's own files; `dsdpo export` makes them of a "
+            "checkpoint"
+        )
+    return str(weights)
 
 
 def _encoder(folder: str, settings: AnswerSettings) -> PairEncoder:

@@ -7,12 +7,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsdpo.checkpoint.commit import candidates, none_usable, read_run
+from dsdpo.checkpoint.identity import differences, refusal
 from dsdpo.config.deepspeed import check_deepspeed
 from dsdpo.config.load import LoadResult, load
 from dsdpo.config.rules import check_rules
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, ConfigError
-from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE
+from dsdpo.train.stop import COMPLETED_FILE
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
@@ -53,19 +55,21 @@ def preflight(
     task: str = "train",
     cluster: ClusterRequest | None = None,
     model: str | None = None,
+    fresh: bool = False,
 ) -> RunConfig:
     """The checked config of a run.
 
     Args:
         path: the YAML file.
         overrides: `--key value` arguments.
-        task: `train` also needs an output_dir without an earlier run in it.
+        task: what the config is for. For `train`, output_dir may hold a run only if that can be continued.
         cluster: the launch that is asked for, when this process is to start it.
         model: `--model` of `dsdpo eval`.
+        fresh: whether an earlier run in output_dir will be moved aside.
 
     Raises:
         ConfigError: every problem found, in one report.
-        CheckpointError: all is well but for an earlier run in output_dir.
+        CheckpointError: all is well but for an earlier run in output_dir that this one cannot go on with.
     """
     loaded = load(path, overrides)
     problems = loaded.problems + check_rules(loaded) + check_deepspeed(loaded)
@@ -74,7 +78,7 @@ def preflight(
     problems += check_weights(model, "--model", adapter_allowed=True) if model else []
     problems += _check_held_out(loaded) if task == "eval" else []
     problems += _check_stored(loaded) if task == "reference" else []
-    earlier = _earlier_run(loaded) if task == "train" else ""
+    earlier = _earlier_run(loaded) if task == "train" and not fresh else ""
     if problems or loaded.config is None:
         raise ConfigError(problems + [earlier] if earlier else problems)
     if earlier:
@@ -204,15 +208,20 @@ def _unwritable(folder: Path, option: str) -> str:
 
 
 def _earlier_run(loaded: LoadResult) -> str:
-    if loaded.config is None or "output_dir" in loaded.faulty:
+    """Why the run in output_dir, or the checkpoint that is named, cannot be continued. No file's content is read."""
+    config = loaded.config
+    if config is None or loaded.faulty & {"output_dir", "resume_from_checkpoint", "change_on_resume"}:
         return ""
-    folder = Path(loaded.config.output_dir)
-    remedy = "choose another output_dir, or delete this one"
-    if (folder / COMPLETED_FILE).exists():
-        return f"output_dir: {folder} holds a finished run; {remedy}"
-    if (folder / STARTED_FILE).exists():
-        return (
-            f"output_dir: {folder} holds a run that was started and has not finished; this version cannot "
-            f"resume it: {remedy}"
-        )
-    return ""
+    if (Path(config.output_dir) / COMPLETED_FILE).exists():
+        return ""  # there is nothing to do
+    found = candidates(config)
+    sound = next((checkpoint for checkpoint in found if not checkpoint.problem), None)
+    if sound is None:
+        faults = [f"{checkpoint.path.name}: {checkpoint.problem}" for checkpoint in found]
+        return str(none_usable(config, faults)) if found else ""
+    try:
+        saved = read_run(sound.path)["config"]
+    except CheckpointError as error:
+        return str(error)
+    lines = differences(saved, config.model_dump(mode="json"), config.change_on_resume)
+    return refusal(str(sound.path), lines) if lines else ""

@@ -8,21 +8,25 @@ after a clean stop.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dsdpo.config.schema import RunConfig
-from dsdpo.dist import Ranks
-from dsdpo.errors import ConfigError, DsdpoError, HangError
+from dsdpo.dist import Ranks, launched
+from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError, StopRequested
 from dsdpo.files import write_atomically
+from dsdpo.lock import LOCK_FILE, RunLock, holder_is_gone
 from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, STOP_FILE
 from dsdpo.use.preflight import ClusterRequest, check_device, preflight, reload
 
@@ -33,38 +37,54 @@ KEEP_FREED_MEMORY = ":".join(
     f"glibc.malloc.{knob}" for knob in ("hugetlb=1", f"mmap_threshold={2**25}", f"trim_threshold={2**35}")
 )
 
+_REPLACED = "replaced-"
+_AFTER_HANG_S = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to do (`train`, `reference` or `eval`), on which YAML, with which overrides and `--model`."""
+    """What to do (`train`, `reference` or `eval`), on which YAML, with which overrides and `--model`.
+
+    `fresh` trains from the beginning though output_dir holds a run, which `confirmed` says without asking.
+    """
 
     name: str
     path: str
     overrides: list[str]
     model: str | None = None
+    fresh: bool = False
+    confirmed: bool = False
 
-    def argv(self) -> list[str]:
-        """The arguments that make a rank do this under a supervisor."""
+    def argv(self, token: str) -> list[str]:
+        """The arguments that make a rank do this under a supervisor that holds the lock `token`."""
         model = ["--model", self.model] if self.model else []
-        return [self.name, self.path, *model, "--supervised", *self.overrides]
+        return [self.name, self.path, *model, "--supervised", token, *self.overrides]
 
 
 # --- one rank under a launcher ---
 
 
-def join(task: Task, ranks: Ranks, supervised: bool) -> int:
-    """Take this rank's place. Raises DsdpoError; the main rank's cause is in output_dir/EXIT as well."""
+def join(task: Task, ranks: Ranks, token: str | None) -> int:
+    """Take this rank's place. Raises DsdpoError; the main rank's cause is in output_dir/EXIT as well.
+
+    Args:
+        token: of the supervisor's lock; None without one: the main rank then takes the lock itself.
+    """
+    supervised = token is not None
     if supervised:
         config = reload(task.path, task.overrides)
+    elif task.fresh:
+        raise ConfigError("--fresh works where `dsdpo train` is started plainly; under a launcher, empty output_dir")
     else:
         config = preflight(task.path, task.overrides, task.name, model=task.model)
-        _prepare_as_rank(config, ranks)
+        if _is_finished(task, config):
+            return 0
+        token = _prepare_as_rank(task, config, ranks)
     from dsdpo.train.tasks import run
 
     try:
-        run(config, task.name, task.model)
+        run(config, task.name, task.model, token)
     except DsdpoError as error:
         if not ranks.is_main:
             _tell_as_peer(Path(config.output_dir), ranks, error)
@@ -80,16 +100,23 @@ def _tell_as_peer(output_dir: Path, ranks: Ranks, error: DsdpoError) -> None:
         json.dump({"code": error.exit_code, "message": f"rank {ranks.rank}: {error}"}, stream)
 
 
-def _prepare_as_rank(config: RunConfig, ranks: Ranks) -> None:
-    """Without a supervisor the main rank prepares; the others wait for its files, not in a collective."""
+def _prepare_as_rank(task: Task, config: RunConfig, ranks: Ranks) -> str | None:
+    """Without a supervisor the main rank prepares; the others wait for its files, not in a collective.
+
+    Returns:
+        On the main rank, the token of the lock, which is held until the process ends.
+    """
     if ranks.is_main:
+        lock = RunLock.acquire(Path(config.output_dir), f"dsdpo {task.name}")
+        atexit.register(lock.release)
         clear_marks(Path(config.output_dir))
         prepare_data(config)
-        return
+        return lock.token
     from dsdpo.data.prepare import wait_prepared
 
     wait_prepared(config, "train")
     wait_prepared(config, "eval")
+    return None
 
 
 def prepare_data(config: RunConfig) -> None:
@@ -106,22 +133,38 @@ def prepare_data(config: RunConfig) -> None:
 
 def supervise(task: Task, cluster: ClusterRequest) -> int:
     """Run `task` on the accelerators asked for and return its exit code. Raises DsdpoError."""
-    config = preflight(task.path, task.overrides, task.name, cluster, task.model)
+    config = preflight(task.path, task.overrides, task.name, cluster, task.model, task.fresh)
     devices = _cuda_devices()
     check_device(config, devices > 0 or bool(cluster.hostfile))
     if devices and (cluster.num_accelerators or 1) > devices and not cluster.hostfile:
         raise ConfigError(f"--num_accelerators is {cluster.num_accelerators}, but {devices} are visible here")
-    prepare_data(config)
+    if not task.fresh and _is_finished(task, config):
+        return 0
     output_dir = Path(config.output_dir)
-    clear_marks(output_dir)
-    command = launch_command(task, cluster, devices, os.environ)
-    environment = launch_environment(cluster, devices, os.environ)
-    print(f"starting {task.name} on {_where(cluster, devices)}; stop with Ctrl-C or SIGTERM", flush=True)
-    status = run_launcher(command, environment, output_dir)
-    code = judge(task.name, output_dir, status)
+    with RunLock.acquire(output_dir, f"dsdpo {task.name}") as lock, StopRequests(output_dir) as requests:
+        end_leftovers(lock.previous)
+        if task.fresh:
+            start_over(output_dir, task.confirmed)
+        clear_marks(output_dir)
+        prepare_data(config)
+        command = launch_command(task, cluster, devices, os.environ, lock.token)
+        environment = launch_environment(cluster, devices, os.environ)
+        print(f"starting {task.name} on {_where(cluster, devices)}; stop with Ctrl-C or SIGTERM", flush=True)
+        status = run_launcher(command, environment, output_dir, requests, lock)
+        code = judge(task.name, output_dir, status)
     if code == 0:
         _finish(task, config)
     return code
+
+
+def _is_finished(task: Task, config: RunConfig) -> bool:
+    """Whether this training has ended well before; said once."""
+    if task.name != "train" or not (Path(config.output_dir) / COMPLETED_FILE).exists():
+        return False
+    ranks = launched()
+    if ranks is None or ranks.is_main:
+        print(f"{config.output_dir} holds this run, finished: nothing to do. --fresh trains it again", flush=True)
+    return True
 
 
 def _finish(task: Task, config: RunConfig) -> None:
@@ -151,8 +194,15 @@ def _where(cluster: ClusterRequest, devices: int) -> str:
     return f"{ranks} {'GPU' if devices else 'CPU rank'}{'s' if ranks > 1 else ''}"
 
 
-def launch_command(task: Task, cluster: ClusterRequest, devices: int, environment: Mapping[str, str]) -> list[str]:
-    """The `deepspeed` launcher's command line; `devices`: number of visible CUDA devices, 0 on a CPU."""
+def launch_command(
+    task: Task, cluster: ClusterRequest, devices: int, environment: Mapping[str, str], token: str
+) -> list[str]:
+    """The `deepspeed` launcher's command line.
+
+    Args:
+        devices: number of visible CUDA devices, 0 on a CPU.
+        token: of the lock that this supervisor holds.
+    """
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--no_local_rank"]
     command += ["--master_port", str(cluster.master_port or free_port())]
     if cluster.hostfile:
@@ -165,7 +215,7 @@ def launch_command(task: Task, cluster: ClusterRequest, devices: int, environmen
         command += ["--include", "localhost:" + ",".join(visible[: cluster.num_accelerators])]
     elif cluster.num_accelerators or not (devices or cluster.hostfile):
         command += ["--num_accelerators", str(cluster.num_accelerators or 1)]
-    return [*command, "--module", "dsdpo", *task.argv()]
+    return [*command, "--module", "dsdpo", *task.argv(token)]
 
 
 def _visible(cluster: ClusterRequest, devices: int, environment: Mapping[str, str]) -> list[str]:
@@ -207,8 +257,10 @@ def clear_marks(output_dir: Path) -> None:
         (output_dir / name).unlink(missing_ok=True)
 
 
-def run_launcher(command: list[str], environment: Mapping[str, str], output_dir: Path) -> int:
-    """Start the launcher in its own session, forward stop requests, wait, and end whatever it left behind.
+def run_launcher(
+    command: list[str], environment: Mapping[str, str], output_dir: Path, requests: StopRequests, lock: RunLock
+) -> int:
+    """Start the launcher in its own session, wait, and end whatever it left behind.
 
     Returns:
         The launcher's exit status as subprocess gives it.
@@ -216,36 +268,101 @@ def run_launcher(command: list[str], environment: Mapping[str, str], output_dir:
     Raises:
         KeyboardInterrupt: a second Ctrl-C; nothing is left running.
     """
-    with _stop_requests(output_dir):
-        launcher = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+    launcher = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+    try:
+        requests.launched = True
+        lock.note(session=launcher.pid)
+        return _wait(launcher, output_dir)
+    finally:
+        end_session(launcher.pid)
+        launcher.wait()
+
+
+def _wait(launcher: subprocess.Popen[bytes], output_dir: Path) -> int:
+    """The launcher's status; after a hang it is not waited for long, as it waits for the rank that hangs."""
+    while True:
         try:
-            return launcher.wait()
-        finally:
-            end_session(launcher.pid)
-            launcher.wait()
+            return launcher.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            if _read_exit(output_dir / EXIT_FILE)[0] == HangError.exit_code:
+                with suppress(subprocess.TimeoutExpired):
+                    return launcher.wait(timeout=_AFTER_HANG_S)
+                return HangError.exit_code
 
 
-@contextmanager
-def _stop_requests(output_dir: Path) -> Iterator[None]:
-    """Within, a stop signal becomes output_dir/STOP, and a second Ctrl-C raises KeyboardInterrupt."""
-    interrupts = 0
+class StopRequests:
+    """Within, a stop signal becomes output_dir/STOP, and a second Ctrl-C raises KeyboardInterrupt.
 
-    def on_signal(number: int, _: object) -> None:
-        nonlocal interrupts
-        interrupts += number == signal.SIGINT
-        if interrupts > 1:
+    Attributes:
+        launched: whether there are ranks to see that file; before, a signal raises StopRequested.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.launched = False
+        self._output_dir = output_dir
+        self._interrupts = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequests:
+        handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._on_signal) for number in handled}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        if not self.launched:
+            raise StopRequested("stopped on request before the first step; the same command begins again")
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             raise KeyboardInterrupt
-        write_atomically(output_dir / STOP_FILE, signal.Signals(number).name)
+        write_atomically(self._output_dir / STOP_FILE, signal.Signals(number).name)
         with suppress(OSError):  # the terminal may be gone
             print("stopping after this step; press Ctrl-C again to end at once", file=sys.stderr, flush=True)
 
-    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in handled}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+def start_over(output_dir: Path, confirmed: bool) -> None:
+    """Move what an earlier run has left in output_dir into a folder of its own there; nothing is deleted.
+
+    Raises:
+        CheckpointError: there is something, and nobody has confirmed.
+    """
+    found = [path for path in sorted(output_dir.iterdir()) if not path.name.startswith((".", LOCK_FILE, _REPLACED))]
+    if not found:
+        return
+    names = ", ".join(path.name for path in found[:6])
+    if not confirmed and sys.stdin.isatty():
+        confirmed = input(f"{output_dir} holds {names}; move that aside and begin again? [yes/no] ") == "yes"
+    if not confirmed:
+        raise CheckpointError(f"--fresh: {output_dir} holds {names}; add --yes to move that aside and begin again")
+    aside = output_dir / f"{_REPLACED}{time.strftime('%Y%m%d-%H%M%S')}"
+    aside.mkdir()
+    for path in found:
+        path.rename(aside / path.name)
+    print(f"moved the earlier run to {aside}", flush=True)
+
+
+def end_leftovers(previous: dict[str, Any] | None) -> None:
+    """Kill what a supervisor that was killed on this host has left running, before it writes to output_dir again."""
+    session = (previous or {}).get("session")
+    if session is None or not holder_is_gone(previous or {}):
+        return
+    import psutil
+
+    def leftovers() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, ProcessLookupError, PermissionError):
+                if os.getsid(process.pid) == session and "dsdpo" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    for process in leftovers():
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(leftovers(), timeout=10)
 
 
 def end_session(session: int) -> None:

@@ -90,6 +90,7 @@ def train_and_export(cases: list[dict[str, Any]], folders: list[str], ids: list[
         pairs = ListOfPairs(random_pairs(17))
         session = build_session(config, ranks, hardware, pairs, None, StopFlag(Path(folder)))
         train(session)
+        session.saver.save(config.max_steps or 0)
         session.save_final()
         session.reporter.close()
         logits.append(logits_of(session.engine, ids).numpy())

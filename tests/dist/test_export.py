@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dsdpo.checkpoint import assemble
 from dsdpo.checkpoint.export import export
+from tests.dist.grid import STEPS
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
 
@@ -71,6 +74,27 @@ def test_plain_loading_gives_the_engines_logits(exported: Any, case: Any) -> Non
     base = AutoModelForCausalLM.from_pretrained(output_dir.parents[1] / case[0], dtype=torch.float32)
     assert np.abs(logits_of(base) - expected).max() > 0.05, "training must have moved the model to prove anything"
     np.testing.assert_allclose(logits_of(load(output_dir / "final")), expected, atol=1e-4)
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    files = folder.glob("*.safetensors")
+    return {key: value for file in files for key, value in safetensors.numpy.load_file(file).items()}
+
+
+@pytest.mark.parametrize("case", [*CASES, *(stage for stage, _ in CONTINUED)], ids=str)
+def test_a_checkpoint_gives_the_same_folder_as_the_engine(
+    exported: Any, case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one process, tensor by tensor, in several files."""
+    output_dir, expected = exported[case]
+    monkeypatch.setattr(assemble, "SHARD_BYTES", 20_000)
+    export(output_dir, tmp_path / "to", merge=False, step=STEPS)
+    found, final = tensors(tmp_path / "to"), tensors(output_dir / "final")
+    assert found.keys() == final.keys() and all(np.array_equal(found[key], final[key]) for key in final)
+    assert {path.name for path in (output_dir / "final").iterdir()} - {"README.md", "model.safetensors"} <= {
+        path.name for path in (tmp_path / "to").iterdir()
+    }
+    np.testing.assert_allclose(logits_of(load(tmp_path / "to")), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", [stage for stage, _ in CONTINUED])

@@ -69,11 +69,11 @@ def problems(tmp_path: Path, data: object, **options: Any) -> list[str]:
     return check_deepspeed(loaded)
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
 def test_our_own_files_hold_engine_keys_only(name: str) -> None:
     path = DS_CONFIGS / f"{name}.json"
     assert set(read_json(path)) == {ZERO}
-    assert zero_stage(config_of(path)) == int(name[-1])
+    assert zero_stage(config_of(path)) == int(name[4])
 
 
 def test_a_trainer_users_file_with_auto_passes(tmp_path: Path) -> None:
@@ -131,8 +131,7 @@ def test_a_clash_names_both_places(
     [
         {"fp16": {"enabled": True}},
         {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
-        {ZERO: {"stage": 3, "offload_param": {"device": "cpu"}}},
-        {ZERO: {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "x"}}},
+        {ZERO: {"stage": 3, "offload_param": {"device": "cpu", "nvme_path": "x"}}},
         {ZERO: {"stage": 2, "cpu_offload": True}},
         {ZERO: {"stage": 3, "zero_quantized_weights": True}},
         {ZERO: {"stage": 3, "zero_hpz_partition_size": 8}},
@@ -187,12 +186,38 @@ def test_a_faulty_file_is_told(tmp_path: Path, data: object, said: str) -> None:
     assert said in found[0]
 
 
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        (
+            {
+                "stage": 3,
+                "offload_optimizer": {"device": "cpu", "pin_memory": True},
+                "offload_param": {"device": "cpu"},
+            },
+            "",
+        ),
+        ({"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}, ""),
+        ({"stage": 2, "offload_optimizer": {"device": "nvme"}}, "device is 'nvme'; allowed: none or cpu"),
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "needs stage 1 or higher, but stage is 0"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "needs stage 3 or higher, but stage is 2"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}, "ratio is 0.3"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "pin_mem": True}}, "unknown key"),
+        ({"stage": 3, "offload_optimizer": "cpu"}, "must be an object"),
+    ],
+)
+def test_offloading_to_the_cpu(tmp_path: Path, zero: dict[str, Any], said: str) -> None:
+    found = problems(tmp_path, {ZERO: zero})
+    assert len(found) == bool(said), found
+    assert not said or said in found[0]
+
+
 def test_all_problems_come_together(tmp_path: Path) -> None:
     data = {
         "train_batch_size": 1,
         "fp16": {"enabled": True},
         "x_y_z": 1,
-        ZERO: {"stage": 9, "offload_param": {"device": "cpu"}},
+        ZERO: {"stage": 9, "offload_param": {"device": "nvme"}},
     }
     assert len(problems(tmp_path, data)) == 5
 
@@ -249,10 +274,19 @@ def test_deepspeed_itself_accepts_the_engine_config(name: str, bf16: bool) -> No
 def test_zero_keys_are_those_of_the_installed_deepspeed() -> None:
     from deepspeed.runtime.config import _REMOVED_ZERO_CONFIG_KEYS
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
 
     fields = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    blocks = {
+        "offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "offload_param": DeepSpeedZeroOffloadParamConfig,
+    }
+    nested = {f"{block}.{name}" for block, config in blocks.items() for name in config.model_fields}
     ours = {key.removeprefix(f"{ZERO}.") for key in KNOWN if key.startswith(f"{ZERO}.")}
-    assert ours == fields | set(_REMOVED_ZERO_CONFIG_KEYS)
+    assert ours == fields | nested | set(_REMOVED_ZERO_CONFIG_KEYS)
 
 
 def test_top_level_keys_cover_those_of_the_installed_deepspeed() -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from dsdpo.checkpoint.commit import RUN_FILE, candidates, commit, hashed_file, stage, step_folder
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, ConfigError
-from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE
 from dsdpo.use.preflight import ClusterRequest, _check_adapter, check_device, check_weights, preflight
 
 
@@ -134,17 +134,47 @@ def test_what_looks_like_a_path_must_exist(tmp_path: Path, monkeypatch: pytest.M
     assert len(check_weights(name, "model_name_or_path")) == 1
 
 
-@pytest.mark.parametrize(("mark", "said"), [(COMPLETED_FILE, "finished run"), (STARTED_FILE, "started and has not")])
-def test_an_earlier_run_is_exit_66(tmp_path: Path, run: dict[str, Any], mark: str, said: str) -> None:
-    folder = Path(run["output_dir"])
-    folder.mkdir(parents=True)
-    (folder / STARTED_FILE).write_text("")
-    (folder / mark).write_text("")
-    with pytest.raises(CheckpointError, match=said) as caught:
+def save(output_dir: Path, step: int, config: RunConfig) -> Path:
+    """A checkpoint by its looks: all that a preflight reads."""
+    folder = step_folder(output_dir, step)
+    staged = stage(folder)
+    with hashed_file(staged / RUN_FILE) as file:
+        file.write(json.dumps({"config": config.model_dump(mode="json"), "resumed_from": None}).encode())
+    commit(staged, folder, {RUN_FILE: file.record}, {"step": step})
+    return folder
+
+
+def test_an_earlier_run_is_continued_or_exit_66(tmp_path: Path, run: dict[str, Any]) -> None:
+    config = check(tmp_path, run)
+    output_dir = Path(run["output_dir"])
+    for step in (3, 6):
+        save(output_dir, step, config)
+    assert check(tmp_path, run | {"logging_steps": 7, "deepspeed": None})
+    with pytest.raises(CheckpointError, match=r"step-00000006 was .* in 1 point: beta was 0.1, now it is 0.7"):
+        check(tmp_path, run | {"beta": 0.7})
+    assert check(tmp_path, run | {"beta": 0.7}, task="reference").beta == 0.7
+    (output_dir / "checkpoints/step-00000006/run.json").unlink()
+    assert check(tmp_path, run)
+    (output_dir / "checkpoints/step-00000003/MANIFEST.json").unlink()
+    with pytest.raises(CheckpointError, match=r"6: run\.json is missing; step-00000003: it has no MANIFEST") as caught:
         check(tmp_path, run)
     assert caught.value.exit_code == 66
-    assert check(tmp_path, run, task="reference").output_dir == str(folder)
-    assert any(said in problem for problem in problems(tmp_path, run | {"beta": 0}))
+    assert any("cannot be used" in problem for problem in problems(tmp_path, run | {"beta": 0}))
+
+
+def test_a_learning_rate_changes_with_consent_only(tmp_path: Path, run: dict[str, Any]) -> None:
+    save(Path(run["output_dir"]), 3, check(tmp_path, run))
+    with pytest.raises(CheckpointError, match="name it in change_on_resume to go on with"):
+        check(tmp_path, run | {"learning_rate": 0.5})
+    assert check(tmp_path, run | {"learning_rate": 0.5, "change_on_resume": "learning_rate"})
+
+
+def test_a_checkpoint_that_is_named_counts_until_its_run_has_one(tmp_path: Path, run: dict[str, Any]) -> None:
+    config = check(tmp_path, run)
+    named = save(tmp_path / "other", 9, config)
+    assert candidates(config.model_copy(update={"resume_from_checkpoint": str(named)}))[0].step == 9
+    with pytest.raises(CheckpointError, match="resume_from_checkpoint cannot be used"):
+        check(tmp_path, run | {"resume_from_checkpoint": str(tmp_path / "nowhere")})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,11 @@ import pytest
 from dsdpo.config.load import load
 from dsdpo.dist import Ranks
 from dsdpo.errors import HangError, IOFailure, StopRequested
+from dsdpo.lock import RunLock
 from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, STOP_FILE, write_exit
 from dsdpo.use.preflight import ClusterRequest
 from dsdpo.use.supervisor import (
+    StopRequests,
     Task,
     _tell_as_peer,
     clear_marks,
@@ -46,15 +48,23 @@ sys.exit(1)
 """
 SUPERVISOR = """
 import os, pathlib, signal, sys
-from dsdpo.use.supervisor import judge, run_launcher
+from dsdpo.lock import RunLock
+from dsdpo.use.supervisor import StopRequests, judge, run_launcher
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with SIGINT ignored
 out = pathlib.Path(sys.argv[1])
 try:
-    status = run_launcher([sys.executable, "-c", sys.argv[2], str(out)], os.environ, out)
+    with RunLock.acquire(out, "test") as lock, StopRequests(out) as requests:
+        status = run_launcher([sys.executable, "-c", sys.argv[2], str(out)], os.environ, out, requests, lock)
 except KeyboardInterrupt:
     sys.exit(130)
 sys.exit(judge("train", out, status))
 """
+
+
+def run(command: list[str], out: Path, environment: Mapping[str, str] = os.environ) -> int:
+    """run_launcher, as a supervisor calls it."""
+    with RunLock.acquire(out, "test") as lock, StopRequests(out) as requests:
+        return run_launcher(command, environment, out, requests, lock)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -122,14 +132,14 @@ def test_ranks_that_outlive_the_launcher_are_ended(tmp_path: Path) -> None:
         "rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)']);"
         "pathlib.Path(sys.argv[1], 'pids').write_text(str(rank.pid))"
     )
-    assert run_launcher([sys.executable, "-c", launcher, str(tmp_path)], os.environ, tmp_path) == 0
+    assert run([sys.executable, "-c", launcher, str(tmp_path)], tmp_path) == 0
     orphan = int((tmp_path / "pids").read_text())
     wait_for(lambda: not is_alive(orphan))
 
 
 def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    run_launcher([sys.executable, "-c", ""], os.environ, tmp_path)
+    run([sys.executable, "-c", ""], tmp_path)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -195,6 +205,26 @@ def test_the_main_ranks_word_goes_before_a_peers(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().err == ""
 
 
+def test_a_hang_is_not_waited_for(tmp_path: Path) -> None:
+    """A launcher waits for the rank that hangs; the supervisor does not."""
+    rank = """
+import pathlib, sys, time
+from dsdpo.train.stop import write_exit
+write_exit(pathlib.Path(sys.argv[1]), 71, "rank 1 (host a, pid 2), without a sign of life for 130 s")
+time.sleep(100)
+"""
+    started = time.monotonic()
+    status = run([sys.executable, "-c", rank, str(tmp_path)], tmp_path, {**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert judge("train", tmp_path, status) == 71 and time.monotonic() - started < 30
+
+
+def test_before_there_are_ranks_a_stop_signal_ends_the_supervisor(tmp_path: Path) -> None:
+    with pytest.raises(StopRequested), StopRequests(tmp_path):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert not (tmp_path / STOP_FILE).exists()
+
+
 def test_marks_of_an_earlier_attempt_are_cleared(tmp_path: Path) -> None:
     clear_marks(tmp_path / "not_there")
     for name in (STOP_FILE, EXIT_FILE, COMPLETED_FILE):
@@ -226,16 +256,16 @@ def test_marks_of_an_earlier_attempt_are_cleared(tmp_path: Path) -> None:
 def test_the_launchers_command_line(
     cluster: ClusterRequest, devices: int, environment: dict[str, str], expected: str
 ) -> None:
-    command = launch_command(TASK, cluster, devices, environment)
+    command = launch_command(TASK, cluster, devices, environment, "t0k3n")
     port = command.index("--master_port")
     module = command.index("--module")
     assert " ".join(command[port + 2 : module]) == expected
-    assert command[module:] == ["--module", "dsdpo", "train", "run.yaml", "--supervised", "--beta", "0.2"]
+    assert command[module:] == ["--module", "dsdpo", "train", "run.yaml", "--supervised", "t0k3n", "--beta", "0.2"]
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
 def test_a_given_port_is_used_and_else_a_free_one() -> None:
-    command = launch_command(TASK, ClusterRequest(master_port=4321), 0, {})
+    command = launch_command(TASK, ClusterRequest(master_port=4321), 0, {}, "t0k3n")
     assert command[command.index("--master_port") + 1] == "4321"
     assert 1024 <= free_port() <= 65535
 
@@ -256,10 +286,10 @@ def launched(tmp_path: Path, rank: str, ranks: int) -> int:
     script = tmp_path / "rank.py"
     script.write_text(rank)
     cluster = ClusterRequest(num_accelerators=ranks)
-    command = launch_command(TASK, cluster, 0, os.environ)
+    command = launch_command(TASK, cluster, 0, os.environ, "t0k3n")
     command = [*command[: command.index("--module")], str(script), str(tmp_path)]
     environment = launch_environment(cluster, 0, os.environ) | {"PYTHONPATH": str(REPOSITORY)}
-    return run_launcher(command, environment, tmp_path)
+    return run(command, tmp_path, environment)
 
 
 def test_a_killed_rank_under_the_real_launcher(tmp_path: Path) -> None:
@@ -291,6 +321,6 @@ def test_a_task_survives_the_command_line(tmp_path: Path) -> None:
     path.write_text("model_name_or_path: m\ndataset: d\noutput_dir: o\n")
     overrides = ["--run_name", "a b: c", "--loss_type=[sigmoid, sft]", "--loss_weights", "1,0.5"]
     task = Task("eval", str(path), overrides, model="final")
-    argv = task.argv()
-    assert argv[:5] == ["eval", str(path), "--model", "final", "--supervised"]
-    assert load(path, argv[5:]) == load(path, overrides)
+    argv = task.argv("t0k3n")
+    assert argv[:6] == ["eval", str(path), "--model", "final", "--supervised", "t0k3n"]
+    assert load(path, argv[6:]) == load(path, overrides)

@@ -1,0 +1,177 @@
+"""Notices a rank that hangs or is left alone, and ends the others with a name instead of a wait without end.
+
+A thread in each rank renews a small file in output_dir/ranks. Where a rank makes no progress for hang_timeout, it looks
+at the others' files: a rank whose thread is silent is dead or stopped, one with fewer beats is behind. It writes the
+stacks of its own threads, and ends.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dsdpo.dist import Ranks
+from dsdpo.errors import HangError
+from dsdpo.lock import holder, holder_is_gone
+from dsdpo.train.stop import write_exit
+
+FOLDER = "ranks"
+_LONG_S = 1800.0  # for first steps, saves and evaluations
+_FIRST_STEPS = 3
+_SILENT_BEATS = 4  # missed renewals after which a rank counts as silent
+
+
+class Watch:
+    """Watches over this rank from a thread. Without `limit`, as before the first step, it only looks for orphans.
+
+    Args:
+        output_dir: of the run; the ranks share it.
+        ranks: this rank's place.
+        hang_timeout: seconds without a beat that are allowed, in the steps after the first ones.
+        token: of the lock that this run holds: without its holder a rank ends at once. None: there is no lock.
+    """
+
+    def __init__(self, output_dir: Path, ranks: Ranks, hang_timeout: float, token: str | None) -> None:
+        self._output_dir = output_dir
+        self._ranks = ranks
+        self._hang_timeout = hang_timeout
+        self.token = token
+        self._parent = os.getppid()
+        self._every = min(5.0, hang_timeout / 10)
+        self._beats = 0
+        self._steps: set[int] = set()
+        self._beaten = time.monotonic()
+        self._limit: float | None = None
+        self._where = "before the first step"
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin; another process may have left files of other ranks."""
+        self._renew()
+        self._thread.start()
+
+    def beat(self, step: int) -> None:
+        """This rank has done a micro-step of `step`."""
+        if len(self._steps) <= _FIRST_STEPS:
+            self._steps.add(step)
+        self._beats += 1
+        self._where = f"step {step + 1}"
+        self._limit = self._hang_timeout if len(self._steps) > _FIRST_STEPS else max(_LONG_S, self._hang_timeout)
+        self._beaten = time.monotonic()
+
+    @contextmanager
+    def slow(self, what: str) -> Iterator[None]:
+        """Inside, half an hour is allowed."""
+        limit, where = self._limit, self._where
+        self._limit, self._where = max(_LONG_S, self._hang_timeout), what
+        self._beaten = time.monotonic()
+        try:
+            yield
+        finally:
+            self._limit, self._where = limit, where
+            self._beaten = time.monotonic()
+
+    def close(self) -> None:
+        """The run has ended well: nobody is waited for any more."""
+        self._closed.set()
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        renewed = time.monotonic()
+        while not self._closed.wait(min(1.0, self._every)):
+            if os.getppid() != self._parent:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if time.monotonic() - renewed >= self._every:
+                renewed = time.monotonic()
+                if self._is_orphan():
+                    os.kill(os.getpid(), signal.SIGKILL)
+                with suppress(OSError):  # a file system that is away for a while
+                    self._renew()
+            limit, waited = self._limit, time.monotonic() - self._beaten
+            if limit is not None and waited > limit and not self._closed.is_set():
+                self._end(waited)
+
+    def _is_orphan(self) -> bool:
+        """Whether the holder of the lock has ended, or another job has it: it may be in output_dir already."""
+        with suppress(Exception):
+            facts = holder(self._output_dir)
+            if facts and self.token is not None:
+                return bool(facts["token"] != self.token or holder_is_gone(facts))
+        return False
+
+    def _file(self, rank: int) -> Path:
+        return self._output_dir / FOLDER / f"rank-{rank:05d}.json"
+
+    def _renew(self) -> None:
+        """Say that this rank lives, and how far it is. Not atomic by fsync: nothing depends on it after a crash."""
+        path = self._file(self._ranks.rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"token": self.token, "beats": self._beats, "host": socket.gethostname(), "pid": os.getpid()}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(facts))
+        os.replace(temporary, path)
+
+    def _end(self, waited: float) -> None:
+        """Write this rank's stacks, and if it is the first of those that wait, what happened; then end it."""
+        with suppress(OSError):
+            self._renew()
+        told, first = self.diagnose(waited)
+        stacks = self._output_dir / FOLDER / f"stacks-{self._ranks.rank:05d}.txt"
+        with suppress(OSError), stacks.open("w") as stream:
+            faulthandler.dump_traceback(stream, all_threads=True)
+        if self._ranks.rank == first:
+            faulthandler.dump_traceback(all_threads=True)
+            print(told, file=sys.stderr, flush=True)
+            with suppress(Exception):
+                write_exit(self._output_dir, HangError.exit_code, told)
+        os._exit(HangError.exit_code)
+
+    def diagnose(self, waited: float) -> tuple[str, int]:
+        """What has happened, and the first rank that is alive and waits.
+
+        Args:
+            waited: seconds since this rank's last beat.
+        """
+        now = self._file(self._ranks.rank).stat().st_mtime
+        alive: dict[int, dict[str, Any]] = {}
+        silent: list[str] = []
+        for rank in range(self._ranks.world_size):
+            facts, age = self._seen(rank, now)
+            name = f"rank {rank} (host {facts.get('host', '?')}, pid {facts.get('pid', '?')})"
+            if facts.get("token") != self.token or age > _SILENT_BEATS * self._every + 1:
+                silent.append(f"{name}, without a sign of life for {age:.0f} s")
+            else:
+                alive[rank] = {**facts, "name": name}
+        most = max((facts["beats"] for facts in alive.values()), default=0)
+        behind = [facts["name"] for facts in alive.values() if facts["beats"] < most]
+        if silent:
+            who = f"{'; '.join(silent)}: stopped, dead, or its node is cut off"
+        elif behind:
+            who = f"{', '.join(behind)} is behind the others"
+        else:
+            who = f"rank {self._ranks.rank} and all others have come equally far: a collective call hangs"
+        folder = self._output_dir / FOLDER
+        return (
+            f"{who}. No progress for {waited:.0f} s in {self._where} (hang_timeout is {self._hang_timeout:g} s); the "
+            f"stacks of the ranks that wait are in {folder}. The same command goes on from the newest checkpoint"
+        ), min(alive, default=self._ranks.rank)
+
+    def _seen(self, rank: int, now: float) -> tuple[dict[str, Any], float]:
+        """What a rank's file says, and its age in seconds of the file system's clock."""
+        path = self._file(rank)
+        try:
+            return dict(json.loads(path.read_bytes())), max(0.0, now - path.stat().st_mtime)
+        except (OSError, ValueError):
+            return {}, float("inf")

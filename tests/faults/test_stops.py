@@ -1,0 +1,189 @@
+"""Requests to stop: the step ends, a checkpoint is committed, exit code 75, nobody is left, the run goes on exactly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dsdpo.checkpoint.commit import checkpoints
+from tests.faults.place import ROOT, Place, Run, losses, same_weights, steps_done
+from tests.helpers.ranks import free_port
+
+pytestmark = pytest.mark.slow
+LONG = ["--max_steps", "400", "--save_steps", "1000"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("stops"))
+
+
+def zero3(place: Place) -> list[str]:
+    return ["--deepspeed", place.zero(3)]
+
+
+@pytest.fixture(scope="module")
+def whole(place: Place) -> Callable[[int], Path]:
+    """An uninterrupted run on so many ranks."""
+
+    def made(ranks: int) -> Path:
+        out = place.folder / f"whole-{ranks}"
+        if not out.exists():
+            code, output = place.run(out.name, *zero3(place), *LONG, ranks=ranks)
+            assert code == 0, output
+        return out
+
+    return made
+
+
+def request_by_signal(number: signal.Signals) -> Callable[[Run], None]:
+    return lambda run: run.process.send_signal(number)
+
+
+REQUESTS: dict[str, Callable[[Run], None]] = {
+    "SIGTERM": request_by_signal(signal.SIGTERM),
+    "SIGUSR1": request_by_signal(signal.SIGUSR1),
+    "Ctrl-C": request_by_signal(signal.SIGINT),
+    "STOP file": lambda run: (run.out / "STOP").touch(),
+}
+
+
+@pytest.mark.parametrize(("request_", "ranks"), [("SIGTERM", 2), ("SIGUSR1", 2), ("Ctrl-C", 3), ("STOP file", 2)])
+def test_a_request_saves_and_the_same_command_goes_on(
+    place: Place, whole: Callable[[int], Path], request_: str, ranks: int
+) -> None:
+    """Rows are so short that a step has several micro-steps: the request comes between them."""
+    expected = whole(ranks)
+    name = f"{request_}-{ranks}"
+    run = place.start(name, *zero3(place), *LONG, ranks=ranks)
+    assert run.until_step(20)
+    REQUESTS[request_](run)
+    code, output = run.wait()
+    assert code == 75, output
+    run.until_nobody_is_left()
+    done = checkpoints(run.out)[0].step
+    assert not checkpoints(run.out)[0].problem and 20 <= done < 400 and done >= steps_done(run.out)
+    assert not (run.out / "final").exists() and not (run.out / "COMPLETED").exists()
+    code, output = place.run(name, *zero3(place), *LONG, ranks=ranks)
+    assert code == 0 and f"resumed after step {done}" in output, output
+    assert losses(run.out) == losses(expected) and same_weights(run.out, expected)
+
+
+def test_max_time(place: Place, whole: Callable[[int], Path]) -> None:
+    code, output = place.run("time", *zero3(place), "--max_time", "1s", *LONG)
+    assert code == 75 and "stopped on request after step" in output, output
+    code, output = place.run("time", *zero3(place), *LONG)
+    assert code == 0, output
+    assert same_weights(place.folder / "time", whole(2))
+
+
+def test_a_request_during_a_save_of_40_s(place: Place, whole: Callable[[int], Path]) -> None:
+    """DeepSpeed's own launcher would kill the ranks after 30 s."""
+    run = place.start(
+        "slow-save", *zero3(place), *LONG[:2], "--save_steps", "30", DSDPO_FAULT="save:rank-written@1#1=40"
+    )
+    assert run.until((run.out / "checkpoints" / "step-00000030.tmp").exists, "the save")
+    run.process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    code, output = run.wait()
+    assert code == 75 and time.monotonic() - started > 35, output
+    run.until_nobody_is_left()
+    code, output = place.run("slow-save", *zero3(place), *LONG)
+    assert code == 0 and same_weights(run.out, whole(2)), output
+
+
+def test_a_second_interrupt_ends_at_once_without_harm(place: Place, whole: Callable[[int], Path]) -> None:
+    more = [*LONG[:2], "--save_steps", "30"]
+    run = place.start("twice", *zero3(place), *more, DSDPO_FAULT="save:rank-written@2#1=60")
+    assert run.until((run.out / "checkpoints" / "step-00000060.tmp").exists, "the second save")
+    started = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    run.process.send_signal(signal.SIGINT)
+    code, _ = run.wait()
+    assert code == 130 and time.monotonic() - started < 20
+    run.until_nobody_is_left()
+    code, output = place.run("twice", *zero3(place), *more)
+    assert code == 0 and "resumed after step 30" in output, output
+    assert same_weights(run.out, whole(2))
+
+
+def test_a_rank_that_is_stopped_is_named(place: Place, whole: Callable[[int], Path]) -> None:
+    timeout = 10.0
+    more = ["--max_steps", "100000", "--save_steps", "25", "--save_total_limit", "2", "--hang_timeout", str(timeout)]
+    run = place.start("hang", *zero3(place), *more)
+    assert run.until_step(60)
+    run.ranks()[1].send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    code, output = run.wait()
+    assert code == 71 and time.monotonic() - started < timeout + 30, output
+    assert "rank 1 (host" in output and "without a sign of life" in output
+    assert "in train" in (run.out / "ranks" / "stacks-00000.txt").read_text()
+    run.until_nobody_is_left()
+
+
+def test_a_rank_that_dies_ends_the_run_with_71(place: Place) -> None:
+    run = place.start("dead", *zero3(place), "--max_steps", "100000")
+    assert run.until_step(10)
+    run.ranks()[0].kill()
+    code, output = run.wait()
+    assert code == 71 and "SIGKILL" in output, output
+    run.until_nobody_is_left()
+
+
+def with_own_launcher(place: Place, name: str, *more: str) -> Run:
+    """`deepspeed … --module dsdpo train …`."""
+    out = place.folder / name
+    line = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank"]
+    line += ["--master_port", str(free_port()), "--module", "dsdpo", "train", str(place.folder / "run.yaml")]
+    line += ["--output_dir", str(out), *zero3(place), *more]
+    return Run(line, out, {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+
+
+def test_under_a_users_own_launcher(place: Place, whole: Callable[[int], Path]) -> None:
+    """The STOP file gives a committed checkpoint."""
+    run = with_own_launcher(place, "own", *LONG)
+    out = run.out
+    assert run.until_step(20)
+    (out / "STOP").touch()
+    run.wait()
+    run.until_nobody_is_left()
+    assert not checkpoints(out)[0].problem
+    code, output = place.run("own", *zero3(place), *LONG)
+    assert code == 0 and "resumed after step" in output and same_weights(out, whole(2)), output
+
+
+def test_what_sigterm_cannot_do_under_a_users_own_launcher(place: Place) -> None:
+    """`deepspeed` ends at once and saves nothing. Ranks that are left alone end too: nobody would stop them."""
+    more = ["--max_steps", "100000", "--save_steps", "10", "--save_total_limit", "2"]
+    run = with_own_launcher(place, "own-term", *more)
+    out = run.out
+    assert run.until_step(30)
+    run.process.send_signal(signal.SIGTERM)
+    run.wait()
+    for process in psutil.process_iter():  # launch.py outlives the runner, the ranks outlive neither it
+        try:
+            if str(out) in process.cmdline() and "deepspeed.launcher.launch" in " ".join(process.cmdline()):
+                process.kill()
+        except psutil.Error:
+            continue
+    run.until_nobody_is_left()
+    assert not checkpoints(out)[0].problem
+
+
+def test_two_jobs(place: Place) -> None:
+    first = place.start("two", *zero3(place), "--max_steps", "100000")
+    assert first.until_step(2)
+    code, output = place.run("two", *zero3(place), "--max_steps", "100000")
+    assert code == 74 and str(first.process.pid) in output and "in use by dsdpo train" in output, output
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait()[0] == 75
+    assert subprocess.run([sys.executable, "-m", "dsdpo", "checkpoints", str(first.out)], cwd=ROOT).returncode == 0
