@@ -47,7 +47,6 @@ class Place:
             "max_steps": 12,
             "save_steps": 3,
             "learning_rate": 0.01,
-            "lora_dropout": 0.1,
             "precision": "fp32",
             "disable_tqdm": True,
             "cache_dir": str(folder / "cache"),

@@ -94,7 +94,7 @@ def plan(count: int) -> Iterator[Kill]:
 
 def arguments(place: Place, kill: Kill) -> list[str]:
     stage, offload, kind = SETTINGS[kill.setting]
-    lora = [] if kind == "lora" else ["--lora_dropout", "0"]
+    lora = ["--lora_dropout", "0.1"] if kind == "lora" else []
     common = ["--deepspeed", place.zero(stage, offload), "--finetuning_type", kind]
     return [*common, "--async_save", str(kill.asynchronous), *lora]
 
