@@ -7,6 +7,7 @@ module is below everything and must cost nothing.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,30 @@ def unlink_shared_buffers(rank: int) -> None:
     pattern = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ.get('MASTER_PORT', '')}_{rank}"
     for path in Path("/dev/shm").glob(pattern):
         path.unlink(missing_ok=True)
+
+
+def end_stale_builds(patience: float = 300.0) -> None:
+    """Wait for DeepSpeed's kernels that another process is building, but not for one that was killed meanwhile.
+
+    torch keeps a build to one process by a file that nobody removes after a kill: every later run would wait for it
+    for ever, before its first step.
+
+    Args:
+        patience: age in seconds from which on such a file is taken for one of a killed process, and removed.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        while True:
+            try:
+                age = time.time() - lock.stat().st_mtime
+            except FileNotFoundError:
+                break
+            if age > patience:
+                lock.unlink(missing_ok=True)
+                break
+            time.sleep(0.2)
 
 
 def cpu_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:

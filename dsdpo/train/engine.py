@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from transformers import PreTrainedModel
 
-from dsdpo.compat import cpu_adamw, unlink_shared_buffers
+from dsdpo.compat import cpu_adamw, end_stale_builds, unlink_shared_buffers
 from dsdpo.config.deepspeed import engine_config, offloads_optimizer, reference_engine_config, zero_stage
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks
@@ -38,6 +38,7 @@ class Hardware:
 
 def start_process_group(config: RunConfig, ranks: Ranks) -> Hardware:
     """Join the other ranks (NCCL on CUDA, gloo on CPU) and pick this rank's device."""
+    end_stale_builds()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(ranks.local_rank)

@@ -18,7 +18,7 @@ from tests.faults.place import ROOT, Place, Run, losses, same_weights, steps_don
 from tests.helpers.ranks import free_port
 
 pytestmark = pytest.mark.slow
-LONG = ["--max_steps", "150", "--save_steps", "1000"]
+LONG = ["--max_steps", "80", "--save_steps", "1000"]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_a_request_saves_and_the_same_command_goes_on(
     assert code == 75, output
     run.until_nobody_is_left()
     done = checkpoints(run.out)[0].step
-    assert not checkpoints(run.out)[0].problem and 20 <= done < 150 and done >= steps_done(run.out)
+    assert not checkpoints(run.out)[0].problem and 20 <= done < 80 and done >= steps_done(run.out)
     assert not (run.out / "final").exists() and not (run.out / "COMPLETED").exists()
     code, output = place.run(name, *zero3(place), *LONG, ranks=ranks)
     assert code == 0 and f"resumed after step {done}" in output, output
