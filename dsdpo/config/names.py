@@ -61,7 +61,7 @@ ELSEWHERE = {
     "do_predict": "use `dsdpo chat`; delete the line",
     "eval_strategy": "set eval_steps, or leave it empty for one evaluation at the end",
     "evaluation_strategy": "set eval_steps, or leave it empty for one evaluation at the end",
-    "save_strategy": "set save_steps, or leave it empty for one export at the end",
+    "save_strategy": "set save_steps; empty makes no checkpoints but when the run is stopped",
     "logging_strategy": "set logging_steps",
     "logging_dir": "metrics are written to output_dir; delete the line",
     "overwrite_output_dir": "choose a new output_dir, or delete the old folder yourself",

@@ -252,7 +252,8 @@ class RunConfig(BaseModel):
     """DeepSpeed JSON, such as ds_configs/zero3.json. Empty: ZeRO stage 0, every GPU holds everything."""
 
     output_dir: str
-    """Folder for this run's metrics, weights and plots."""
+    """Folder for this run's metrics, checkpoints, weights and plots. Where it holds a checkpoint of this run, training
+    goes on from there."""
 
     logging_steps: int = Field(1, ge=1)
     """Steps between lines on the terminal and in TensorBoard or wandb; metrics.jsonl has every step."""
