@@ -10,7 +10,6 @@ _BATCH = (
     "computes at a time); the number of accumulation steps follows"
 )
 _PRECISION = "set precision: bf16, fp32 or auto"
-_CHECKPOINT = "a run starts from model_name_or_path in a new output_dir; delete the line"
 _LAUNCH = "it is an argument of `dsdpo train` (--num_accelerators, --hostfile, ...), not of the run config"
 
 ELSEWHERE = {
@@ -64,9 +63,9 @@ ELSEWHERE = {
     "save_strategy": "set save_steps; empty makes no checkpoints but when the run is stopped",
     "logging_strategy": "set logging_steps",
     "logging_dir": "metrics are written to output_dir; delete the line",
-    "overwrite_output_dir": "choose a new output_dir, or delete the old folder yourself",
-    "resume_from_checkpoint": _CHECKPOINT,
-    "save_total_limit": "an export replaces the one before; delete the line",
+    "overwrite_output_dir": "add --fresh to `dsdpo train` to begin again",
+    "save_only_model": "checkpoints hold what a run needs to go on; `dsdpo export --step` makes weights of one",
+    "ignore_data_skip": "the order of the data is sought, not replayed; delete the line",
     "overwrite_cache": "prepared data is found by its content; delete the line",
     "use_peft": "set finetuning_type: lora or full",
     "use_lora": "set finetuning_type: lora or full",
