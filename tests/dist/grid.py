@@ -30,19 +30,23 @@ from tests.helpers.tiny import ListOfPairs, random_pairs
 STEPS = 5
 
 
-def zero_json(folder: Path, stage: int, offload: bool = False) -> str:
-    """A DeepSpeed JSON of one ZeRO stage in which even tiny parameters are partitioned."""
+def zero_json(folder: Path, stage: int, offload: bool = False, persist: bool = False) -> str:
+    """A DeepSpeed JSON of one ZeRO stage in which even tiny parameters are partitioned, unless they `persist`."""
     zero: dict[str, Any] = {"stage": stage}
-    if stage == 3:
+    if stage == 3 and not persist:
         zero["stage3_param_persistence_threshold"] = 0
     if offload:
-        zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    path = folder / f"zero{stage}{'-offload' * offload}.json"
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if offload and stage == 3:
+        zero["offload_param"] = {"device": "cpu"}
+    path = folder / f"zero{stage}{'-offload' * offload}{'-persist' * persist}.json"
     write_atomically(path, json.dumps({"zero_optimization": zero}))  # ranks of a group may share the folder
     return str(path)
 
 
-def run_config(model: str, folder: Path, stage: int = 0, offload: bool = False, **changes: Any) -> RunConfig:
+def run_config(
+    model: str, folder: Path, stage: int = 0, offload: bool = False, persist: bool = False, **changes: Any
+) -> RunConfig:
     """A short run on a tiny model."""
     settings: dict[str, Any] = {
         "model_name_or_path": model,
@@ -61,7 +65,7 @@ def run_config(model: str, folder: Path, stage: int = 0, offload: bool = False, 
         "loss_type": "sigmoid,sft",
         "loss_weights": [1.0, 0.3],
         "precision": "fp32",
-        "deepspeed": zero_json(folder, stage, offload),
+        "deepspeed": zero_json(folder, stage, offload, persist),
         "output_dir": str(folder / "out"),
         "disable_tqdm": True,
         **changes,

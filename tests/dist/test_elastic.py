@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full", "weight_decay": 0.1},
     "lora": {"finetuning_type": "lora", "learning_rate": 1e-2},
 }
+MORE_PLACES = [*PLACES, {"stage": 3, "persist": True}, {"stage": 2, "offload": True}]
 CASES = [(world, place, kind) for world in WORLDS for place in range(len(PLACES)) for kind in KINDS]
 SAVED_AFTER, STEPS = 3, 6
 
@@ -111,6 +112,7 @@ def test_training_goes_on_as_if_nothing_had_happened(moved: Any, canonical: Any,
     np.testing.assert_allclose(losses, canonical[case[2]]["losses"][SAVED_AFTER:], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_chains_of_moves(base: Path, canonical: dict[str, Any]) -> None:
     """Save, move, save, move back: 12 random chains of one run each, a step or two in every place."""
     rng = random.Random(0)
@@ -136,13 +138,13 @@ def test_chains_of_moves(base: Path, canonical: dict[str, Any]) -> None:
 def test_at_the_same_world_size_nothing_changes_at_all(base: Path, kind: str) -> None:
     """State and losses to the bit, with dropout, in every stage, saved beside the training or not."""
     more: dict[str, Any] = {"disable_dropout": True} if kind == "full" else {"lora_dropout": 0.2}
-    wholes = [task(base, kind, f"one-go-{kind}-{i}", **p, **more, until=STEPS, save=True) for i, p in enumerate(PLACES)]
+    wholes = [task(base, kind, f"one-go-{kind}-{i}", **p, **more, until=STEPS, save=True) for i, p in enumerate(MORE_PLACES)]
     halves = []
-    for i, place in enumerate(PLACES):
+    for i, place in enumerate(MORE_PLACES):
         where = {**place, **more, "async_save": i % 2 == 0}
         halves.append(task(base, kind, f"two-goes-{kind}-{i}", **where, until=2, save=True))
         halves.append(task(base, kind, f"two-goes-{kind}-{i}", **where, until=STEPS, save=True))
     found = go(2, [*wholes, *halves])
-    for i in range(len(PLACES)):
-        assert found[len(PLACES) + 2 * i + 1]["losses"] == found[i]["losses"]
+    for i in range(len(MORE_PLACES)):
+        assert found[len(MORE_PLACES) + 2 * i + 1]["losses"] == found[i]["losses"]
         assert_same(saved_state(base / f"two-goes-{kind}-{i}"), saved_state(base / f"one-go-{kind}-{i}"))
