@@ -16,6 +16,7 @@ from deepspeed import comm
 from tqdm import tqdm
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.errors import IOFailure
 from dsdpo.files import write_atomically
 from dsdpo.objectives.preference import STATS
 
@@ -169,7 +170,7 @@ class Reporter:
         """One optimizer step: to metrics.jsonl always, elsewhere every logging_steps."""
         if not self.is_main:
             return
-        self._jsonl.write(json.dumps(record) + "\n")
+        self._write(record)
         step = int(record["step"])
         brief = {
             "loss": f"{record['loss']:.4f}",
@@ -193,12 +194,22 @@ class Reporter:
         if not self.is_main:
             return
         record = {"step": float(step), **{f"eval_{name}": value for name, value in means.items()}}
-        self._jsonl.write(json.dumps(record) + "\n")
+        self._write(record)
         self._track(record, "eval")
         self.say(
             f"held-out after step {step}: loss {means['loss']:.4f}  accuracy {means['rewards/accuracies']:.3f}  "
             f"margin {means['rewards/margins']:.3f}"
         )
+
+    def _write(self, record: dict[str, float]) -> None:
+        """A line of metrics.jsonl. Raises IOFailure."""
+        try:
+            self._jsonl.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise IOFailure(
+                f"cannot write {self._jsonl.name}: {error.strerror or error}; free space, and the same command goes on "
+                "from the newest checkpoint"
+            ) from error
 
     def say(self, line: str) -> None:
         """A line for the reader, above the progress bar where there is one."""

@@ -83,19 +83,24 @@ class Saver:
         """Whether this rank could not write its part of the save in flight."""
         return self.is_written and self._in_flight.written.exception() is not None  # type: ignore[union-attr]
 
-    def heed(self, step: int, written: int, failed: int) -> None:
+    def heed(self, step: int, written: int, failed: int) -> bool:
         """Commit the save in flight once every rank has written its part, or fail on all ranks where one could not.
 
         Args:
             step: whose end the counts tell of.
             written, failed: ranks for which `is_written` and `has_failed` held then.
 
+        Returns:
+            Whether it was committed now.
+
         Raises:
             IOFailure: a part could not be written.
         """
         flying = self._in_flight
-        if flying is not None and step > flying.step and (failed or written == self._ranks.world_size):
-            self.finish()
+        if flying is None or step <= flying.step or not (failed or written == self._ranks.world_size):
+            return False
+        self.finish()
+        return True
 
     def save(self, step: int) -> None:
         """Save the state after `step` steps; with async_save, return when it is copied to the host's memory.

@@ -74,11 +74,16 @@ class Session:
         return means
 
     def save(self, step: int) -> None:
-        """Make a checkpoint after `step` steps; stop here if there will be no room for the next one."""
+        """Make a checkpoint after `step` steps."""
         with self.watch.slow("a checkpoint"):
             self.saver.save(step)
-            if step < self.schedule.total_steps:
-                self.saver.check_room()
+            if not self.config.async_save:
+                self.check_room(step)
+
+    def check_room(self, step: int) -> None:
+        """End the run here if there will be no room for the next checkpoint. A collective call; raises IOFailure."""
+        if self.config.save_steps is not None and step < self.schedule.total_steps:
+            self.saver.check_room()
 
     def save_final(self) -> Path:
         """Export the trained weights."""

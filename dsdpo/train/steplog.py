@@ -75,7 +75,8 @@ class StepLog:
             raise NumericError(self._diagnose(held, totals.bad_losses, grad_norm))
         self.stopping = self.stopping or totals.stop
         session = self._session
-        session.saver.heed(held.step, totals.written, totals.failed)
+        if session.saver.heed(held.step, totals.written, totals.failed):
+            session.check_room(held.step)
         session.reporter.step(
             {
                 "step": held.step,

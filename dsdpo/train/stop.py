@@ -7,16 +7,19 @@ step, so that all of them leave the loop after the same step.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
 
+from dsdpo.errors import IOFailure
 from dsdpo.files import write_atomically
 
 STOP_FILE = "STOP"
 EXIT_FILE = "EXIT"
 STARTED_FILE = "STARTED"
 COMPLETED_FILE = "COMPLETED"
+_RESERVE, _RESERVE_BYTES = ".EXIT.reserve", 4096
 
 
 class StopFlag:
@@ -49,6 +52,25 @@ class StopFlag:
         return self._signalled or is_late or (self._looks and self._file.exists())
 
 
+def reserve_exit(output_dir: Path) -> None:
+    """Take the room that `write_exit` needs when the disk is full. Raises IOFailure."""
+    write_atomically(output_dir / _RESERVE, " " * _RESERVE_BYTES)
+
+
 def write_exit(output_dir: Path, code: int, message: str) -> None:
-    """Tell the supervisor how the run ended; a launcher's own exit code does not."""
-    write_atomically(output_dir / EXIT_FILE, json.dumps({"code": code, "message": message}))
+    """Tell the supervisor how the run ended; a launcher's own exit code does not.
+
+    Raises:
+        IOFailure: it cannot be written, not even into the room that `reserve_exit` took.
+    """
+    told = json.dumps({"code": code, "message": message})
+    try:
+        write_atomically(output_dir / EXIT_FILE, told)
+    except IOFailure:
+        reserve = output_dir / _RESERVE
+        if not reserve.exists():
+            raise
+        short = told if len(told) <= _RESERVE_BYTES else json.dumps({"code": code, "message": message[:500]})
+        with reserve.open("r+") as stream:
+            stream.write(short.ljust(_RESERVE_BYTES))
+        os.replace(reserve, output_dir / EXIT_FILE)

@@ -29,7 +29,7 @@ from dsdpo.train.loop import train
 from dsdpo.train.objective import objective_of
 from dsdpo.train.reference import NoReference, Reference, open_store, reference_for
 from dsdpo.train.session import Session, build_session
-from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE, StopFlag, write_exit
+from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE, StopFlag, reserve_exit, write_exit
 from dsdpo.train.watch import Watch
 
 
@@ -50,6 +50,8 @@ def run(config: RunConfig, task: str = "train", model: str | None = None, token:
     output_dir = Path(config.output_dir)
     stop_flag = StopFlag(output_dir, ranks.is_main, _deadline(config) if ranks.is_main else None)
     stop_flag.install()
+    if ranks.is_main:
+        reserve_exit(output_dir)
     with _exit_told(config, ranks):
         hardware = start_process_group(config, ranks)
         watch = Watch(output_dir, ranks, config.hang_timeout, tell_all(token)[0])

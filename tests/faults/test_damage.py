@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def fill(path: Path) -> None:
+    """Leave no room."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    with suppress(OSError):
+        while True:
+            os.write(file, b"x" * 4096)
+    os.close(file)
+
+
 def test_a_full_disk_is_told_before_the_steps_that_would_fill_it(place: Place, small_disk: Path) -> None:
     """An estimate in front of every interval."""
     (small_disk / "filler").write_bytes(b"x" * 30_000_000)
@@ -199,13 +209,7 @@ def test_a_disk_that_fills_during_a_save_leaves_the_earlier_checkpoints(place: P
     out = small_disk / "out"
     run = place.start(str(out), *STOPPED, ranks=1, DSDPO_FAULT="save:staged@2=4")
     assert run.until((out / "checkpoints" / "step-00000004.tmp").exists, "the second save")
-    with (small_disk / "filler").open("wb") as stream:
-        try:
-            while True:
-                stream.write(b"x" * 4096)
-                stream.flush()
-        except OSError:
-            pass
+    fill(small_disk / "filler")
     code, output = run.wait()
     assert code == 74 and "No space left" in output, output
     (small_disk / "filler").unlink()
@@ -216,16 +220,10 @@ def test_a_disk_that_fills_during_a_save_leaves_the_earlier_checkpoints(place: P
 
 def test_a_save_beside_the_training_that_fails_is_an_error(place: Place, small_disk: Path) -> None:
     out = small_disk / "out"
-    more = ["--max_steps", "5000", "--save_steps", "1000", "--async_save", "true"]
+    more = ["--max_steps", "5000", "--save_steps", "50", "--async_save", "true"]
     run = place.start(str(out), *more, ranks=1, DSDPO_FAULT="save:staged@1=4")
-    assert run.until((out / "checkpoints" / "step-00001000.tmp").exists, "the save")
-    with (small_disk / "filler").open("wb") as stream:
-        try:
-            while True:
-                stream.write(b"x" * 4096)
-                stream.flush()
-        except OSError:
-            pass
+    assert run.until((out / "checkpoints" / "step-00000050.tmp").exists, "the save")
+    fill(small_disk / "filler")
     code, output = run.wait()
     assert code == 74 and "No space left" in output, output
     assert not checkpoints(out)
