@@ -8,6 +8,7 @@ checkpoint is the newest is computed from manifests, never read from a pointer f
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -131,7 +132,7 @@ def commit(staged: Path, folder: Path, files: dict[str, FileRecord], facts: dict
     """
     fault_point("save:all-written")
     manifest = {"format": _FORMAT, **facts, "files": {name: asdict(record) for name, record in sorted(files.items())}}
-    write_atomically(staged / MANIFEST, json.dumps(manifest))
+    write_atomically(staged / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}))
     fault_point("save:manifest-written")
     try:
         _remove(folder)
@@ -145,6 +146,10 @@ def commit(staged: Path, folder: Path, files: dict[str, FileRecord], facts: dict
             os.close(parent)
     except OSError as error:
         raise IOFailure(f"cannot commit {folder}: {error.strerror or error}") from error
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _remove(folder: Path) -> None:
@@ -162,9 +167,14 @@ def read(folder: Path) -> Checkpoint:
     step = int(found[1]) if found else -1
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        files = manifest["files"]
         if manifest["format"] != _FORMAT:
             return Checkpoint(folder, step, {}, f"it has format {manifest['format']}, this version reads {_FORMAT}")
+        if manifest.pop("sha256") != _digest(manifest):
+            return Checkpoint(folder, step, {}, f"{MANIFEST} is damaged: its sha256 is not its own")
+        files, saved_after = manifest["files"], int(manifest["step"])
+        if found and saved_after != step:
+            return Checkpoint(folder, step, {}, f"its folder was renamed: {MANIFEST} says step {saved_after}")
+        step = saved_after
     except FileNotFoundError:
         return Checkpoint(folder, step, {}, f"it has no {MANIFEST}")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -210,13 +220,21 @@ def checkpoints(output_dir: Path) -> list[Checkpoint]:
 def leftovers(output_dir: Path) -> list[Path]:
     """Folders beside the checkpoints that are none: of killed saves and removals, and those that were set aside."""
     folders = (output_dir / FOLDER).glob("step-*")
-    return sorted(folder for folder in folders if folder.suffix in (_STAGED, _REMOVED, _ASIDE))
+    return sorted(folder for folder in folders if folder.suffix.startswith((_STAGED, _REMOVED, _ASIDE)))
 
 
 def clear_unfinished(output_dir: Path) -> None:
-    """Remove what killed saves and removals have left; whoever calls it holds the lock of output_dir."""
+    """Remove what killed saves and removals have left; whoever calls it holds the lock of output_dir.
+
+    A save that was killed after it had removed an earlier checkpoint of the same step is whole: it gets its name.
+    """
     for folder in leftovers(output_dir):
-        if folder.suffix != _ASIDE:
+        final = folder.with_suffix("")
+        replaced = final.with_name(final.name + _REMOVED).exists() and not final.exists()
+        if folder.suffix == _STAGED and replaced and not read(folder).problem:
+            os.rename(folder, final)
+    for folder in leftovers(output_dir):
+        if not folder.suffix.startswith(_ASIDE):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -244,12 +262,11 @@ def candidates(config: RunConfig) -> list[Checkpoint]:
 
 
 def set_later_aside(output_dir: Path, chosen: Checkpoint) -> None:
-    """Rename the checkpoints of a run that are later than the one it goes back to, or they would be taken next time."""
+    """Rename checkpoints later than the one that a run goes back to: they would be taken next time, or be damaged."""
     for checkpoint in checkpoints(output_dir):
         if checkpoint.step > chosen.step and checkpoint.path.resolve() != chosen.path.resolve():
-            aside = checkpoint.path.with_name(checkpoint.path.name + _ASIDE)
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(checkpoint.path, aside)
+            names = (f"{checkpoint.path.name}{_ASIDE}{'-' * (n > 1)}{n if n > 1 else ''}" for n in itertools.count(1))
+            os.rename(checkpoint.path, next(p for p in map(checkpoint.path.with_name, names) if not p.exists()))
 
 
 def none_usable(config: RunConfig, faults: list[str]) -> CheckpointError:

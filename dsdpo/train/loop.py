@@ -38,6 +38,7 @@ def train(s: Session) -> int:
         row_losses = []
 
         references = s.reference.of_step(batch)
+        s.watch.beat(step)
         objective = step_objective(engine, s.objective, batch, references, device)
         for micro_step, (row, reference) in enumerate(zip(batch.rows, references), 1):
             engine.set_gradient_accumulation_boundary(micro_step == len(batch.rows))
@@ -54,14 +55,14 @@ def train(s: Session) -> int:
         seconds = time.perf_counter() - started
         done = step + 1
         log.end(StepEnd(done, batch, vector, row_losses, grad_norm, learning_rate, seconds))
-        if s.evaluation_is_due(done):
-            log.flush()
-            s.evaluate(done)
         if s.save_is_due(done):
             log.flush()
             s.save(done)
         if log.stopping:
             break
+        if s.evaluation_is_due(done):
+            log.flush()
+            s.evaluate(done)
     # ----------------------------------------------------------------------------------------------------------
     log.flush()
     return done

@@ -61,7 +61,8 @@ class StepVector:
 
     def reduce(self, stop: bool = False, written: bool = False, failed: bool = False) -> None:
         """Sum over the ranks, with what this one wants and has done, and start the copy to the host."""
-        self._sums[-3:] += torch.tensor([stop, written, failed], device=self._sums.device)
+        for place, flag in zip((-3, -2, -1), (stop, written, failed)):  # numbers: copying a tensor waits for the GPU
+            self._sums[place] += float(flag)
         comm.all_reduce(self._sums)
         self._host = self._sums.to("cpu", non_blocking=True)
         if self._sums.is_cuda:
@@ -119,20 +120,21 @@ class Reporter:
         total_steps: length of the progress bar.
         is_main: whether this rank reports.
         first_step: steps that were taken before. What an earlier process reported of later ones is dropped, as they
-            are taken again.
+            are taken again. None: this process takes no steps, and leaves the reports as they are.
     """
 
-    def __init__(self, config: RunConfig, total_steps: int, is_main: bool, first_step: int = 0) -> None:
+    def __init__(self, config: RunConfig, total_steps: int, is_main: bool, first_step: int | None = 0) -> None:
         self.config = config
         self.is_main = is_main
         self.total_steps = total_steps
-        self._first_step = first_step
+        self._first_step = first_step or 0
         self._started = 0.0
         if not is_main:
             return
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        _drop_after(folder / METRICS_FILE, first_step)
+        if first_step is not None:
+            _drop_after(folder / METRICS_FILE, first_step)
         self._jsonl = (folder / METRICS_FILE).open("a", buffering=1)
         self._bar = tqdm(
             total=total_steps,
@@ -147,12 +149,12 @@ class Reporter:
 
             purge = {"purge_step": first_step + 1} if first_step else {}
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), **purge)
-        if "wandb" in config.report_to:
+        if "wandb" in config.report_to and first_step is not None:
             import wandb
 
             self._wandb = wandb.init(
                 project="dsdpo",
-                id=_wandb_id(folder, first_step),
+                id=_wandb_id(folder, self._first_step),
                 resume="allow",
                 name=config.run_name or folder.name,
                 dir=str(folder),

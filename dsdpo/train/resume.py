@@ -51,10 +51,13 @@ class Start:
         """Optimizer steps taken before."""
         return self.checkpoint.step if self.checkpoint else 0
 
-    def row_tokens(self, config: RunConfig, ranks: Ranks) -> int | None:
-        """The longest row of before, where it is to be found from memory and the ranks are as many."""
+    def row_tokens(self, config: RunConfig, ranks: Ranks, found: int) -> int:
+        """The longest row: as before, where it comes from memory, there is enough, and the ranks are as many."""
         as_before = config.row_tokens is None and self.run.get("world_size") == ranks.world_size
-        return int(self.run["row_tokens"]) if as_before else None
+        return min(int(self.run["row_tokens"]), found) if as_before else found
+
+
+NO_START = Start({}, None, {}, [])
 
 
 def find_start(config: RunConfig, ranks: Ranks, identity: dict[str, Any]) -> Start:
@@ -95,14 +98,15 @@ def _own_run(checkpoint: Checkpoint, config: RunConfig, now: dict[str, Any]) -> 
     lines = differences(run["config"], now["config"], config.change_on_resume)
     if run["dtype"] != now["dtype"]:
         lines.append(f"precision was {run['dtype']}, now it is {now['dtype']}")
-    for what, digest in run["fingerprints"].items():
-        if digest != now["fingerprints"].get(what):
-            lines.append(f"the content of {what} was {digest}, now it is {now['fingerprints'].get(what)}")
+    for what in sorted(run["fingerprints"].keys() | now["fingerprints"].keys()):
+        was, is_now = run["fingerprints"].get(what, "none"), now["fingerprints"].get(what, "none")
+        if was != is_now:
+            lines.append(f"the content of {what} was {was}, now it is {is_now}")
     if lines:
         raise CheckpointError(refusal(str(checkpoint.path), lines))
+    set_later_aside(Path(config.output_dir), checkpoint)
     if config.resume_from_checkpoint:
-        set_later_aside(Path(config.output_dir), checkpoint)
-        run["resumed_from"] = run["resumed_from"] or str(Path(config.resume_from_checkpoint).resolve())
+        run["resumed_from"] = str(Path(config.resume_from_checkpoint).resolve())
     return run
 
 

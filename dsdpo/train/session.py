@@ -23,7 +23,7 @@ from dsdpo.train.memory import row_tokens
 from dsdpo.train.metrics import Reporter
 from dsdpo.train.objective import objective_of
 from dsdpo.train.reference import Reference, reference_source
-from dsdpo.train.resume import find_start, restore
+from dsdpo.train.resume import NO_START, find_start, restore
 from dsdpo.train.saving import Saver
 from dsdpo.train.stop import StopFlag
 from dsdpo.train.watch import Watch
@@ -102,11 +102,13 @@ def build_session(
     eval_set: PairSource | None,
     stop_flag: StopFlag,
     watch: Watch | None = None,
+    trains: bool = True,
 ) -> Session:
     """Load the model, fill what the reference store lacks for the two sets, and put back what a checkpoint holds.
 
     Args:
         watch: over this rank. None: nobody watches.
+        trains: False to fill the store alone, which leaves the checkpoints and metrics of output_dir as they are.
 
     Raises:
         ConfigError: the model cannot be trained this way.
@@ -116,15 +118,15 @@ def build_session(
     """
     per_epoch = steps_per_epoch(len(train_set), config.train_batch_size)
     schedule = Schedule.of(config, per_epoch)
-    start = find_start(config, ranks, identity(config, ranks, hardware, train_set))
-    reporter = Reporter(config, schedule.total_steps, ranks.is_main, start.step)
+    engine = build_engine(config, ranks, hardware)  # it fetches the weights of a hub id, which the identity hashes
+    start = find_start(config, ranks, identity(config, ranks, hardware, train_set)) if trains else NO_START
+    reporter = Reporter(config, schedule.total_steps, ranks.is_main, start.step if trains else None)
     for line in start.remarks:
         reporter.say(line)
-    engine = build_engine(config, ranks, hardware)
     reporter.say(describe(engine, config, ranks, hardware))
     reference_of = reference_source(config, ranks, hardware, engine, reporter.say, stop_flag)
     # a live reference takes its memory first; rows as before make the same steps to the bit
-    row_length = start.row_tokens(config, ranks) or row_tokens(config, engine, hardware)
+    row_length = start.row_tokens(config, ranks, row_tokens(config, engine, hardware))
 
     def with_reference(pairs: PairSource, ids: np.ndarray) -> tuple[PairLoader, Reference]:
         loader = PairLoader(pairs, ranks, row_length, config.share_prefix)
@@ -139,7 +141,7 @@ def build_session(
     if start.checkpoint is not None:  # after the reference, which the untrained policy may have had to compute
         restore(engine, start.checkpoint, config, ranks)
         reporter.say(f"resumed after step {start.step} from {start.checkpoint.path}")
-    if config.save_steps is not None and start.step < schedule.total_steps:
+    if trains and config.save_steps is not None and start.step < schedule.total_steps:
         saver.check_room()
     reporter.say(
         f"{len(train_set)} pairs, {schedule.total_steps} steps of {config.train_batch_size} pairs, rows of at most "

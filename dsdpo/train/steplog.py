@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import torch
 from deepspeed import comm
 
 from dsdpo.data.loader import Batch
-from dsdpo.errors import NumericError
+from dsdpo.errors import IOFailure, NumericError
 from dsdpo.train.metrics import StepVector, memory_peak_gb
 
 if TYPE_CHECKING:
@@ -71,12 +72,15 @@ class StepLog:
             return
         totals = held.vector.read()
         grad_norm = float(held.grad_norm)
+        session = self._session
         if totals.bad_losses or not math.isfinite(grad_norm):
+            with session.watch.slow("the checkpoint before"), suppress(IOFailure):  # it is finite, and not to be lost
+                session.saver.finish()
             raise NumericError(self._diagnose(held, totals.bad_losses, grad_norm))
         self.stopping = self.stopping or totals.stop
-        session = self._session
-        if session.saver.heed(held.step, totals.written, totals.failed):
-            session.check_room(held.step)
+        with session.watch.slow("a checkpoint"):
+            if session.saver.heed(held.step, totals.written, totals.failed):
+                session.check_room(held.step)
         session.reporter.step(
             {
                 "step": held.step,

@@ -12,7 +12,7 @@ import signal
 import time
 from pathlib import Path
 
-from dsdpo.errors import IOFailure
+from dsdpo.errors import HangError, IOFailure
 from dsdpo.files import write_atomically
 
 STOP_FILE = "STOP"
@@ -52,6 +52,15 @@ class StopFlag:
         return self._signalled or is_late or (self._looks and self._file.exists())
 
 
+def read_exit(path: Path) -> tuple[int | None, str]:
+    """Code and message of `write_exit`; None and nothing where there is no such file, or no such content."""
+    try:
+        said = json.loads(path.read_text())
+        return int(said["code"]), str(said["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, ""
+
+
 def reserve_exit(output_dir: Path) -> None:
     """Take the room that `write_exit` needs when the disk is full. Raises IOFailure."""
     write_atomically(output_dir / _RESERVE, " " * _RESERVE_BYTES)
@@ -60,9 +69,13 @@ def reserve_exit(output_dir: Path) -> None:
 def write_exit(output_dir: Path, code: int, message: str) -> None:
     """Tell the supervisor how the run ended; a launcher's own exit code does not.
 
+    That a peer hangs goes before what its loss did to this rank.
+
     Raises:
         IOFailure: it cannot be written, not even into the room that `reserve_exit` took.
     """
+    if code == 1 and read_exit(output_dir / EXIT_FILE)[0] == HangError.exit_code:
+        return
     told = json.dumps({"code": code, "message": message})
     try:
         write_atomically(output_dir / EXIT_FILE, told)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import PairLoader
 from dsdpo.data.prepare import open_prepared
 from dsdpo.dist import Ranks, launched
-from dsdpo.errors import DataError, DsdpoError, StopRequested
+from dsdpo.errors import DataError, DsdpoError, IOFailure, StopRequested
 from dsdpo.files import write_atomically
 from dsdpo.lock import holder
 from dsdpo.train.agree import tell_all
@@ -31,6 +32,8 @@ from dsdpo.train.reference import NoReference, Reference, open_store, reference_
 from dsdpo.train.session import Session, build_session
 from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE, StopFlag, reserve_exit, write_exit
 from dsdpo.train.watch import Watch
+
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def run(config: RunConfig, task: str = "train", model: str | None = None, token: str | None = None) -> None:
@@ -56,19 +59,20 @@ def run(config: RunConfig, task: str = "train", model: str | None = None, token:
         hardware = start_process_group(config, ranks)
         watch = Watch(output_dir, ranks, config.hang_timeout, tell_all(token)[0])
         watch.start()
-        if task == "eval":
-            assert model is not None, "eval needs the weights to evaluate"
-            _evaluate(config, ranks, hardware, model)
-        else:
-            train_set = open_prepared(config, "train")
-            assert train_set is not None, "a run has a training set"
-            eval_set = open_prepared(config, "eval")
-            session = build_session(config, ranks, hardware, train_set, eval_set, stop_flag, watch)
-            if task == "train":
-                _train(session)
-            session.reporter.close()
-        comm.barrier()
-        watch.close()
+        with closing(watch):
+            if task == "eval":
+                assert model is not None, "eval needs the weights to evaluate"
+                _evaluate(config, ranks, hardware, model)
+            else:
+                train_set = open_prepared(config, "train")
+                assert train_set is not None, "a run has a training set"
+                eval_set = open_prepared(config, "eval")
+                session = build_session(config, ranks, hardware, train_set, eval_set, stop_flag, watch, task == "train")
+                if task == "train":
+                    _train(session)
+                with watch.slow("the end of the reports"):
+                    session.reporter.close()
+            comm.barrier()
 
 
 def _deadline(config: RunConfig) -> float | None:
@@ -89,9 +93,10 @@ def _exit_told(config: RunConfig, ranks: Ranks) -> Iterator[None]:
         if ranks.is_main:
             write_exit(output_dir, error.exit_code, str(error))
         raise
-    except BaseException:
+    except BaseException as error:
         if ranks.is_main:
-            write_exit(output_dir, 1, traceback.format_exc())
+            is_full = isinstance(error, OSError) and error.errno in _REFUSED
+            write_exit(output_dir, IOFailure.exit_code if is_full else 1, traceback.format_exc())
         raise
     if ranks.is_main:
         write_exit(output_dir, 0, "done")

@@ -23,7 +23,7 @@ from typing import Any
 from dsdpo.dist import Ranks
 from dsdpo.errors import HangError
 from dsdpo.lock import holder, holder_is_gone
-from dsdpo.train.stop import write_exit
+from dsdpo.train.stop import EXIT_FILE, write_exit
 
 FOLDER = "ranks"
 _LONG_S = 1800.0  # for first steps, saves and evaluations
@@ -65,10 +65,10 @@ class Watch:
         """This rank has done a micro-step of `step`."""
         if len(self._steps) <= _FIRST_STEPS:
             self._steps.add(step)
+        self._beaten = time.monotonic()  # before the limit: the thread may look in between
         self._beats += 1
         self._where = f"step {step + 1}"
         self._limit = self._hang_timeout if len(self._steps) > _FIRST_STEPS else max(_LONG_S, self._hang_timeout)
-        self._beaten = time.monotonic()
 
     @contextmanager
     def slow(self, what: str) -> Iterator[None]:
@@ -79,8 +79,8 @@ class Watch:
         try:
             yield
         finally:
-            self._limit, self._where = limit, where
             self._beaten = time.monotonic()
+            self._limit, self._where = limit, where
 
     def close(self) -> None:
         """The run has ended well: nobody is waited for any more."""
@@ -89,7 +89,7 @@ class Watch:
     # --- the thread ---
 
     def _run(self) -> None:
-        renewed = time.monotonic()
+        renewed, missed = time.monotonic(), 0
         while not self._closed.wait(min(1.0, self._every)):
             if os.getppid() != self._parent:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -99,6 +99,9 @@ class Watch:
                     os.kill(os.getpid(), signal.SIGKILL)
                 with suppress(OSError):  # a file system that is away for a while
                     self._renew()
+                missed = missed + 1 if self._neighbour_has_died() else 0
+            if missed > 1 and not self._closed.is_set():
+                self._end(time.monotonic() - self._beaten)
             limit, waited = self._limit, time.monotonic() - self._beaten
             if limit is not None and waited > limit and not self._closed.is_set():
                 self._end(waited)
@@ -109,6 +112,22 @@ class Watch:
             facts = holder(self._output_dir)
             if facts and self.token is not None:
                 return bool(facts["token"] != self.token or holder_is_gone(facts))
+        return False
+
+    def _neighbour_has_died(self) -> bool:
+        """Whether the next rank, on this host, is gone: NCCL would wait for it, and a launcher ends ranks one by one."""
+        if self._ranks.world_size == 1:
+            return False
+        facts, _ = self._seen((self._ranks.rank + 1) % self._ranks.world_size, 0.0)
+        return self._has_died(facts)
+
+    def _has_died(self, facts: dict[str, Any]) -> bool:
+        if facts.get("token") != self.token or facts.get("host") != socket.gethostname():
+            return False
+        try:
+            os.kill(int(facts["pid"]), 0)
+        except ProcessLookupError:
+            return True
         return False
 
     def _file(self, rank: int) -> Path:
@@ -127,7 +146,10 @@ class Watch:
         """Write this rank's stacks, and if it is the first of those that wait, what happened; then end it."""
         with suppress(OSError):
             self._renew()
-        told, first = self.diagnose(waited)
+        try:
+            told, first = self.diagnose(waited)
+        except OSError as error:
+            told, first = f"rank {self._ranks.rank} cannot see the other ranks: {error}", self._ranks.rank
         stacks = self._output_dir / FOLDER / f"stacks-{self._ranks.rank:05d}.txt"
         with suppress(OSError), stacks.open("w") as stream:
             faulthandler.dump_traceback(stream, all_threads=True)
@@ -136,7 +158,15 @@ class Watch:
             print(told, file=sys.stderr, flush=True)
             with suppress(Exception):
                 write_exit(self._output_dir, HangError.exit_code, told)
+        else:  # whoever ends first cuts the others' connections: let that one say first what happened
+            self._wait_for_word()
         os._exit(HangError.exit_code)
+
+    def _wait_for_word(self) -> None:
+        for _ in range(50):
+            if (self._output_dir / EXIT_FILE).exists():
+                return
+            time.sleep(0.2)
 
     def diagnose(self, waited: float) -> tuple[str, int]:
         """What has happened, and the first rank that is alive and waits.
@@ -150,7 +180,9 @@ class Watch:
         for rank in range(self._ranks.world_size):
             facts, age = self._seen(rank, now)
             name = f"rank {rank} (host {facts.get('host', '?')}, pid {facts.get('pid', '?')})"
-            if facts.get("token") != self.token or age > _SILENT_BEATS * self._every + 1:
+            if self._has_died(facts):
+                silent.append(f"{name}, which has died")
+            elif facts.get("token") != self.token or age > _SILENT_BEATS * self._every + 1:
                 silent.append(f"{name}, without a sign of life for {age:.0f} s")
             else:
                 alive[rank] = {**facts, "name": name}

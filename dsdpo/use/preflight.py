@@ -7,6 +7,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from dsdpo.checkpoint.commit import candidates, none_usable, read_run
 from dsdpo.checkpoint.identity import differences, refusal
 from dsdpo.config.deepspeed import check_deepspeed
@@ -213,7 +215,7 @@ def _earlier_run(loaded: LoadResult) -> str:
     if config is None or loaded.faulty & {"output_dir", "resume_from_checkpoint", "change_on_resume"}:
         return ""
     if (Path(config.output_dir) / COMPLETED_FILE).exists():
-        return ""  # there is nothing to do
+        return _finished_run(config)
     found = candidates(config)
     sound = next((checkpoint for checkpoint in found if not checkpoint.problem), None)
     if sound is None:
@@ -225,3 +227,19 @@ def _earlier_run(loaded: LoadResult) -> str:
         return str(error)
     lines = differences(saved, config.model_dump(mode="json"), config.change_on_resume)
     return refusal(str(sound.path), lines) if lines else ""
+
+
+def _finished_run(config: RunConfig) -> str:
+    """Whether the finished run in output_dir is another one; where it is this one, there is nothing to do."""
+    try:
+        saved = yaml.safe_load((Path(config.output_dir) / "run_config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return ""
+    lines = differences(saved, config.model_dump(mode="json"), [])
+    if not lines and not config.resume_from_checkpoint:
+        return ""
+    named = "resume_from_checkpoint is set" if config.resume_from_checkpoint else ""
+    return (
+        f"output_dir: {config.output_dir} holds a finished run, and this is another one: "
+        f"{'; '.join(filter(None, [*lines, named]))}. Choose another output_dir, or begin again with --fresh"
+    )

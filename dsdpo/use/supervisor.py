@@ -27,7 +27,7 @@ from dsdpo.dist import Ranks, launched
 from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError, StopRequested
 from dsdpo.files import write_atomically
 from dsdpo.lock import LOCK_FILE, RunLock, holder_is_gone
-from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, STOP_FILE
+from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, STOP_FILE, read_exit
 from dsdpo.use.preflight import ClusterRequest, check_device, preflight, reload
 
 PEER_EXIT_FILE = "EXIT_PEER"
@@ -37,6 +37,7 @@ KEEP_FREED_MEMORY = ":".join(
     f"glibc.malloc.{knob}" for knob in ("hugetlb=1", f"mmap_threshold={2**25}", f"trim_threshold={2**35}")
 )
 
+_TOLD_BY_STATUS = (64, 65, 66, 70, 71, 74, 75)
 _REPLACED = "replaced-"
 _AFTER_HANG_S = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -284,7 +285,7 @@ def _wait(launcher: subprocess.Popen[bytes], output_dir: Path) -> int:
         try:
             return launcher.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            if _read_exit(output_dir / EXIT_FILE)[0] == HangError.exit_code:
+            if read_exit(output_dir / EXIT_FILE)[0] == HangError.exit_code:
                 with suppress(subprocess.TimeoutExpired):
                     return launcher.wait(timeout=_AFTER_HANG_S)
                 return HangError.exit_code
@@ -380,6 +381,8 @@ def judge(task: str, output_dir: Path, status: int) -> int:
     if task == "train" and (output_dir / COMPLETED_FILE).exists():
         return 0
     code, message = _told(output_dir)
+    if code in (None, 1) and status in _TOLD_BY_STATUS:  # no file could be written, or another rank lost its peer first
+        return status
     # The launcher hands a rank's death by signal on as a negative number, which exit() wraps around.
     killed = status < 0 or status > 128
     if code in (None, 1) and killed:
@@ -399,18 +402,11 @@ def judge(task: str, output_dir: Path, status: int) -> int:
 
 def _told(output_dir: Path) -> tuple[int | None, str]:
     """Exit code and message that the ranks left, None without any. Losing a peer is no cause: then its word counts."""
-    code, message = _read_exit(output_dir / EXIT_FILE)
+    code, message = read_exit(output_dir / EXIT_FILE)
     if code in (None, 1):
-        peer_code, peer_message = _read_exit(output_dir / PEER_EXIT_FILE)
+        peer_code, peer_message = read_exit(output_dir / PEER_EXIT_FILE)
         return (code, message) if peer_code is None else (peer_code, peer_message)
     return code, message
-
-
-def _read_exit(path: Path) -> tuple[int | None, str]:
-    if not path.exists():
-        return None, ""
-    said = json.loads(path.read_text())
-    return int(said["code"]), str(said["message"])
 
 
 def _signal_name(status: int) -> str:

@@ -11,9 +11,13 @@ from dsdpo.checkpoint.commit import (
     MANIFEST,
     Checkpoint,
     checkpoints,
+    clear_unfinished,
     commit,
     hashed_file,
+    leftovers,
+    read,
     retain,
+    set_later_aside,
     stage,
     step_folder,
     verify,
@@ -108,3 +112,41 @@ def test_retention_keeps_two_sound_ones_and_the_forever_ones(tmp_path: Path) -> 
     (step_folder(tmp_path, 70) / "run.json").unlink()
     retain(tmp_path, 2, None)
     assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [70, 50, 30]
+
+
+def test_a_save_that_replaces_a_checkpoint_is_never_without_one(tmp_path: Path) -> None:
+    """Killed when the old one has lost its name and the new one has none yet, the new one gets it."""
+    save(tmp_path, 1)
+    old = save(tmp_path, 2)
+    staged = stage(old)
+    for path in old.iterdir():
+        (staged / path.name).write_bytes(path.read_bytes())
+    old.rename(old.with_name(old.name + ".removed"))
+    clear_unfinished(tmp_path)
+    assert [(c.step, verify(c)) for c in checkpoints(tmp_path)] == [(2, ""), (1, "")] and not leftovers(tmp_path)
+
+
+def test_what_a_killed_save_has_left_is_removed_and_what_was_set_aside_stays(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 5)
+    (stage(step_folder(tmp_path, 9)) / "rank-00000-of-00002.safetensors").write_bytes(b"half")
+    for _ in range(2):  # the second time the name is taken
+        set_later_aside(tmp_path, checkpoints(tmp_path)[-1])
+        save(tmp_path, 5)
+    clear_unfinished(tmp_path)
+    names = [path.name for path in leftovers(tmp_path)]
+    assert names == ["step-00000005.superseded", "step-00000005.superseded-2"]
+    assert not read(tmp_path / "checkpoints" / names[1]).problem, "nothing is lost"
+
+
+def test_the_step_is_what_the_manifest_says(tmp_path: Path) -> None:
+    folder = save(tmp_path, 7)
+    backup = folder.rename(folder.with_name("best"))
+    assert (read(backup).step, read(backup).problem) == (7, "")
+    assert "says step 7" in read(backup.rename(step_folder(tmp_path, 8))).problem
+
+
+def test_a_flipped_bit_in_the_manifest_is_seen(tmp_path: Path) -> None:
+    manifest = save(tmp_path, 7) / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"size": 1000', '"size": 1001'))
+    assert "damaged" in checkpoints(tmp_path)[0].problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,10 +20,11 @@ from dsdpo.train.watch import Watch
 ROOT = Path(__file__).parents[3]
 
 
-def tell(output_dir: Path, rank: int, beats: int, age: float = 0.0, token: str = "t") -> None:
+def tell(output_dir: Path, rank: int, beats: int, age: float = 0.0, token: str = "t", **more: object) -> None:
     path = output_dir / "ranks" / f"rank-{rank:05d}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"token": token, "beats": beats, "host": f"node-{rank}", "pid": 100 + rank}))
+    facts = {"token": token, "beats": beats, "host": f"node-{rank}", "pid": 100 + rank, **more}
+    path.write_text(json.dumps(facts))
     os.utime(path, (time.time() - age, time.time() - age))
 
 
@@ -49,6 +51,17 @@ def test_the_rank_that_is_silent_or_behind_is_named(
 def test_a_rank_without_a_file_is_silent(tmp_path: Path) -> None:
     tell(tmp_path, 0, 3)
     assert "rank 1 (host ?, pid ?)" in Watch(tmp_path, Ranks(0, 2, 0), 120.0, "t").diagnose(121.0)[0]
+
+
+def test_a_rank_on_this_host_that_has_died_is_known_at_once(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    tell(tmp_path, 0, 3, host=socket.gethostname(), pid=os.getpid())
+    tell(tmp_path, 1, 3, host=socket.gethostname(), pid=gone.pid)
+    watch = Watch(tmp_path, Ranks(0, 2, 0), 120.0, "t")
+    assert watch._neighbour_has_died() and f"pid {gone.pid}), which has died" in watch.diagnose(10.0)[0]
+    tell(tmp_path, 1, 3, host="another", pid=gone.pid)
+    assert not watch._neighbour_has_died()
 
 
 RANK = """

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dsdpo.checkpoint.commit import RUN_FILE, candidates, commit, hashed_file, stage, step_folder
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, ConfigError
+from dsdpo.train.stop import COMPLETED_FILE
 from dsdpo.use.preflight import ClusterRequest, _check_adapter, check_device, check_weights, preflight
 
 
@@ -160,6 +162,17 @@ def test_an_earlier_run_is_continued_or_exit_66(tmp_path: Path, run: dict[str, A
         check(tmp_path, run)
     assert caught.value.exit_code == 66
     assert any("cannot be used" in problem for problem in problems(tmp_path, run | {"beta": 0}))
+
+
+def test_a_finished_run_is_done_and_another_one_in_its_place_is_66(tmp_path: Path, run: dict[str, Any]) -> None:
+    config = check(tmp_path, run)
+    output_dir = Path(run["output_dir"])
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "run_config.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    (output_dir / COMPLETED_FILE).touch()
+    assert check(tmp_path, run | {"logging_steps": 7})
+    with pytest.raises(CheckpointError, match=r"finished run, and this is another one: seed was 42, now it is 7\."):
+        check(tmp_path, run | {"seed": 7})
 
 
 def test_a_learning_rate_changes_with_consent_only(tmp_path: Path, run: dict[str, Any]) -> None:

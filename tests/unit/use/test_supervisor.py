@@ -153,6 +153,8 @@ def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
         ("train", False, 70, 0, 70),
         ("train", False, 1, 1, 1),
         ("train", False, None, 1, 1),
+        ("train", False, None, 74, 74),  # the disk was too full to say so
+        ("train", False, 1, 71, 71),  # rank 0 lost its peer before the one that saw the hang could speak
         ("eval", True, None, 1, 1),  # COMPLETED is of the training before
         ("eval", False, 0, 0, 0),
         ("reference", False, 65, 1, 65),
@@ -223,6 +225,12 @@ def test_before_there_are_ranks_a_stop_signal_ends_the_supervisor(tmp_path: Path
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     assert not (tmp_path / STOP_FILE).exists()
+
+
+def test_that_a_peer_hangs_goes_before_what_its_loss_did(tmp_path: Path) -> None:
+    write_exit(tmp_path, 71, "rank 1 hangs")
+    write_exit(tmp_path, 1, "connection reset by peer")
+    assert judge("train", tmp_path, 1) == 71
 
 
 def test_marks_of_an_earlier_attempt_are_cleared(tmp_path: Path) -> None:
