@@ -115,7 +115,7 @@ class Watch:
         return False
 
     def _neighbour_has_died(self) -> bool:
-        """Whether the next rank, on this host, is gone: NCCL would wait for it, and a launcher ends ranks one by one."""
+        """Whether the next rank, on this host, is gone: NCCL would wait for it, and a launcher for each in turn."""
         if self._ranks.world_size == 1:
             return False
         facts, _ = self._seen((self._ranks.rank + 1) % self._ranks.world_size, 0.0)
