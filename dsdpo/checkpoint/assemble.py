@@ -21,7 +21,7 @@ SHARD_BYTES = 5 * 2**30
 def assemble(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the weights of a checkpoint into an empty folder, in the precision that the model computes in.
 
-    Needs one process and the memory of its largest tensor. The tokenizer comes from the run's model.
+    Needs one process and a few times the memory of its largest tensor. The tokenizer comes from the run's model.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or the run's model with its tokenizer is not there any more.
