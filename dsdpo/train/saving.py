@@ -68,7 +68,7 @@ class Saver:
         self._output_dir = Path(config.output_dir)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self._in_flight: _InFlight | None = None
-        self._host: dict[str, torch.Tensor] = {}
+        self._host: torch.Tensor | None = None
         self.last_step: int | None = None
 
     # --- what the training loop sees ---
@@ -168,14 +168,22 @@ class Saver:
             )
 
     def _copied(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies in host memory that is kept between saves, page-locked where there is a GPU."""
+        """Copies in one block of host memory that is kept between saves, page-locked where there is a GPU.
+
+        One block, since the allocator of page-locked memory rounds each up to a power of two.
+        """
+        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        if self._host is None:
+            numel = sum(tensor.numel() for tensor in tensors.values())
+            self._host = torch.empty(numel, dtype=torch.float32, pin_memory=on_gpu)
+        copies, start = {}, 0
         for key, tensor in tensors.items():
-            if key not in self._host:
-                self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._host[key].copy_(tensor, non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors.values()):
+            copies[key] = self._host[start : start + tensor.numel()].view(tensor.shape)
+            copies[key].copy_(tensor, non_blocking=True)
+            start += tensor.numel()
+        if on_gpu:
             torch.cuda.synchronize()
-        return dict(self._host)
+        return copies
 
     def _write(
         self, staged: Path, tensors: dict[str, torch.Tensor], run: dict[str, Any] | None
