@@ -99,7 +99,7 @@ def reference_source(
     hardware: Hardware,
     engine: DeepSpeedEngine,
     say: Callable[[str], None],
-    stop: Stop,
+    stop: Stop = None,
 ) -> Callable[[PairLoader, np.ndarray], Reference]:
     """How a run gets the reference of a set: a function of the set's loader and the pairs that will be asked for.
 
