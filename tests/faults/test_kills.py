@@ -151,7 +151,9 @@ def test_kills(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
         code, output = place.run(run.out.name, *arguments(place, kill))  # without a flag, and while orphans may be left
         run.until_nobody_is_left()
         resumed = re.search(r"resumed after step (\d+)", output)
-        start = int(resumed[1]) if resumed else 0
+        if "nothing to do" in output:  # ranks without a supervisor came to the end before they noticed
+            completed = True
+        start = int(resumed[1]) if resumed else done if completed else 0
         kind = "async" if kill.asynchronous else "sync"
         if not completed:
             tally.lost_steps[kind] = max(tally.lost_steps[kind], done - start)
