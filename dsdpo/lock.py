@@ -65,9 +65,8 @@ class RunLock:
         """
         file = output_dir / LOCK_FILE
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        started = _status(os.getpid())[1]
-        facts = {"token": uuid.uuid4().hex, "what": what, "pid": os.getpid(), "started": started, "since": since}
-        content = _dump({**facts, **_place(), "slurm_job": slurm_job()})
+        facts = {"token": uuid.uuid4().hex, "what": what, "since": since}
+        content = _dump({**facts, **this_process(), "slurm_job": slurm_job()})
         with _told(file):
             for _ in range(_TRIES):
                 found = _read(file)
@@ -168,6 +167,11 @@ def _place() -> dict[str, Any]:
     return place
 
 
+def this_process() -> dict[str, Any]:
+    """What tells this process from every other, for `holder_is_gone`."""
+    return {"pid": os.getpid(), "started": _status(os.getpid())[1], **_place()}
+
+
 def _status(pid: int) -> tuple[bool, int | None]:
     """Whether a process has ended and waits to be reaped, and its start in clock ticks since boot (None: unknown).
 
@@ -196,7 +200,10 @@ def _can_be_asked(facts: dict[str, Any], here: dict[str, Any]) -> bool:
 
 
 def holder_is_gone(facts: dict[str, Any]) -> bool:
-    """Whether the process that a lock names is known to have ended: it was on this host, so that it can be asked."""
+    """Whether the process of `this_process` is known to have ended: it was on this host, so that it can be asked.
+
+    Never where process ids mean something else, as in another container on the host.
+    """
     return _can_be_asked(facts, _place()) and not _is_alive(facts["pid"], facts.get("started"))
 
 

@@ -22,7 +22,7 @@ from typing import IO, Any
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, IOFailure
 from dsdpo.faults import fault_point
-from dsdpo.files import write_atomically
+from dsdpo.files import fsync_folder, write_atomically
 
 MANIFEST = "MANIFEST.json"
 RUN_FILE = "run.json"
@@ -139,11 +139,7 @@ def commit(staged: Path, folder: Path, files: dict[str, FileRecord], facts: dict
         fault_point("save:before-rename")
         os.rename(staged, folder)
         fault_point("save:renamed")
-        parent = os.open(folder.parent, os.O_RDONLY)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
+        fsync_folder(folder.parent)
     except OSError as error:
         raise IOFailure(f"cannot commit {folder}: {error.strerror or error}") from error
 

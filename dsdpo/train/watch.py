@@ -11,7 +11,6 @@ import faulthandler
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 from dsdpo.dist import Ranks
 from dsdpo.errors import HangError
-from dsdpo.lock import holder, holder_is_gone
+from dsdpo.lock import holder, holder_is_gone, this_process
 from dsdpo.train.stop import EXIT_FILE, write_exit
 
 FOLDER = "ranks"
@@ -47,6 +46,7 @@ class Watch:
         self._hang_timeout = hang_timeout
         self.token = token
         self._parent = os.getppid()
+        self._me = this_process()
         self._every = min(5.0, hang_timeout / 10)
         self._beats = 0
         self._steps: set[int] = set()
@@ -122,13 +122,7 @@ class Watch:
         return self._has_died(facts)
 
     def _has_died(self, facts: dict[str, Any]) -> bool:
-        if facts.get("token") != self.token or facts.get("host") != socket.gethostname():
-            return False
-        try:
-            os.kill(int(facts["pid"]), 0)
-        except ProcessLookupError:
-            return True
-        return False
+        return facts.get("token") == self.token and holder_is_gone(facts)
 
     def _file(self, rank: int) -> Path:
         return self._output_dir / FOLDER / f"rank-{rank:05d}.json"
@@ -137,7 +131,7 @@ class Watch:
         """Say that this rank lives, and how far it is. Not atomic by fsync: nothing depends on it after a crash."""
         path = self._file(self._ranks.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"token": self.token, "beats": self._beats, "host": socket.gethostname(), "pid": os.getpid()}
+        facts = {"token": self.token, "beats": self._beats, **self._me}
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(facts))
         os.replace(temporary, path)

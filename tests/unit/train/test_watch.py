@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dsdpo.dist import Ranks
-from dsdpo.lock import RunLock
+from dsdpo.lock import RunLock, this_process
 from dsdpo.train.watch import Watch
 
 ROOT = Path(__file__).parents[3]
@@ -56,12 +55,14 @@ def test_a_rank_without_a_file_is_silent(tmp_path: Path) -> None:
 def test_a_rank_on_this_host_that_has_died_is_known_at_once(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    tell(tmp_path, 0, 3, host=socket.gethostname(), pid=os.getpid())
-    tell(tmp_path, 1, 3, host=socket.gethostname(), pid=gone.pid)
+    me = this_process()
+    tell(tmp_path, 0, 3, **me)
+    tell(tmp_path, 1, 3, **{**me, "pid": gone.pid})
     watch = Watch(tmp_path, Ranks(0, 2, 0), 120.0, "t")
     assert watch._neighbour_has_died() and f"pid {gone.pid}), which has died" in watch.diagnose(10.0)[0]
-    tell(tmp_path, 1, 3, host="another", pid=gone.pid)
-    assert not watch._neighbour_has_died()
+    for elsewhere in ({"host": "another"}, {"pid_namespace": "pid:[1]"}, {"boot_id": "another"}):
+        tell(tmp_path, 1, 3, **{**me, "pid": gone.pid, **elsewhere})
+        assert not watch._neighbour_has_died(), "a process id means nothing there"
 
 
 RANK = """
