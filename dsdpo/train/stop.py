@@ -77,10 +77,11 @@ def write_exit(output_dir: Path, code: int, message: str) -> None:
     if code == 1 and read_exit(output_dir / EXIT_FILE)[0] == HangError.exit_code:
         return
     told = json.dumps({"code": code, "message": message})
+    reserve = output_dir / _RESERVE
     try:
         write_atomically(output_dir / EXIT_FILE, told)
+        reserve.unlink(missing_ok=True)
     except IOFailure:
-        reserve = output_dir / _RESERVE
         if not reserve.exists():
             raise
         short = told if len(told) <= _RESERVE_BYTES else json.dumps({"code": code, "message": message[:500]})
