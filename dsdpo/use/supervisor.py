@@ -12,35 +12,23 @@ import atexit
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks, launched
-from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError, StopRequested
-from dsdpo.files import write_atomically
-from dsdpo.lock import LOCK_FILE, RunLock, holder_is_gone
+from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError
+from dsdpo.lock import LOCK_FILE, RunLock
 from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, STOP_FILE, read_exit
+from dsdpo.use.launcher import StopRequests, end_leftovers, launch_command, launch_environment, run_launcher
 from dsdpo.use.preflight import ClusterRequest, check_device, preflight, reload
 
 PEER_EXIT_FILE = "EXIT_PEER"
-# Activations are freed and allocated anew in every step. By default glibc hands them back to the kernel, and a tenth of
-# a step on a CPU goes into page faults; this keeps up to 32 GiB, in huge pages where the kernel allows it.
-KEEP_FREED_MEMORY = ":".join(
-    f"glibc.malloc.{knob}" for knob in ("hugetlb=1", f"mmap_threshold={2**25}", f"trim_threshold={2**35}")
-)
-
 _TOLD_BY_STATUS = (64, 65, 66, 70, 71, 74, 75)
 _REPLACED = "replaced-"
-_AFTER_HANG_S = 5.0
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -148,7 +136,7 @@ def supervise(task: Task, cluster: ClusterRequest) -> int:
             start_over(output_dir, task.confirmed)
         clear_marks(output_dir)
         prepare_data(config)
-        command = launch_command(task, cluster, devices, os.environ, lock.token)
+        command = launch_command(task.argv(lock.token), cluster, devices, os.environ)
         environment = launch_environment(cluster, devices, os.environ)
         print(f"starting {task.name} on {_where(cluster, devices)}; stop with Ctrl-C or SIGTERM", flush=True)
         status = run_launcher(command, environment, output_dir, requests, lock)
@@ -195,133 +183,10 @@ def _where(cluster: ClusterRequest, devices: int) -> str:
     return f"{ranks} {'GPU' if devices else 'CPU rank'}{'s' if ranks > 1 else ''}"
 
 
-def launch_command(
-    task: Task, cluster: ClusterRequest, devices: int, environment: Mapping[str, str], token: str
-) -> list[str]:
-    """The `deepspeed` launcher's command line.
-
-    Args:
-        devices: number of visible CUDA devices, 0 on a CPU.
-        token: of the lock that this supervisor holds.
-    """
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--no_local_rank"]
-    command += ["--master_port", str(cluster.master_port or free_port())]
-    if cluster.hostfile:
-        command += ["--hostfile", cluster.hostfile]
-    if cluster.include:
-        command += ["--include", cluster.include]
-    elif cluster.exclude:
-        command += ["--exclude", cluster.exclude]
-    elif visible := _visible(cluster, devices, environment):
-        command += ["--include", "localhost:" + ",".join(visible[: cluster.num_accelerators])]
-    elif cluster.num_accelerators or not (devices or cluster.hostfile):
-        command += ["--num_accelerators", str(cluster.num_accelerators or 1)]
-    return [*command, "--module", "dsdpo", *task.argv(token)]
-
-
-def _visible(cluster: ClusterRequest, devices: int, environment: Mapping[str, str]) -> list[str]:
-    """Ids in CUDA_VISIBLE_DEVICES on one node: given a mere number, the launcher would take GPUs 0 to N-1."""
-    if not devices or cluster.hostfile or not environment.get("CUDA_VISIBLE_DEVICES"):
-        return []
-    return environment["CUDA_VISIBLE_DEVICES"].split(",")
-
-
-def launch_environment(cluster: ClusterRequest, devices: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """The ranks' environment: this interpreter's tools lead PATH; on a CPU, gloo and a share of the cores."""
-    result = dict(environment)
-    result.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # of libraries, to libraries, once per rank
-    result["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), result.get("PATH", os.defpath)])
-    if _visible(cluster, devices, environment):
-        del result["CUDA_VISIBLE_DEVICES"]  # said by --include; the launcher would only remark on it
-    if not devices and not cluster.hostfile:
-        result.setdefault("DS_ACCELERATOR", "cpu")
-        result.setdefault("OMP_NUM_THREADS", str(max(1, cores() // (cluster.num_accelerators or 1))))
-        result.setdefault("GLIBC_TUNABLES", KEEP_FREED_MEMORY)
-    return result
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 def clear_marks(output_dir: Path) -> None:
     """Forget how an earlier attempt was stopped and ended."""
     for name in (STOP_FILE, EXIT_FILE, PEER_EXIT_FILE):
         (output_dir / name).unlink(missing_ok=True)
-
-
-def run_launcher(
-    command: list[str], environment: Mapping[str, str], output_dir: Path, requests: StopRequests, lock: RunLock
-) -> int:
-    """Start the launcher in its own session, wait, and end whatever it left behind.
-
-    Returns:
-        The launcher's exit status as subprocess gives it.
-
-    Raises:
-        KeyboardInterrupt: a second Ctrl-C; nothing is left running.
-    """
-    launcher = subprocess.Popen(command, env=dict(environment), start_new_session=True)
-    try:
-        requests.launched = True
-        lock.note(session=launcher.pid)
-        return _wait(launcher, output_dir)
-    finally:
-        end_session(launcher.pid)
-        launcher.wait()
-
-
-def _wait(launcher: subprocess.Popen[bytes], output_dir: Path) -> int:
-    """The launcher's status; after a hang it is not waited for long, as it waits for the rank that hangs."""
-    while True:
-        try:
-            return launcher.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            if read_exit(output_dir / EXIT_FILE)[0] == HangError.exit_code:
-                with suppress(subprocess.TimeoutExpired):
-                    return launcher.wait(timeout=_AFTER_HANG_S)
-                return HangError.exit_code
-
-
-class StopRequests:
-    """Within, a stop signal becomes output_dir/STOP, and a second Ctrl-C raises KeyboardInterrupt.
-
-    Attributes:
-        launched: whether there are ranks to see that file; before, a signal raises StopRequested.
-    """
-
-    def __init__(self, output_dir: Path) -> None:
-        self.launched = False
-        self._output_dir = output_dir
-        self._interrupts = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequests:
-        handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._on_signal) for number in handled}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _: object) -> None:
-        if not self.launched:
-            raise StopRequested("stopped on request before the first step; the same command begins again")
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            raise KeyboardInterrupt
-        write_atomically(self._output_dir / STOP_FILE, signal.Signals(number).name)
-        with suppress(OSError):  # the terminal may be gone
-            print("stopping after this step; press Ctrl-C again to end at once", file=sys.stderr, flush=True)
 
 
 def start_over(output_dir: Path, confirmed: bool) -> None:
@@ -343,33 +208,6 @@ def start_over(output_dir: Path, confirmed: bool) -> None:
     for path in found:
         path.rename(aside / path.name)
     print(f"moved the earlier run to {aside}", flush=True)
-
-
-def end_leftovers(previous: dict[str, Any] | None) -> None:
-    """Kill what a supervisor that was killed on this host has left running, before it writes to output_dir again."""
-    session = (previous or {}).get("session")
-    if session is None or not holder_is_gone(previous or {}):
-        return
-    import psutil
-
-    def leftovers() -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error, ProcessLookupError, PermissionError):
-                if os.getsid(process.pid) == session and "dsdpo" in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
-
-    for process in leftovers():
-        with suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(leftovers(), timeout=10)
-
-
-def end_session(session: int) -> None:
-    """Kill the launcher's process group: the launcher, the ranks and their helpers."""
-    with suppress(ProcessLookupError):
-        os.killpg(session, signal.SIGKILL)
 
 
 def judge(task: str, output_dir: Path, status: int) -> int:

@@ -17,7 +17,7 @@ import yaml
 
 from dsdpo.checkpoint.commit import checkpoints
 from tests.helpers.ranks import free_port
-from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
+from tests.helpers.tiny import save_model, save_pairs, save_tokenizer, tiny_llama_config
 
 ROOT = Path(__file__).parents[2]
 METRICS = {
@@ -37,19 +37,13 @@ METRICS = {
 }
 
 
-def words(rng: np.random.Generator, longest: int) -> str:
-    return " ".join(f"w{i}" for i in rng.integers(3, 96, size=rng.integers(3, longest + 1)))
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, data, and run.yaml."""
     folder = tmp_path_factory.mktemp("runs")
     save_model(folder / "model", tiny_llama_config())
     save_tokenizer(folder / "model")
-    rng = np.random.default_rng(0)
-    rows = [{"prompt": words(rng, 12), "chosen": words(rng, 8), "rejected": words(rng, 8)} for _ in range(40)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_pairs(folder / "pairs.jsonl", 40)
     settings = {
         "model_name_or_path": str(folder / "model"),
         "dataset": "pairs.jsonl",

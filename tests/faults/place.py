@@ -17,7 +17,7 @@ import safetensors.numpy
 import yaml
 
 from tests.dist.grid import zero_json
-from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
+from tests.helpers.tiny import save_model, save_pairs, save_tokenizer, tiny_llama_config
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240
@@ -30,13 +30,7 @@ class Place:
         self.folder = folder
         save_model(folder / "model", tiny_llama_config())
         save_tokenizer(folder / "model")
-        rng = np.random.default_rng(0)
-
-        def words(longest: int) -> str:
-            return " ".join(f"w{i}" for i in rng.integers(3, 96, size=rng.integers(3, longest + 1)))
-
-        rows = [{"prompt": words(12), "chosen": words(8), "rejected": words(8)} for _ in range(40)]
-        (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        save_pairs(folder / "pairs.jsonl", 40)
         settings = {
             "model_name_or_path": str(folder / "model"),
             "dataset": "pairs.jsonl",

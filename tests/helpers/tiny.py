@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from hashlib import sha256
 from pathlib import Path
 
@@ -64,6 +65,17 @@ def random_pairs(n: int, seed: int = 0, vocab: int = VOCAB) -> list[TokenPair]:
         return rng.integers(3, vocab, size=rng.integers(1, longest + 1))
 
     return [TokenPair(ids(30), ids(20), ids(20)) for _ in range(n)]
+
+
+def save_pairs(path: Path, n: int, seed: int = 0) -> None:
+    """A JSONL file of pairs in the words of `save_tokenizer`: prompts of 3 to 12 words, completions of 3 to 8."""
+    rng = np.random.default_rng(seed)
+
+    def words(longest: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(3, VOCAB, size=rng.integers(3, longest + 1)))
+
+    rows = [{"prompt": words(12), "chosen": words(8), "rejected": words(8)} for _ in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class ListOfPairs:

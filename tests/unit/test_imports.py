@@ -31,7 +31,8 @@ HEAVY = {
 CHEAP = [
     *PACKAGE.glob("*.py"),
     *PACKAGE.glob("config/*.py"),
-    *(PACKAGE / name for name in ("data/registry.py", "train/stop.py", "use/preflight.py", "use/supervisor.py")),
+    *(PACKAGE / name for name in ("data/registry.py", "train/stop.py")),
+    *(PACKAGE / f"use/{name}.py" for name in ("launcher", "preflight", "supervisor")),
 ]
 
 

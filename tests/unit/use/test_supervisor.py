@@ -18,21 +18,12 @@ from dsdpo.dist import Ranks
 from dsdpo.errors import HangError, IOFailure, StopRequested
 from dsdpo.lock import RunLock
 from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, STOP_FILE, write_exit
+from dsdpo.use.launcher import StopRequests, free_port, launch_command, launch_environment, run_launcher
 from dsdpo.use.preflight import ClusterRequest
-from dsdpo.use.supervisor import (
-    StopRequests,
-    Task,
-    _tell_as_peer,
-    clear_marks,
-    free_port,
-    judge,
-    launch_command,
-    launch_environment,
-    run_launcher,
-)
+from dsdpo.use.supervisor import Task, _tell_as_peer, clear_marks, judge
 
 REPOSITORY = Path(__file__).parents[3]
-TASK = Task("train", "run.yaml", ["--beta", "0.2"])
+ARGV = Task("train", "run.yaml", ["--beta", "0.2"]).argv("t0k3n")
 
 # A rank that starts a helper, waits for the stop file, says how it ended and leaves with a useless exit code.
 RANK = """
@@ -49,7 +40,8 @@ sys.exit(1)
 SUPERVISOR = """
 import os, pathlib, signal, sys
 from dsdpo.lock import RunLock
-from dsdpo.use.supervisor import StopRequests, judge, run_launcher
+from dsdpo.use.launcher import StopRequests, run_launcher
+from dsdpo.use.supervisor import judge
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with SIGINT ignored
 out = pathlib.Path(sys.argv[1])
 try:
@@ -264,7 +256,7 @@ def test_marks_of_an_earlier_attempt_are_cleared(tmp_path: Path) -> None:
 def test_the_launchers_command_line(
     cluster: ClusterRequest, devices: int, environment: dict[str, str], expected: str
 ) -> None:
-    command = launch_command(TASK, cluster, devices, environment, "t0k3n")
+    command = launch_command(ARGV, cluster, devices, environment)
     port = command.index("--master_port")
     module = command.index("--module")
     assert " ".join(command[port + 2 : module]) == expected
@@ -273,7 +265,7 @@ def test_the_launchers_command_line(
 
 
 def test_a_given_port_is_used_and_else_a_free_one() -> None:
-    command = launch_command(TASK, ClusterRequest(master_port=4321), 0, {}, "t0k3n")
+    command = launch_command(ARGV, ClusterRequest(master_port=4321), 0, {})
     assert command[command.index("--master_port") + 1] == "4321"
     assert 1024 <= free_port() <= 65535
 
@@ -294,7 +286,7 @@ def launched(tmp_path: Path, rank: str, ranks: int) -> int:
     script = tmp_path / "rank.py"
     script.write_text(rank)
     cluster = ClusterRequest(num_accelerators=ranks)
-    command = launch_command(TASK, cluster, 0, os.environ, "t0k3n")
+    command = launch_command(ARGV, cluster, 0, os.environ)
     command = [*command[: command.index("--module")], str(script), str(tmp_path)]
     environment = launch_environment(cluster, 0, os.environ) | {"PYTHONPATH": str(REPOSITORY)}
     return run(command, tmp_path, environment)
