@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import textwrap
 from pathlib import Path
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(args.function(args, overrides) or 0)
     except DsdpoError as error:
         ranks = launched()
-        if ranks is None or ranks.is_main:
+        if ranks is None or ranks.is_main or (error.for_each_node and ranks.local_rank == 0):
             print(f"dsdpo {args.command}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
@@ -46,7 +47,8 @@ def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
     ranks = launched()
     if ranks is not None:
         return join(task, ranks, args.supervised)
-    cluster = ClusterRequest(args.num_accelerators, args.hostfile, args.include, args.exclude, args.master_port)
+    names = [field.name for field in dataclasses.fields(ClusterRequest)]
+    cluster = ClusterRequest(**{name: getattr(args, name) for name in names})
     return supervise(task, cluster)
 
 
@@ -160,6 +162,8 @@ def _add_launch(parser: _Parser) -> None:
     launch.add_argument("--include", metavar="NODES", help="only these, such as node-1:0,1@node-2")
     launch.add_argument("--exclude", metavar="NODES", help="all but these")
     launch.add_argument("--master_port", type=int, metavar="PORT", help="port for the ranks to meet (a free one)")
+    again = "in a SLURM job: back into the queue when the scheduler stopped it, or what failed may pass"
+    launch.add_argument("--requeue", action="store_true", help=again)
     launch.add_argument("--supervised", metavar="TOKEN", help=argparse.SUPPRESS)
     launch.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers add it; LOCAL_RANK says it too
     parser.set_defaults(function=_launched_task)

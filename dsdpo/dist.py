@@ -1,4 +1,4 @@
-"""Who am I among the ranks: the only reader of RANK, SLURM_PROCID and their kin.
+"""Who am I among the ranks, and where do they meet: the only reader of RANK, SLURM_PROCID and their kin.
 
 No torch at import: the command line asks `launched()` before anything heavy is loaded.
 """
@@ -6,7 +6,14 @@ No torch at import: the command line asks `launched()` before anything heavy is 
 from __future__ import annotations
 
 import os
+import re
+import socket
+import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
+
+_INTERACTIVE_STEP = "4294967290"  # SLURM_STEP_ID of the shell that salloc opens on a node
+_FIRST_PORT, _PORTS = 20000, 10000  # below the kernel's own range, which starts at 32768
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,34 @@ class Ranks:
         return self.rank == 0
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """The SLURM job that this process was started in, in its batch script or in the shell of salloc.
+
+    Attributes:
+        gpus_per_node: as SLURM counts them on this node; None if the job asked for none.
+        cpus_per_node: on this node.
+        restarts: how often the job was put back into the queue.
+    """
+
+    job: str
+    nodes: int
+    node_list: str
+    gpus_per_node: int | None
+    cpus_per_node: int
+    restarts: int
+
+    @property
+    def address(self) -> str:
+        """Of the first node, on which rank 0 runs."""
+        return node_address(first_node(self.node_list))
+
+    @property
+    def port(self) -> int:
+        """For the ranks to meet: the same for all of a job's processes, another for a neighbour's job."""
+        return job_port(self.job)
+
+
 def _from_env(rank_key: str, world_key: str, local_key: str) -> Ranks | None:
     if rank_key not in os.environ or world_key not in os.environ:
         return None
@@ -33,14 +68,94 @@ def launched() -> Ranks | None:
     """The place that a launcher gave this process, or None when it was started plainly.
 
     RANK and WORLD_SIZE come from the `deepspeed` launcher, torchrun and accelerate; SLURM_PROCID counts only
-    inside an `srun` step (a batch script has it too, but is no rank).
+    inside an `srun` step of several tasks: a batch script and the shell of `srun --pty` have it too, but are no ranks.
     """
     found = _from_env("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if found is None and "SLURM_STEP_ID" in os.environ and "SLURM_STEP_TASKS_PER_NODE" in os.environ:
-        found = _from_env("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        step = _from_env("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        if step is not None and step.world_size > 1:
+            found = step
+            if os.environ.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0:  # bound to a GPU of its own
+                found = Ranks(step.rank, step.world_size, 0)
     return found
+
+
+def take_place(ranks: Ranks) -> tuple[str, int]:
+    """Say this rank's place where libraries look for it; what the launcher has said stands.
+
+    Returns:
+        Address and port where the ranks meet. srun names none: then they are the first node and a port of the job.
+    """
+    here = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
+    for name, value in here.items():
+        os.environ.setdefault(name, str(value))
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ.get("SLURM_STEP_NODELIST")
+        os.environ["MASTER_ADDR"] = node_address(first_node(nodes)) if nodes else "127.0.0.1"
+    if "MASTER_PORT" not in os.environ:
+        job, step = os.environ.get("SLURM_JOB_ID", "0"), os.environ.get("SLURM_STEP_ID", "0")
+        os.environ["MASTER_PORT"] = str(job_port(job, step))
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def elastic_agent() -> str | None:
+    """Number of torchrun's attempt, where its agent and not rank 0 serves the meeting point; None elsewhere."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def allocation() -> Allocation | None:
+    """The SLURM job whose nodes a process that was started plainly may use; None outside, and in a step of the job."""
+    environment = os.environ
+    if "SLURM_JOB_ID" not in environment or "SLURM_JOB_NODELIST" not in environment:
+        return None
+    if "SLURM_STEP_TASKS_PER_NODE" in environment and environment.get("SLURM_STEP_ID") != _INTERACTIVE_STEP:
+        return None
+    gpus = environment.get("SLURM_GPUS_ON_NODE")
+    return Allocation(
+        job=environment["SLURM_JOB_ID"],
+        nodes=int(environment.get("SLURM_JOB_NUM_NODES", "1")),
+        node_list=environment["SLURM_JOB_NODELIST"],
+        gpus_per_node=int(gpus) if gpus else None,
+        cpus_per_node=int(environment.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1),
+        restarts=slurm_restarts(),
+    )
+
+
+def node_rank() -> int:
+    """Number of this node in its srun step. Raises KeyError outside of one."""
+    return int(os.environ["SLURM_NODEID"])
 
 
 def slurm_job() -> str | None:
     """Id of the SLURM job that this process belongs to, None outside of one."""
     return os.environ.get("SLURM_JOB_ID")
+
+
+def slurm_restarts() -> int:
+    """How often SLURM has put this job back into the queue."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def first_node(node_list: str) -> str:
+    """The first name of SLURM's node list, such as gpu001 of `gpu[001-004,009],big1`."""
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", node_list).split(",")[0]
+
+
+def node_address(node: str) -> str:
+    """What other nodes reach `node` by: its name, or the address that SLURM has for it where the name means nothing."""
+    with suppress(OSError):
+        socket.getaddrinfo(node, None)
+        return node
+    with suppress(OSError):
+        command = ["scontrol", "show", "node", node, "--oneliner"]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        if found := re.search(r"\bNodeAddr=(\S+)", said):
+            return found[1]
+    return node
+
+
+def job_port(job: str, step: str = "0") -> int:
+    """A port for a job's ranks to meet, from its numbers."""
+    return _FIRST_PORT + (int(job) * 13 + int(step) % 13) % _PORTS

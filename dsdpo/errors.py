@@ -19,6 +19,7 @@ class DsdpoError(Exception):
     """Base of the errors that end the program with a known exit code and no traceback."""
 
     exit_code = 1
+    for_each_node = False  # whether each node says it, and not the main rank alone
 
 
 class ConfigError(DsdpoError):
@@ -29,11 +30,12 @@ class ConfigError(DsdpoError):
     """
 
     exit_code = 64
+    what = "problem{s} in the run config"
 
     def __init__(self, problems: list[str] | str) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         count = len(self.problems)
-        lines = [f"{count} problem{'s' if count != 1 else ''} in the run config:"]
+        lines = [f"{count} {self.what.format(s='s' if count != 1 else '')}:"]
         lines += [f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1)]
         super().__init__("\n".join(lines))
 

@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from dsdpo.dist import slurm_job
+from dsdpo.dist import slurm_job, slurm_restarts
 from dsdpo.errors import IOFailure
 from dsdpo.files import write_atomically
 
@@ -66,7 +66,7 @@ class RunLock:
         file = output_dir / LOCK_FILE
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
         facts = {"token": uuid.uuid4().hex, "what": what, "since": since}
-        content = _dump({**facts, **this_process(), "slurm_job": slurm_job()})
+        content = _dump({**facts, **this_process(), "slurm_job": slurm_job(), "slurm_restarts": slurm_restarts()})
         with _told(file):
             for _ in range(_TRIES):
                 found = _read(file)
@@ -126,6 +126,14 @@ def holder(output_dir: Path) -> dict[str, Any] | None:
     with _told(file):
         found = _read(file)
     return None if found is None else _parse(found)
+
+
+def living_holder(output_dir: Path) -> dict[str, Any] | None:
+    """What the lock of `output_dir` says, None if there is none or its holder is gone. Raises IOFailure as `holder`."""
+    file = output_dir / LOCK_FILE
+    facts = holder(output_dir)
+    with _told(file):
+        return None if facts is None or _is_stale(file, facts) else facts
 
 
 def is_held_by(output_dir: Path, token: str) -> bool:

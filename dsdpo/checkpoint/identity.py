@@ -33,6 +33,7 @@ MAY_CHANGE = frozenset(
         "change_on_resume",
         "max_time",
         "hang_timeout",
+        "start_timeout",
         "eval_steps",
         "report_to",
         "run_name",

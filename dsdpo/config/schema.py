@@ -287,6 +287,9 @@ class RunConfig(BaseModel):
     """Seconds without progress after which a run ends with exit code 71 and names the rank that is stuck. The first
     steps, saves and evaluations may take longer."""
 
+    start_timeout: float = Field(45.0, gt=0.0)
+    """Seconds that the ranks wait for each other at the start. Longer where nodes load Python slowly."""
+
     eval_steps: int | None = Field(None, ge=1)
     """Steps between evaluations on the held-out pairs. Empty: only at the end."""
 

@@ -122,16 +122,20 @@ class StopRequests:
 
     Attributes:
         launched: whether there are ranks to see that file; before, a signal raises StopRequested.
+        received: name of the last signal.
     """
 
     def __init__(self, output_dir: Path) -> None:
         self.launched = False
+        self.received: str | None = None
         self._output_dir = output_dir
         self._interrupts = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequests:
-        handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        # nohup means SIGHUP; a batch script that ignores SIGUSR1 only means that it must not kill before this
+        ignored = {number for number in STOP_SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
+        handled = [number for number in STOP_SIGNALS if number not in ignored - {signal.SIGUSR1}]
         self._before = {number: signal.signal(number, self._on_signal) for number in handled}
         return self
 
@@ -140,12 +144,13 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: object) -> None:
+        self.received = signal.Signals(number).name
         if not self.launched:
             raise StopRequested("stopped on request before the first step; the same command begins again")
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
-        write_atomically(self._output_dir / STOP_FILE, signal.Signals(number).name)
+        write_atomically(self._output_dir / STOP_FILE, self.received)
         with suppress(OSError):  # the terminal may be gone
             print("stopping after this step; press Ctrl-C again to end at once", file=sys.stderr, flush=True)
 

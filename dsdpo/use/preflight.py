@@ -28,7 +28,7 @@ class ClusterRequest:
     """Where the ranks run, in the words of the `deepspeed` launcher.
 
     `num_accelerators` is per node and empty for all of them; with a hostfile, `include` and `exclude` choose
-    among its hosts (`node-1:0,2@node-2`).
+    among its hosts (`node-1:0,2@node-2`). `requeue` puts the SLURM job back into the queue where the run can go on.
     """
 
     num_accelerators: int | None = None
@@ -36,6 +36,7 @@ class ClusterRequest:
     include: str | None = None
     exclude: str | None = None
     master_port: int | None = None
+    requeue: bool = False
 
     def problems(self) -> list[str]:
         """What cannot be launched."""
@@ -89,10 +90,11 @@ def preflight(
 
 
 def reload(path: str | Path, overrides: list[str]) -> RunConfig:
-    """The config of a run that has passed `preflight` in its supervisor. Raises ConfigError."""
+    """The config of a run that has passed `preflight` in its supervisor, maybe on another node. Raises ConfigError."""
     loaded = load(path, overrides)
-    if loaded.config is None or loaded.problems:
-        raise ConfigError(loaded.problems)
+    problems = loaded.problems + check_deepspeed(loaded) + _check_model(loaded)
+    if loaded.config is None or problems:
+        raise ConfigError(problems)
     return loaded.config
 
 

@@ -11,20 +11,23 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsdpo.config.schema import RunConfig
-from dsdpo.dist import Ranks, launched
-from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError
+from dsdpo.dist import Allocation, Ranks, allocation, launched
+from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError, IOFailure
 from dsdpo.lock import LOCK_FILE, RunLock
-from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, STOP_FILE, read_exit
+from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, STOP_FILE, read_exit, write_exit
 from dsdpo.use.launcher import StopRequests, end_leftovers, launch_command, launch_environment, run_launcher
 from dsdpo.use.preflight import ClusterRequest, check_device, preflight, reload
+from dsdpo.use.rendezvous import meet
+from dsdpo.use.slurm import begin_attempt, let_earlier_attempt_end, put_back, ranks_per_node, srun_command
 
 PEER_EXIT_FILE = "EXIT_PEER"
 _TOLD_BY_STATUS = (64, 65, 66, 70, 71, 74, 75)
@@ -61,26 +64,62 @@ def join(task: Task, ranks: Ranks, token: str | None) -> int:
         token: of the supervisor's lock; None without one: the main rank then takes the lock itself.
     """
     supervised = token is not None
-    if supervised:
-        config = reload(task.path, task.overrides)
-    elif task.fresh:
-        raise ConfigError("--fresh works where `dsdpo train` is started plainly; under a launcher, empty output_dir")
-    else:
-        config = preflight(task.path, task.overrides, task.name, model=task.model)
-        if _is_finished(task, config):
-            return 0
-        token = _prepare_as_rank(task, config, ranks)
-    from dsdpo.train.tasks import run
-
+    config, trouble = _read(task, ranks, supervised)
+    if config is not None and not supervised and _is_finished(task, config):
+        return 0
+    if config is not None and not supervised and ranks.is_main:
+        token = _take_lock(task, Path(config.output_dir))
     try:
+        meeting = meet(ranks, config, trouble, token)
+        assert config is not None, "a rank without a config has raised its trouble"
+        if not supervised:
+            _prepare_as_rank(config, ranks)
+        from dsdpo.train.tasks import run
+
         run(config, task.name, task.model, token)
+        del meeting
     except DsdpoError as error:
-        if not ranks.is_main:
-            _tell_as_peer(Path(config.output_dir), ranks, error)
+        if config is not None:
+            _tell(Path(config.output_dir), ranks, error)
         raise
     if ranks.is_main and not supervised:
         _finish(task, config)
     return 0
+
+
+def _read(task: Task, ranks: Ranks, supervised: bool) -> tuple[RunConfig | None, DsdpoError | None]:
+    """The config, or what is wrong with it on a node other than rank 0's, which must be told at the meeting.
+
+    Raises:
+        DsdpoError: what is wrong on rank 0's.
+    """
+    try:
+        if supervised:
+            return reload(task.path, task.overrides), None
+        if task.fresh:
+            raise ConfigError("--fresh works where `dsdpo train` is started plainly; here, empty output_dir instead")
+        return preflight(task.path, task.overrides, task.name, model=task.model), None
+    except DsdpoError as error:
+        if ranks.is_main:
+            raise
+        return None, error
+
+
+def _take_lock(task: Task, output_dir: Path) -> str:
+    """Without a supervisor the main rank holds the lock, until the process ends. Returns its token."""
+    lock = RunLock.acquire(output_dir, f"dsdpo {task.name}")
+    atexit.register(lock.release)
+    clear_marks(output_dir)
+    return lock.token
+
+
+def _tell(output_dir: Path, ranks: Ranks, error: DsdpoError) -> None:
+    """Leave a word for the supervisor: where `run` was not reached yet, nobody else does."""
+    if not ranks.is_main:
+        _tell_as_peer(output_dir, ranks, error)
+    elif not (output_dir / EXIT_FILE).exists():
+        with suppress(IOFailure):
+            write_exit(output_dir, error.exit_code, str(error))
 
 
 def _tell_as_peer(output_dir: Path, ranks: Ranks, error: DsdpoError) -> None:
@@ -89,23 +128,15 @@ def _tell_as_peer(output_dir: Path, ranks: Ranks, error: DsdpoError) -> None:
         json.dump({"code": error.exit_code, "message": f"rank {ranks.rank}: {error}"}, stream)
 
 
-def _prepare_as_rank(task: Task, config: RunConfig, ranks: Ranks) -> str | None:
-    """Without a supervisor the main rank prepares; the others wait for its files, not in a collective.
-
-    Returns:
-        On the main rank, the token of the lock, which is held until the process ends.
-    """
+def _prepare_as_rank(config: RunConfig, ranks: Ranks) -> None:
+    """Without a supervisor the main rank prepares; the others wait for its files, not in a collective."""
     if ranks.is_main:
-        lock = RunLock.acquire(Path(config.output_dir), f"dsdpo {task.name}")
-        atexit.register(lock.release)
-        clear_marks(Path(config.output_dir))
         prepare_data(config)
-        return lock.token
+        return
     from dsdpo.data.prepare import wait_prepared
 
     wait_prepared(config, "train")
     wait_prepared(config, "eval")
-    return None
 
 
 def prepare_data(config: RunConfig) -> None:
@@ -123,27 +154,70 @@ def prepare_data(config: RunConfig) -> None:
 def supervise(task: Task, cluster: ClusterRequest) -> int:
     """Run `task` on the accelerators asked for and return its exit code. Raises DsdpoError."""
     config = preflight(task.path, task.overrides, task.name, cluster, task.model, task.fresh)
-    devices = _cuda_devices()
+    job = None if cluster.hostfile or cluster.include or cluster.exclude else _allocation()
+    if cluster.requeue and job is None:
+        raise ConfigError("--requeue works in a SLURM job that gives the nodes, such as that of slurm/train.sbatch")
+    devices = (job.gpus_per_node or 0) if job else _cuda_devices()
     check_device(config, devices > 0 or bool(cluster.hostfile))
-    if devices and (cluster.num_accelerators or 1) > devices and not cluster.hostfile:
+    if devices and (cluster.num_accelerators or 1) > devices and not cluster.hostfile and not job:
         raise ConfigError(f"--num_accelerators is {cluster.num_accelerators}, but {devices} are visible here")
     if not task.fresh and _is_finished(task, config):
         return 0
     output_dir = Path(config.output_dir)
-    with RunLock.acquire(output_dir, f"dsdpo {task.name}") as lock, StopRequests(output_dir) as requests:
+    requests = StopRequests(output_dir)
+    code = 1
+    try:
+        code = _run(task, cluster, config, job, devices, requests)
+    except DsdpoError as error:
+        code = error.exit_code
+        raise
+    except KeyboardInterrupt:
+        code = 0  # ended at once, by hand
+        raise
+    finally:
+        if cluster.requeue and job is not None:
+            put_back(job, output_dir, code, requests.received)
+    if code == 0:
+        _finish(task, config)
+    return code
+
+
+def _run(
+    task: Task, cluster: ClusterRequest, config: RunConfig, job: Allocation | None, devices: int, requests: StopRequests
+) -> int:
+    """Everything that holds the lock on output_dir. Returns the exit code; raises DsdpoError."""
+    output_dir = Path(config.output_dir)
+    if job is not None:
+        let_earlier_attempt_end(output_dir, job)
+    with RunLock.acquire(output_dir, f"dsdpo {task.name}") as lock, requests:
         end_leftovers(lock.previous)
         if task.fresh:
             start_over(output_dir, task.confirmed)
         clear_marks(output_dir)
+        if job is not None and cluster.requeue:
+            begin_attempt(output_dir, job)
         prepare_data(config)
-        command = launch_command(task.argv(lock.token), cluster, devices, os.environ)
+        argv = task.argv(lock.token)
+        if job is not None:
+            ranks = ranks_per_node(job, cluster.num_accelerators)
+            command = srun_command(argv, job, ranks, output_dir, cluster.master_port, os.environ)
+            cluster = replace(cluster, num_accelerators=ranks)
+        else:
+            command = launch_command(argv, cluster, devices, os.environ)
         environment = launch_environment(cluster, devices, os.environ)
-        print(f"starting {task.name} on {_where(cluster, devices)}; stop with Ctrl-C or SIGTERM", flush=True)
+        print(f"starting {task.name} on {_where(cluster, job, devices)}; stop with Ctrl-C or SIGTERM", flush=True)
         status = run_launcher(command, environment, output_dir, requests, lock)
-        code = judge(task.name, output_dir, status)
-    if code == 0:
-        _finish(task, config)
-    return code
+        return judge(task.name, output_dir, status)
+
+
+def _allocation() -> Allocation | None:
+    """The SLURM job whose nodes are used. Raises ConfigError where srun is missing and there are several."""
+    job = allocation()
+    if job is None or shutil.which("srun"):
+        return job
+    if job.nodes > 1:
+        raise ConfigError(f"job {job.job} has {job.nodes} nodes, but there is no srun on PATH to start ranks on them")
+    return None
 
 
 def _is_finished(task: Task, config: RunConfig) -> bool:
@@ -174,13 +248,16 @@ def _cuda_devices() -> int:
     return devices
 
 
-def _where(cluster: ClusterRequest, devices: int) -> str:
+def _where(cluster: ClusterRequest, job: Allocation | None, devices: int) -> str:
     if cluster.hostfile or cluster.include or cluster.exclude:
         return " ".join(
             filter(None, (cluster.hostfile, cluster.include, cluster.exclude and "all but", cluster.exclude))
         )
     ranks = cluster.num_accelerators or devices or 1
-    return f"{ranks} {'GPU' if devices else 'CPU rank'}{'s' if ranks > 1 else ''}"
+    kind = f"{ranks} {'GPU' if devices else 'CPU rank'}{'s' if ranks > 1 else ''}"
+    if job is None:
+        return kind
+    return f"{kind} on each of {job.nodes} nodes ({job.node_list}) of job {job.job}, attempt {job.restarts + 1}"
 
 
 def clear_marks(output_dir: Path) -> None:
