@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
     from dsdpo.use.preflight import ClusterRequest
-    from dsdpo.use.supervisor import Task, join, supervise
+    from dsdpo.use.rank import join
+    from dsdpo.use.supervisor import supervise
+    from dsdpo.use.task import Task
 
     more = {name: getattr(args, name) for name in ("model", "fresh", "confirmed") if hasattr(args, name)}
     task = Task(args.command, args.config, overrides, **more)
@@ -54,7 +56,7 @@ def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
     from dsdpo.use.preflight import preflight
-    from dsdpo.use.supervisor import prepare_data
+    from dsdpo.use.task import prepare_data
 
     prepare_data(preflight(args.config, overrides, "prepare"))
 

@@ -49,13 +49,13 @@ class Allocation:
 
     @property
     def address(self) -> str:
-        """Of the first node, on which rank 0 runs."""
-        return node_address(first_node(self.node_list))
+        """Of the first node, on which rank 0 runs; MASTER_ADDR names another one of that node."""
+        return os.environ.get("MASTER_ADDR") or node_address(first_node(self.node_list))
 
     @property
     def port(self) -> int:
-        """For the ranks to meet: the same for all of a job's processes, another for a neighbour's job."""
-        return job_port(self.job)
+        """For the ranks to meet: MASTER_PORT, or the job's own, so that two jobs on a node do not clash."""
+        return int(os.environ.get("MASTER_PORT") or job_port(self.job))
 
 
 def _from_env(rank_key: str, world_key: str, local_key: str) -> Ranks | None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ KEEP_FREED_MEMORY = ":".join(
 
 _AFTER_HANG_S = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start the ranks: a command, its environment, and where they will run, in words."""
+
+    command: list[str]
+    environment: dict[str, str]
+    where: str
 
 
 def launch_command(argv: list[str], cluster: ClusterRequest, devices: int, environment: Mapping[str, str]) -> list[str]:
@@ -84,9 +94,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_launcher(
-    command: list[str], environment: Mapping[str, str], output_dir: Path, requests: StopRequests, lock: RunLock
-) -> int:
+def run_launcher(launch: Launch, output_dir: Path, requests: StopRequests, lock: RunLock) -> int:
     """Start the launcher in its own session, wait, and end whatever it left behind.
 
     Returns:
@@ -95,7 +103,7 @@ def run_launcher(
     Raises:
         KeyboardInterrupt: a second Ctrl-C; nothing is left running.
     """
-    launcher = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+    launcher = subprocess.Popen(launch.command, env=launch.environment, start_new_session=True)
     try:
         requests.launched = True
         lock.note(session=launcher.pid)

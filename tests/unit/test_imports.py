@@ -32,7 +32,21 @@ CHEAP = [
     *PACKAGE.glob("*.py"),
     *PACKAGE.glob("config/*.py"),
     *(PACKAGE / name for name in ("data/registry.py", "train/stop.py")),
-    *(PACKAGE / f"use/{name}.py" for name in ("launcher", "preflight", "supervisor")),
+    *(
+        PACKAGE / f"use/{name}.py"
+        for name in (
+            "hosts",
+            "launcher",
+            "node",
+            "nodes",
+            "preflight",
+            "rank",
+            "rendezvous",
+            "slurm",
+            "supervisor",
+            "task",
+        )
+    ),
 ]
 
 

@@ -18,9 +18,11 @@ from dsdpo.dist import Ranks
 from dsdpo.errors import HangError, IOFailure, StopRequested
 from dsdpo.lock import RunLock
 from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, STOP_FILE, write_exit
-from dsdpo.use.launcher import StopRequests, free_port, launch_command, launch_environment, run_launcher
+from dsdpo.use.launcher import Launch, StopRequests, free_port, launch_command, launch_environment, run_launcher
 from dsdpo.use.preflight import ClusterRequest
-from dsdpo.use.supervisor import Task, _tell_as_peer, clear_marks, judge
+from dsdpo.use.rank import _tell_as_peer
+from dsdpo.use.supervisor import judge
+from dsdpo.use.task import Task, clear_marks
 
 REPOSITORY = Path(__file__).parents[3]
 ARGV = Task("train", "run.yaml", ["--beta", "0.2"]).argv("t0k3n")
@@ -40,13 +42,14 @@ sys.exit(1)
 SUPERVISOR = """
 import os, pathlib, signal, sys
 from dsdpo.lock import RunLock
-from dsdpo.use.launcher import StopRequests, run_launcher
+from dsdpo.use.launcher import Launch, StopRequests, run_launcher
 from dsdpo.use.supervisor import judge
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with SIGINT ignored
 out = pathlib.Path(sys.argv[1])
 try:
     with RunLock.acquire(out, "test") as lock, StopRequests(out) as requests:
-        status = run_launcher([sys.executable, "-c", sys.argv[2], str(out)], os.environ, out, requests, lock)
+        launch = Launch([sys.executable, "-c", sys.argv[2], str(out)], dict(os.environ), "")
+        status = run_launcher(launch, out, requests, lock)
 except KeyboardInterrupt:
     sys.exit(130)
 sys.exit(judge("train", out, status))
@@ -56,7 +59,7 @@ sys.exit(judge("train", out, status))
 def run(command: list[str], out: Path, environment: Mapping[str, str] = os.environ) -> int:
     """run_launcher, as a supervisor calls it."""
     with RunLock.acquire(out, "test") as lock, StopRequests(out) as requests:
-        return run_launcher(command, environment, out, requests, lock)
+        return run_launcher(Launch(command, dict(environment), ""), out, requests, lock)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -1,0 +1,134 @@
+"""Many nodes without a scheduler: the hosts of a hostfile, looked at over ssh before the launcher starts, and an
+environment for their ranks that no command line shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dsdpo.errors import ConfigError, HangError
+from dsdpo.files import write_atomically
+
+_CONNECT_S, _LOOK_S = 15, 45
+# Of this shell's environment, for ranks on other hosts. What else a login shell sets there stands.
+_OF_LIBRARIES = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "MLFLOW_", "TENSORBOARD_")
+_OF_TORCH = ("NCCL_", "TORCH_", "GLOO_", "OMP_", "CUDA_", "TRITON_", "DS_", "DSDPO_", "DEEPSPEED_", "UCX_", "PYTHON")
+_NOT = ("CUDA_VISIBLE_DEVICES",)  # the launcher's word on each host
+
+
+def slots(hostfile: str, include: str | None, exclude: str | None) -> dict[str, list[int]]:
+    """Hosts and their devices, as the `deepspeed` launcher reads a hostfile and its two filters. Raises ConfigError."""
+    from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
+
+    try:
+        pool = fetch_hostfile(hostfile)
+        return dict(parse_inclusion_exclusion(pool or {}, include or "", exclude or ""))
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"--hostfile {hostfile}: {error}; its lines are `host slots=N`") from error
+
+
+def look_at(hosts: list[str], config: str, output_dir: Path) -> None:
+    """Try on each host, over ssh, what its ranks will need first.
+
+    Args:
+        hosts: names that ssh knows.
+        config: path of the run config.
+        output_dir: which exists here, and must exist there too: the hosts share a file system.
+
+    Raises:
+        HangError: a host cannot be reached.
+        ConfigError: it lacks this folder, the config, output_dir, this Python or dsdpo; or pdsh is missing here.
+    """
+    for program in ("ssh", "pdsh"):
+        if shutil.which(program) is None:
+            raise ConfigError(f"there is no {program} on PATH here, which --hostfile needs; install it")
+    with ThreadPoolExecutor(max_workers=min(64, len(hosts))) as pool:
+        found = list(pool.map(lambda host: _look(host, config, output_dir), hosts))
+    if away := [f"{host}: {told}" for host, (code, told) in zip(hosts, found) if code == HangError.exit_code]:
+        raise HangError("\n".join(away))
+    if lacking := [f"{host}: {told}" for host, (code, told) in zip(hosts, found) if code]:
+        raise ConfigError(lacking)
+
+
+def _look(host: str, config: str, output_dir: Path) -> tuple[int, str]:
+    """Exit code, 0 if all is well, and what is wrong."""
+    parts = (Path.cwd(), config, output_dir.absolute(), sys.executable)
+    here, path, out, python = (shlex.quote(str(part)) for part in parts)
+    checks = [
+        (f"cd {here}", f"there is no folder {Path.cwd()}"),
+        (f"test -r {path}", f"there is no file {config}"),
+        (
+            f"test -d {shlex.quote(str(output_dir.absolute()))}",
+            f"there is no folder {output_dir}, which must be shared",
+        ),
+        (f"test -x {python}", f"there is no {sys.executable}; install the same environment at the same place"),
+        (f"{python} -m dsdpo --version > /dev/null", f"{sys.executable} cannot import dsdpo"),
+    ]
+    script = "; ".join(f"{check} || exit {101 + i}" for i, (check, _) in enumerate(checks))
+    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", host, script]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_LOOK_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return HangError.exit_code, f"no answer over ssh within {_LOOK_S} s"
+    if done.returncode == 0:
+        return 0, ""
+    if 101 <= done.returncode < 101 + len(checks):
+        said = done.stderr.strip().splitlines()[-1:]
+        return ConfigError.exit_code, ": ".join([checks[done.returncode - 101][1], *said])
+    said = done.stderr.strip().splitlines()[-1:] or [f"ssh ended with {done.returncode}"]
+    return HangError.exit_code, f"cannot be reached: {said[0]}"
+
+
+# --- the environment ---
+
+
+def _file(output_dir: Path, token: str) -> Path:
+    return output_dir / f".environment-{token}"
+
+
+def leave_environment(output_dir: Path, token: str, environment: Mapping[str, str]) -> None:
+    """Write what ranks on other hosts need of this environment to a file that only its owner can read.
+
+    The launcher would put it on ssh's command line, where every user of the hosts can read tokens.
+    """
+    path = _file(output_dir, token)
+    chosen = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_OF_LIBRARIES + _OF_TORCH) and name not in _NOT
+    }
+    before = os.umask(0o077)
+    try:
+        write_atomically(path, json.dumps(chosen))
+    finally:
+        os.umask(before)
+
+
+def take_environment(output_dir: Path, token: str) -> None:
+    """Set what `leave_environment` wrote, on a rank, where this host has not set it already."""
+    with suppress(FileNotFoundError):
+        chosen: dict[str, Any] = json.loads(_file(output_dir, token).read_text())
+        for name, value in chosen.items():
+            os.environ.setdefault(name, value)
+
+
+def forget_environment(output_dir: Path) -> None:
+    """Remove what this run, or an earlier one that was killed, has left."""
+    for path in output_dir.glob(".environment-*"):
+        path.unlink(missing_ok=True)
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """For the launcher itself, which exports some variables on command lines: without those that the file carries."""
+    return {name: value for name, value in environment.items() if not name.startswith(("MLFLOW", "DS_ENV"))}

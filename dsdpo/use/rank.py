@@ -1,0 +1,102 @@
+"""One rank under a launcher: the `deepspeed` launcher, torchrun, accelerate or srun."""
+
+from __future__ import annotations
+
+import atexit
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.dist import Ranks
+from dsdpo.errors import ConfigError, DsdpoError, IOFailure
+from dsdpo.lock import RunLock
+from dsdpo.train.stop import EXIT_FILE, write_exit
+from dsdpo.use.hosts import take_environment
+from dsdpo.use.preflight import preflight, reload
+from dsdpo.use.rendezvous import meet
+from dsdpo.use.task import PEER_EXIT_FILE, Task, clear_marks, finish, is_finished, prepare_data
+
+
+def join(task: Task, ranks: Ranks, token: str | None) -> int:
+    """Take this rank's place. Raises DsdpoError; the main rank's cause is in output_dir/EXIT as well.
+
+    Args:
+        token: of the supervisor's lock; None without one: the main rank then takes the lock itself.
+    """
+    supervised = token is not None
+    config, trouble = _read(task, ranks, supervised)
+    if config is not None and token is not None:
+        take_environment(Path(config.output_dir), token)
+    if config is not None and not supervised and is_finished(task, config):
+        return 0
+    if config is not None and not supervised and ranks.is_main:
+        token = _take_lock(task, Path(config.output_dir))
+    try:
+        meeting = meet(ranks, config, trouble, token)
+        assert config is not None, "a rank without a config has raised its trouble"
+        if not supervised:
+            _prepare_as_rank(config, ranks)
+        from dsdpo.train.tasks import run
+
+        run(config, task.name, task.model, token)
+        del meeting
+    except DsdpoError as error:
+        if config is not None:
+            _tell(Path(config.output_dir), ranks, error)
+        raise
+    if ranks.is_main and not supervised:
+        finish(task, config)
+    return 0
+
+
+def _read(task: Task, ranks: Ranks, supervised: bool) -> tuple[RunConfig | None, DsdpoError | None]:
+    """The config, or what is wrong with it on a node other than rank 0's, which must be told at the meeting.
+
+    Raises:
+        DsdpoError: what is wrong on rank 0's.
+    """
+    try:
+        if supervised:
+            return reload(task.path, task.overrides), None
+        if task.fresh:
+            raise ConfigError("--fresh works where `dsdpo train` is started plainly; here, empty output_dir instead")
+        return preflight(task.path, task.overrides, task.name, model=task.model), None
+    except DsdpoError as error:
+        if ranks.is_main:
+            raise
+        return None, error
+
+
+def _take_lock(task: Task, output_dir: Path) -> str:
+    """Without a supervisor the main rank holds the lock, until the process ends. Returns its token."""
+    lock = RunLock.acquire(output_dir, f"dsdpo {task.name}")
+    atexit.register(lock.release)
+    clear_marks(output_dir)
+    return lock.token
+
+
+def _tell(output_dir: Path, ranks: Ranks, error: DsdpoError) -> None:
+    """Leave a word for the supervisor: where `run` was not reached yet, nobody else does."""
+    if not ranks.is_main:
+        _tell_as_peer(output_dir, ranks, error)
+    elif not (output_dir / EXIT_FILE).exists():
+        with suppress(IOFailure):
+            write_exit(output_dir, error.exit_code, str(error))
+
+
+def _tell_as_peer(output_dir: Path, ranks: Ranks, error: DsdpoError) -> None:
+    """Leave what happened to this rank alone, such as a full disk; the first of several ranks to do so wins."""
+    with suppress(OSError), (output_dir / PEER_EXIT_FILE).open("x") as stream:
+        json.dump({"code": error.exit_code, "message": f"rank {ranks.rank}: {error}"}, stream)
+
+
+def _prepare_as_rank(config: RunConfig, ranks: Ranks) -> None:
+    """Without a supervisor the main rank prepares; the others wait for its files, not in a collective."""
+    if ranks.is_main:
+        prepare_data(config)
+        return
+    from dsdpo.data.prepare import wait_prepared
+
+    wait_prepared(config, "train")
+    wait_prepared(config, "eval")

@@ -1,0 +1,65 @@
+"""What `dsdpo` can be asked to do on ranks, and what a supervisor and a rank without one both do around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.dist import launched
+from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, STOP_FILE
+
+PEER_EXIT_FILE = "EXIT_PEER"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to do (`train`, `reference` or `eval`), on which YAML, with which overrides and `--model`.
+
+    `fresh` trains from the beginning though output_dir holds a run, which `confirmed` says without asking.
+    """
+
+    name: str
+    path: str
+    overrides: list[str]
+    model: str | None = None
+    fresh: bool = False
+    confirmed: bool = False
+
+    def argv(self, token: str) -> list[str]:
+        """The arguments that make a rank do this under a supervisor that holds the lock `token`."""
+        model = ["--model", self.model] if self.model else []
+        return [self.name, self.path, *model, "--supervised", token, *self.overrides]
+
+
+def prepare_data(config: RunConfig) -> None:
+    """Prepare both splits where missing and print what they hold."""
+    from dsdpo.data.prepare import prepare, summary
+
+    for prepared in (prepare(config, "train"), prepare(config, "eval")):
+        if prepared is not None:
+            print(summary(prepared), flush=True)
+
+
+def clear_marks(output_dir: Path) -> None:
+    """Forget how an earlier attempt was stopped and ended."""
+    for name in (STOP_FILE, EXIT_FILE, PEER_EXIT_FILE):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def is_finished(task: Task, config: RunConfig) -> bool:
+    """Whether this training has ended well before; said once."""
+    if task.name != "train" or not (Path(config.output_dir) / COMPLETED_FILE).exists():
+        return False
+    ranks = launched()
+    if ranks is None or ranks.is_main:
+        print(f"{config.output_dir} holds this run, finished: nothing to do. --fresh trains it again", flush=True)
+    return True
+
+
+def finish(task: Task, config: RunConfig) -> None:
+    """What follows a training that reached its end."""
+    if task.name == "train" and config.plot_loss:
+        from dsdpo.use.plots import plot
+
+        plot(Path(config.output_dir))

@@ -1,0 +1,106 @@
+"""srun's command line, a node's launcher, and which ends put a job back into the queue, with no SLURM at hand."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsdpo.dist import Allocation, job_port
+from dsdpo.errors import ConfigError, HangError
+from dsdpo.train.stop import STOP_FILE
+from dsdpo.use.node import launcher
+from dsdpo.use.slurm import _can_go_on, begin_attempt, ranks_per_node, srun_command
+
+JOB = Allocation("41", 2, "localhost", 4, 64, 0)
+CPU_JOB = Allocation("41", 2, "localhost", None, 64, 0)
+
+
+def restarted(times: int) -> Allocation:
+    return Allocation("41", 2, "localhost", 4, 64, times)
+
+
+@pytest.mark.parametrize(("job", "wanted", "ranks"), [(JOB, None, 4), (JOB, 2, 2), (CPU_JOB, None, 1), (CPU_JOB, 3, 3)])
+def test_a_rank_for_each_gpu(job: Allocation, wanted: int | None, ranks: int) -> None:
+    assert ranks_per_node(job, wanted) == ranks
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    with pytest.raises(ConfigError, match="SLURM gave 4 GPUs on each node"):
+        ranks_per_node(JOB, 5)
+
+
+def test_one_task_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    environment = {"DSDPO_SRUN_ARGS": "--container-image='a b' --label", "HF_TOKEN": "secret"}
+    command = srun_command(["train", "run.yaml"], JOB, 4, tmp_path, None, environment)
+    assert command[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
+    assert {"--kill-on-bad-exit=1", "--cpu-bind=none", "--container-image=a b", "--label"} < set(command)
+    node = command[command.index("-m") :]
+    assert command[command.index("-m") - 1] == sys.executable
+    assert node[1:6] == ["dsdpo.use.node", "--nodes", "2", "--ranks", "4"]
+    assert node[6:10] == ["--master_addr", "localhost", "--master_port", str(job_port("41"))]
+    assert node[-3:] == ["--", "train", "run.yaml"] and "secret" not in " ".join(command)
+
+
+def test_the_nodes_interpreter_and_the_port_can_be_others(tmp_path: Path) -> None:
+    command = srun_command(["train"], JOB, 4, tmp_path, 4321, {"DSDPO_PYTHON": "python3"})
+    assert command[command.index("-m") - 1] == "python3" and "4321" in command
+
+
+@pytest.mark.parametrize(
+    ("visible", "ids"), [("", ["0", "1"]), ("2,5", ["2", "5"]), ("GPU-a,GPU-b,GPU-c", ["GPU-a", "GPU-b"])]
+)
+def test_a_node_uses_the_gpus_that_slurm_gave_it(visible: str, ids: list[str]) -> None:
+    args = argparse.Namespace(nodes=3, ranks=2, master_addr="n1", master_port="4321", argv=["train", "run.yaml"])
+    command = launcher(args, 1, visible)
+    world = next(word for word in command if word.startswith("--world_info=")).partition("=")[2]
+    assert json.loads(base64.urlsafe_b64decode(world)) == {f"node-{i}": ids for i in range(3)}
+    assert "--node_rank=1" in command and command[-4:] == ["--module", "dsdpo", "train", "run.yaml"]
+
+
+def test_a_node_with_fewer_gpus_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    args = argparse.Namespace(nodes=3, ranks=2, master_addr="n1", master_port="4321", argv=["train"])
+    with pytest.raises(SystemExit) as end:
+        launcher(args, 1, "7")
+    assert end.value.code == 64 and "2 ranks are wanted on each node, but SLURM gave 1 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "received", "stop", "goes_on"),
+    [
+        (0, None, None, False),
+        (64, None, None, False),
+        (65, None, None, False),
+        (66, None, None, False),
+        (70, None, None, False),
+        (71, None, None, True),
+        (74, None, None, True),
+        (1, None, None, True),
+        (75, "SIGUSR1", "SIGUSR1", True),  # the scheduler's warning
+        (75, None, None, True),  # max_time
+        (75, "SIGUSR1", None, True),  # before there were ranks
+        (75, "SIGTERM", "SIGTERM", False),  # scancel
+        (75, "SIGINT", "SIGINT", False),
+        (75, None, "", False),  # a person made the file
+        (75, None, "restart 1 of the job", False),  # the job is elsewhere by now
+    ],
+)
+def test_what_goes_back_into_the_queue(
+    tmp_path: Path, code: int, received: str | None, stop: str | None, goes_on: bool
+) -> None:
+    if stop is not None:
+        (tmp_path / STOP_FILE).write_text(stop)
+    assert _can_go_on(tmp_path, code, received) == goes_on
+
+
+def test_attempts_that_begin_at_the_same_step_are_counted(tmp_path: Path) -> None:
+    assert [begin_attempt(tmp_path, restarted(n)) for n in range(3)] == [1, 2, 3]
+    with pytest.raises(HangError, match="3 attempts of this job began at the beginning"):
+        begin_attempt(tmp_path, restarted(3))
+    assert begin_attempt(tmp_path, Allocation("42", 2, "localhost", 4, 64, 0)) == 1  # submitted anew
