@@ -66,10 +66,7 @@ def _look(host: str, config: str, output_dir: Path) -> tuple[int, str]:
     checks = [
         (f"cd {here}", f"there is no folder {Path.cwd()}"),
         (f"test -r {path}", f"there is no file {config}"),
-        (
-            f"test -d {shlex.quote(str(output_dir.absolute()))}",
-            f"there is no folder {output_dir}, which must be shared",
-        ),
+        (f"test -d {out}", f"there is no folder {output_dir}, which must be shared"),
         (f"test -x {python}", f"there is no {sys.executable}; install the same environment at the same place"),
         (f"{python} -m dsdpo --version > /dev/null", f"{sys.executable} cannot import dsdpo"),
     ]
