@@ -1,0 +1,145 @@
+"""The cluster and the hosts that other tests stand on do what those tests take for granted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster import slurm as slurm_cluster
+from tests.cluster.machine import until
+from tests.cluster.slurm import Slurm
+from tests.helpers.ranks import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def submit(slurm: Slurm, tmp_path: Path) -> Callable[..., str]:
+    """Submits a script's text; returns the job's id."""
+
+    def submit(script: str, *arguments: str, **variables: str) -> str:
+        path = tmp_path / "job.sh"
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        options = ["--open-mode=append", f"--output={tmp_path}/job-%j.log"]
+        return slurm.sbatch(*options, *arguments, str(path), cwd=tmp_path, **variables)
+
+    return submit
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """All that use the cluster in `folder`."""
+    found = psutil.process_iter(["environ"])
+    return [process for process in found if f"{folder}/" in (process.info["environ"] or {}).get("SLURM_CONF", "")]
+
+
+def test_a_job_completes_with_the_variables_of_the_one_who_submits(slurm, submit):
+    job = submit("echo $WORD; type -p python", WORD="hello")
+    assert slurm.wait(job)["ExitCode"] == "0:0"
+    python = subprocess.run(["bash", "-c", "type -p python"], capture_output=True, text=True).stdout
+    assert slurm.log(job) == f"hello\n{python}"
+
+
+def test_a_jobs_exit_code_is_in_its_record(slurm, submit):
+    job = submit("exit 64")
+    assert slurm.wait(job, "FAILED")["ExitCode"] == "64:0"
+    (record,) = (record for record in slurm.records() if record["JobId"] == job)
+    assert (record["JobState"], record["ExitCode"]) == ("FAILED", "64:0")
+
+
+def test_a_wait_for_a_job_that_fails_ends_with_its_log(slurm, submit):
+    job = submit("echo what went wrong; exit 3")
+    with pytest.raises(pytest.fail.Exception, match=r"(?s)FAILED.*'3:0'.*what went wrong"):
+        slurm.wait(job)
+
+
+def test_two_nodes_have_names_gpus_and_processes_of_their_own(slurm, submit):
+    ask = "echo $SLURM_PROCID $SLURMD_NODENAME $(hostname) $CUDA_VISIBLE_DEVICES $(pgrep -c slurmd$)"
+    job = submit(f"srun bash -c '{ask}'", "--nodes=2", "--gpus-per-node=2")
+    slurm.wait(job)
+    assert sorted(slurm.log(job).splitlines()) == ["0 n1 n1 0,1 1", "1 n2 n2 0,1 1"]
+
+
+def test_a_signal_reaches_the_batch_script(slurm, submit):
+    job = submit("trap 'echo told; exit 0' USR1; echo ready; sleep 300 & wait")
+    until(lambda: "ready" in slurm.log(job), "the job's trap")
+    slurm.signal(job, "USR1")
+    slurm.wait(job)
+    assert "told" in slurm.log(job)
+
+
+def test_a_requeued_job_runs_again_with_the_same_id(slurm, submit):
+    job = submit('echo "run ${SLURM_RESTART_COUNT:-0}"; [ -n "$SLURM_RESTART_COUNT" ] || sleep 300')
+    until(lambda: "run 0" in slurm.log(job), "the first run")
+    slurm.requeue(job)
+    assert slurm.wait(job)["Restarts"] == "1"
+    assert "run 1" in slurm.log(job)
+
+
+def test_an_urgent_job_takes_the_nodes_of_another_which_is_told_before(slurm, submit):
+    on_signal = "trap 'echo told; scontrol requeue $SLURM_JOB_ID' USR1; echo ready"
+    script = f"{on_signal}; [ $SLURM_RESTART_COUNT ] || sleep 300 & wait"
+    whole = ["--nodes=4", "--exclusive"]
+    job = submit(script, *whole, "--signal=B:USR1")
+    until(lambda: "ready" in slurm.log(job), "the job's trap")
+    slurm.wait(submit("true", *whole, "--partition=urgent"))
+    assert slurm.wait(job)["Restarts"] == "1"
+    assert slurm.log(job).count("told") == 1
+
+
+@pytest.mark.parametrize("dead", ["n1", "n2"], ids=["with the batch script", "without"])
+def test_a_job_is_requeued_on_other_nodes_when_one_dies(slurm, submit, dead):
+    step = "echo run ${SLURM_RESTART_COUNT:-0} on $(hostname); sleep $((SLURM_RESTART_COUNT ? 0 : 300))"
+    job = submit(f"srun bash -c '{step}'", "--nodes=2")
+    until(lambda: all(f"run 0 on {name}" in slurm.log(job) for name in ("n1", "n2")), "the step on both nodes")
+    slurm.kill_node(dead)
+    slurm.wait(job, "PENDING", timeout=90)
+    after = slurm.wait(job)
+    assert after["Restarts"] == "1"
+    assert slurm.log(job).count("run 1 on") == 2 and f"run 1 on {dead}" not in slurm.log(job)
+
+
+def test_a_nodes_death_takes_all_of_its_processes(slurm, submit):
+    job = submit("setsid env --ignore-environment sleep 4321 & srun sleep 4321", "--nodelist=n2")
+    machine = slurm.machines["n2"]
+    until(lambda: machine.run("pgrep", "--count", "sleep") == "3\n", "the job's processes")
+    doomed = psutil.Process(machine.pid).children(recursive=True)
+    slurm.kill_node("n2")
+    assert not any(process.is_running() for process in doomed)
+    slurm.start_node("n2")
+    slurm.wait(job, "PENDING", "RUNNING")
+
+
+def test_nothing_is_left_when_a_cluster_stops(tmp_path):
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
+    before = psutil.Process().children(recursive=True)
+    with Slurm(tmp_path) as cluster:
+        cluster.wait(cluster.sbatch("--nodes=4", "--wrap", "srun sleep 300", cwd=tmp_path), "RUNNING")
+        assert len(processes_of(tmp_path)) > 6
+    assert processes_of(tmp_path) == []
+    assert psutil.Process().children(recursive=True) == before
+
+
+def test_nothing_is_left_when_the_tests_are_killed(tmp_path):
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
+    code = (
+        "import sys, time, pathlib; from tests.cluster.slurm import Slurm\n"
+        "with Slurm(pathlib.Path(sys.argv[1])) as cluster:\n"
+        "    cluster.wait(cluster.sbatch('--nodes=4', '--wrap', 'srun sleep 300', cwd=sys.argv[1]), 'RUNNING')\n"
+        "    print('up', flush=True); time.sleep(300)"
+    )
+    tests = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert tests.stdout and tests.stdout.readline() == "up\n"
+    all_of_it = psutil.Process(tests.pid).children(recursive=True)
+    assert len(processes_of(tmp_path)) > 6
+    os.kill(tests.pid, signal.SIGKILL)
+    tests.wait()
+    until(lambda: not processes_of(tmp_path) and not any(map(psutil.pid_exists, (p.pid for p in all_of_it))), "the end")
