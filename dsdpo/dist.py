@@ -35,7 +35,7 @@ class Allocation:
     """The SLURM job that this process was started in, in its batch script or in the shell of salloc.
 
     Attributes:
-        gpus_per_node: as SLURM counts them on this node; None if the job asked for none.
+        gpus_per_node: as many as the job asked for; None if it asked for none.
         cpus_per_node: on this node.
         restarts: how often the job was put back into the queue.
     """
@@ -112,15 +112,23 @@ def allocation() -> Allocation | None:
         return None
     if "SLURM_STEP_TASKS_PER_NODE" in environment and environment.get("SLURM_STEP_ID") != _INTERACTIVE_STEP:
         return None
-    gpus = environment.get("SLURM_GPUS_ON_NODE")
     return Allocation(
         job=environment["SLURM_JOB_ID"],
         nodes=int(environment.get("SLURM_JOB_NUM_NODES", "1")),
         node_list=environment["SLURM_JOB_NODELIST"],
-        gpus_per_node=int(gpus) if gpus else None,
+        gpus_per_node=_gpus_per_node(),
         cpus_per_node=int(environment.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1),
         restarts=slurm_restarts(),
     )
+
+
+def _gpus_per_node() -> int | None:
+    """What --gpus-per-node says (`8`, `a100:4`), which a step gets even where --exclusive gives the job more; or how
+    many SLURM gave on this node."""
+    asked = os.environ.get("SLURM_GPUS_PER_NODE")
+    if asked:
+        return sum(int(part.rpartition(":")[2]) for part in asked.split(",")) or None
+    return int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) or None
 
 
 def node_rank() -> int:

@@ -187,6 +187,14 @@ class Schedule:
         return self.peak
 
 
+def held_here(engine: DeepSpeedEngine) -> str:
+    """How many of a model's parameters this rank holds: with ZeRO-3 a share."""
+    parameters = list(engine.module.parameters())
+    whole = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    here = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in parameters)
+    return f"{100 * here / whole:.0f} % of the parameters on a rank"
+
+
 def describe(engine: DeepSpeedEngine, config: RunConfig, ranks: Ranks, hardware: Hardware) -> str:
     """One line on what trains where."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
@@ -196,5 +204,6 @@ def describe(engine: DeepSpeedEngine, config: RunConfig, ranks: Ranks, hardware:
     return (
         f"{config.stage} of {config.model_name_or_path}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M "
         f"trainable ({config.finetuning_type}), reference {config.reference_kind}; ZeRO stage {stage}{raised}, "
-        f"{ranks.world_size} ranks on {hardware.device.type}, {'bf16' if hardware.bf16 else 'fp32'}"
+        f"{ranks.world_size} ranks on {hardware.device.type}, {'bf16' if hardware.bf16 else 'fp32'}, "
+        f"{held_here(engine)}"
     )

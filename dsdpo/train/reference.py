@@ -19,7 +19,7 @@ from dsdpo.model.attention import choose
 from dsdpo.model.rows import RowTensors
 from dsdpo.reference.store import ReferenceStore, store_key
 from dsdpo.train.agree import any_rank
-from dsdpo.train.engine import Hardware, build_reference_engine
+from dsdpo.train.engine import Hardware, build_reference_engine, held_here
 from dsdpo.train.facts import weights_digests
 from dsdpo.train.stop import StopFlag
 
@@ -111,10 +111,11 @@ def reference_source(
     if config.reference_kind == "none":
         return lambda loader, ids: NoReference()
     if config.reference_kind == "live":
-        has_adapter = config.finetuning_type == "lora"
-        live = LiveReference(
-            engine if has_adapter else build_reference_engine(config, ranks, hardware), hardware.device
-        )
+        frozen = engine
+        if config.finetuning_type != "lora":
+            frozen = build_reference_engine(config, ranks, hardware)
+            say(f"reference: a frozen engine, {held_here(frozen)}")
+        live = LiveReference(frozen, hardware.device)
         return lambda loader, ids: live
     store = open_store(config, ranks, hardware)
     return lambda loader, ids: reference_for(loader, ids, store, lambda: engine, hardware.device, say, stop)

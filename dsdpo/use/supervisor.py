@@ -177,10 +177,12 @@ def judge(task: str, output_dir: Path, status: int) -> int:
     # The launcher hands a rank's death by signal on as a negative number, which exit() wraps around.
     killed = status < 0 or status > 128
     if code in (None, 1) and killed:
-        raise HangError(
-            f"a rank was killed by {_signal_name(status)} during {task}; out of memory is the usual cause "
-            "(see the lines above and the kernel's log): lower max_tokens_per_row or use a higher ZeRO stage"
-        )
+        name = _signal_name(status)
+        cause = "another rank or node failed before, or the scheduler ended it; see the lines above"
+        if name == "SIGKILL":
+            cause = "out of memory is the usual cause (see the lines above and the kernel's log): lower "
+            cause += "max_tokens_per_row or use a higher ZeRO stage"
+        raise HangError(f"a rank was killed by {name} during {task}; {cause}")
     if (code is None and status == 0) or (code == 0 and task == "train"):
         raise HangError(f"the ranks ended without finishing {task}; see the lines above")
     if code is None:

@@ -58,6 +58,17 @@ def test_a_batch_script_is_no_rank_but_has_an_allocation(monkeypatch: pytest.Mon
     assert allocation() == Allocation("7", 2, "n[3-4]", 8, 64, 2)
 
 
+@pytest.mark.parametrize(
+    ("asked", "given", "gpus"),
+    [("1", "8", 1), ("a100:2,h100:2", None, 4), (None, "8", 8), ("0", "0", None), (None, "", None)],
+)
+def test_gpus_of_a_job(monkeypatch: pytest.MonkeyPatch, asked: str | None, given: str | None, gpus: int | None) -> None:
+    said = {"SLURM_GPUS_PER_NODE": asked, "SLURM_GPUS_ON_NODE": given}
+    put(monkeypatch, BATCH, {name: value for name, value in said.items() if value is not None})
+    job = allocation()
+    assert job is not None and job.gpus_per_node == gpus
+
+
 @pytest.mark.parametrize(("step", "has_nodes"), [("0", False), ("4294967290", True)])
 def test_a_shell_inside_a_job_is_no_rank(monkeypatch: pytest.MonkeyPatch, step: str, has_nodes: bool) -> None:
     """`srun --pty bash` has one node's share; the shell that salloc opens has the job's nodes."""

@@ -32,21 +32,7 @@ CHEAP = [
     *PACKAGE.glob("*.py"),
     *PACKAGE.glob("config/*.py"),
     *(PACKAGE / name for name in ("data/registry.py", "train/stop.py")),
-    *(
-        PACKAGE / f"use/{name}.py"
-        for name in (
-            "hosts",
-            "launcher",
-            "node",
-            "nodes",
-            "preflight",
-            "rank",
-            "rendezvous",
-            "slurm",
-            "supervisor",
-            "task",
-        )
-    ),
+    *(path for path in PACKAGE.glob("use/*.py") if path.stem not in ("chat", "plots", "checkpoints", "screen")),
 ]
 
 

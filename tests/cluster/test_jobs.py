@@ -1,0 +1,189 @@
+"""The scripts in slurm/ on a real SLURM: what they promise of limits, preemption, dead nodes, mistakes and secrets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+from tests.cluster.slurm import Slurm
+from tests.faults.place import Place, losses, weights
+from tests.helpers.ranks import ROOT
+
+pytestmark = pytest.mark.slow
+
+SECRETS = {"HF_TOKEN": "hf_sEcReTtOkEn", "WANDB_API_KEY": "wAnDbSeCrEtKeY"}
+# One thread for each of several ranks on this machine; a step long enough to be met in the middle.
+QUIET = {"OMP_NUM_THREADS": "1", "DSDPO_ENV": sys.prefix, "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module")
+def whole(place: Place) -> Path:
+    """A run on 2 ranks without a scheduler, which nothing interrupts."""
+    code, output = place.run("whole", "--deepspeed", place.zero(3))
+    assert code == 0, output
+    return place.folder / "whole"
+
+
+@pytest.fixture
+def submit(slurm: Slurm, place: Place) -> Callable[..., str]:
+    """`sbatch OPTIONS slurm/train.sbatch run.yaml --output_dir OUT ...`; returns the job's id."""
+
+    def submit(out: str, *arguments: str, options: tuple[str, ...] = ("--nodes=2",), **variables: str) -> str:
+        script = [str(ROOT / "slurm" / "train.sbatch"), str(place.folder / "run.yaml")]
+        command = ["--gpus-per-node=1", *options, *script, "--output_dir", str(place.folder / out)]
+        if "--deepspeed" not in arguments:
+            command += ["--deepspeed", place.zero(3)]
+        return slurm.sbatch(*command, *arguments, cwd=place.folder, **{**QUIET, "PYTHONPATH": str(ROOT), **variables})
+
+    return submit
+
+
+def records_of(slurm: Slurm, job: str) -> list[dict[str, str]]:
+    return [record for record in slurm.records() if record["JobId"] == job]
+
+
+def test_two_nodes_train_policy_and_reference_in_shares(slurm: Slurm, place: Place, submit: Callable[..., str]) -> None:
+    arguments = ["--finetuning_type", "full", "--reference", "live", "--save_steps", "6"]
+    job = submit("two", *arguments, options=("--nodes=2", "--comment=x"))
+    done = slurm.wait(job)
+    assert (done["ExitCode"], done["Restarts"]) == ("0:0", "0")
+    log = slurm.log(job)
+    assert "ZeRO stage 3, 2 ranks on cpu, fp32, 50 % of the parameters on a rank" in log
+    assert "reference: a frozen engine, 50 % of the parameters on a rank" in log
+    assert "2 ranks on CPUs, on 2 nodes: n1, n2" in log
+    code, output = place.run("one", "--deepspeed", place.zero(3), *arguments, ranks=1)
+    assert code == 0, output
+    np.testing.assert_allclose(losses(place.folder / "two"), losses(place.folder / "one"), rtol=1e-5)
+    one, two = weights(place.folder / "one"), weights(place.folder / "two")
+    assert all(np.allclose(two[name], one[name], atol=1e-5) for name in one)
+    [record] = records_of(slurm, job)
+    assert (record["JobState"], record["ExitCode"]) == ("COMPLETED", "0:0")
+
+
+def until_saving(place: Place, out: str, step: int) -> None:
+    """Wait for the checkpoint in which DSDPO_FAULT holds the ranks."""
+    folder = place.folder / out / "checkpoints" / f"step-{step:08d}.tmp"
+    until(folder.exists, f"{folder} to be written", 120)
+
+
+def resumed(log: str) -> list[int]:
+    """Steps after which attempts went on."""
+    return [int(step) for step in re.findall(r"resumed after step (\d+)", log)]
+
+
+def test_before_the_time_limit_a_job_saves_and_comes_back(
+    slurm: Slurm, place: Place, whole: Path, submit: Callable[..., str]
+) -> None:
+    # The third save of the first attempt takes until after the signal; the second attempt has one save left.
+    options = ("--nodes=2", "--time=2", "--signal=B:USR1@80")
+    job = submit("limit", options=options, DSDPO_FAULT="save:staged@3=40")
+    done = slurm.wait(job, timeout=240)
+    assert (done["ExitCode"], done["Restarts"]) == ("0:0", "1"), slurm.log(job)
+    assert resumed(slurm.log(job)) == [10]
+    assert same_weights(place.folder / "limit", whole) and losses(place.folder / "limit") == losses(whole)
+
+
+def test_a_preempted_job_saves_and_comes_back(
+    slurm: Slurm, place: Place, whole: Path, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    job = submit("preempted", options=("--nodes=2", "--nodelist=n[1-2]"), DSDPO_FAULT="save:staged@3=6")
+    until_saving(place, "preempted", 9)
+    urgent = ["--partition=urgent", "--nodelist=n1", "--exclusive", f"--output={tmp_path}/urgent", "--wrap=sleep 1"]
+    slurm.wait(slurm.sbatch(*urgent))
+    done = slurm.wait(job)
+    assert (done["ExitCode"], done["Restarts"]) == ("0:0", "1"), slurm.log(job)
+    assert resumed(slurm.log(job)) == [10] and same_weights(place.folder / "preempted", whole)
+
+
+def test_a_job_that_is_requeued_by_hand_goes_on(
+    slurm: Slurm, place: Place, whole: Path, submit: Callable[..., str]
+) -> None:
+    job = submit("requeued", DSDPO_FAULT="save:staged@3=6")
+    until_saving(place, "requeued", 9)
+    slurm.requeue(job)
+    done = slurm.wait(job)
+    assert (done["ExitCode"], done["Restarts"]) == ("0:0", "1"), slurm.log(job)
+    [step] = resumed(slurm.log(job))
+    assert step in (6, 9, 10) and same_weights(place.folder / "requeued", whole)
+
+
+def test_a_cancelled_job_stays_away(slurm: Slurm, place: Place, submit: Callable[..., str]) -> None:
+    job = submit("cancelled", DSDPO_FAULT="save:staged@2=6")
+    until_saving(place, "cancelled", 6)
+    slurm.cancel(job)
+    done = slurm.wait(job, "CANCELLED")
+    until(lambda: not slurm.call("squeue", "--noheader"), "its end")
+    assert slurm.job(job)["JobState"] == "CANCELLED" and done["Restarts"] == "0"
+
+
+def test_a_mistake_in_the_config_ends_the_job(slurm: Slurm, submit: Callable[..., str]) -> None:
+    job = submit("mistake", "--beta", "-1")
+    done = slurm.wait(job, "FAILED")
+    assert (done["ExitCode"], done["Restarts"]) == ("64:0", "0") and "beta" in slurm.log(job)
+
+
+def test_a_job_that_fails_at_the_same_step_is_given_up(slurm: Slurm, place: Place, submit: Callable[..., str]) -> None:
+    job = submit("loop", DSDPO_FAULT="save:staged@1#1")
+    done = slurm.wait(job, "FAILED", timeout=240)
+    assert (done["ExitCode"], done["Restarts"]) == ("71:0", "2"), slurm.log(job)
+    assert "3 attempts of this job began at the beginning and ended without a new checkpoint" in slurm.log(job)
+    assert [record["JobState"] for record in records_of(slurm, job)].count("FAILED") == 1
+
+
+@pytest.mark.parametrize(
+    ("dead", "nodes", "ranks"), [("n2", "2", 2), ("n1", "1-3", 2)], ids=["any node", "the first node"]
+)
+def test_when_a_node_dies_the_job_goes_on_without_it(
+    slurm: Slurm, place: Place, whole: Path, submit: Callable[..., str], dead: str, nodes: str, ranks: int
+) -> None:
+    """Without the first node, the lock of the attempt that died with it must expire; and there is a node less."""
+    out = f"dead-{dead}"
+    slurm.call("scontrol", "update", "nodename=n4", "state=drain", "reason=test")
+    job = submit(out, options=(f"--nodes={nodes}",), DSDPO_FAULT="save:staged@3=6")
+    until_saving(place, out, 9)
+    slurm.kill_node(dead)
+    done = slurm.wait(job, timeout=400)
+    assert (done["ExitCode"], done["Restarts"]) == ("0:0", "1"), slurm.log(job)
+    log = slurm.log(job)
+    assert dead not in log.rpartition("ranks on CPUs")[2].splitlines()[0]
+    assert f"{ranks} ranks on CPUs" in log.rpartition("starting train")[2]
+    np.testing.assert_allclose(losses(place.folder / out), losses(whole), rtol=1e-4)
+
+
+def test_a_sweep_runs_every_line_on_what_was_prepared(slurm: Slurm, place: Place) -> None:
+    settings = {**QUIET, "PYTHONPATH": str(ROOT), "DSDPO_SWEEP_DIR": str(place.folder / "sweep")}
+    (place.folder / "sweep.txt").write_text('--beta 0.2 --run_name "a b"\n--beta 0.3\n')
+    prepare = [str(ROOT / "slurm" / "prepare.sbatch"), str(place.folder / "run.yaml"), "--output_dir", "sweep/data"]
+    first = slurm.sbatch("--cpus-per-task=2", "--mem=0", *prepare, cwd=place.folder, **settings)
+    script = [str(ROOT / "slurm" / "array.sbatch"), str(place.folder / "run.yaml"), str(place.folder / "sweep.txt")]
+    options = [f"--dependency=afterok:{first}", "--array=1-2%1", "--gpus-per-node=1"]
+    array = slurm.sbatch(*options, *script, cwd=place.folder, **settings)
+    slurm.wait(f"{array}_2", timeout=240)
+    assert slurm.job(f"{array}_1")["JobState"] == "COMPLETED", slurm.log(f"{array}_1")
+    for line, beta in (("1", 0.2), ("2", 0.3)):
+        config = yaml.safe_load((place.folder / "sweep" / line / "run_config.yaml").read_text())
+        assert config["beta"] == beta and (place.folder / "sweep" / line / "COMPLETED").exists()
+
+
+def test_secrets_are_in_no_log_command_line_or_file(slurm: Slurm, place: Place, submit: Callable[..., str]) -> None:
+    job = submit("secret", "--report_to", "tensorboard", DSDPO_FAULT="save:staged@2=3", **SECRETS)
+    until_saving(place, "secret", 6)
+    lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    assert sum("--supervised" in line for line in lines) >= 2  # launchers and ranks were seen
+    slurm.wait(job)
+    for secret in SECRETS.values():
+        assert not [line for line in lines if secret in line]
+        files = [path for path in place.folder.rglob("*") if path.is_file()]
+        assert len(files) > 20 and not [path for path in files if secret.encode() in path.read_bytes()]
+        assert secret not in slurm.log(job)
