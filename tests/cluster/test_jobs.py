@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ import psutil
 import pytest
 import yaml
 
+from tests.cluster.machine import until
 from tests.cluster.slurm import Slurm
-from tests.faults.place import Place, losses, weights
+from tests.faults.place import Place, losses, same_weights, weights
 from tests.helpers.ranks import ROOT
 
 pytestmark = pytest.mark.slow
