@@ -86,8 +86,9 @@ def memory_lines(model: Model, job: Job, counts: list[int]) -> list[str]:
         parts = {**memory(job.sizes, job.setup, gpus), f"row of {job.row_tokens}": per_token * job.row_tokens}
         total = sum(parts.values())
         verdict = "fits" if total < 0.9 * job.rates.memory else "does NOT fit"
-        told = ", ".join(f"{name} {held / 2**30:.1f}" for name, held in parts.items())
-        lines.append(f"{gpus} GPUs: {total / 2**30:.1f} GiB each, {verdict} in {job.rates.memory / 2**30:.0f}: {told}")
+        told = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
+        held, room = (f"{value / 2**30:{form}}" for value, form in ((total, ".1f"), (job.rates.memory, ".0f")))
+        lines.append(f"{gpus} GPU{'s' * (gpus > 1)}: {held} GiB each, {verdict} in {room}: {told}")
     return lines
 
 
