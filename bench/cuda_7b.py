@@ -28,20 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.against_trl import arguments, compare, end_runs_on_sigterm
 from bench.cases import Case, Pairs
 from bench.flops import Shape, peak_tflops, step_flops, tokens
+from bench.models import BUILT_IN
 from bench.report import Result, machine, table
 from bench.sides import Side
 
 COLUMNS = ("case", "side", "pairs/s", "logical tokens/s", "physical tokens/s", "MFU", "peak GiB", "last loss")
-LLAMA_2_7B = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    max_position_embeddings=4096,
-    tie_word_embeddings=False,
-)
+LLAMA_2_7B = BUILT_IN["llama-2-7b"]
 
 
 def make_model(folder: Path, config: LlamaConfig, device: str, dtype: torch.dtype) -> Path:

@@ -1,0 +1,83 @@
+"""Counts what the ranks of a training send to each other; runs on every rank of a group."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.traffic import Sizes
+from dsdpo.dist import launched
+from dsdpo.files import write_atomically
+from dsdpo.train.engine import start_process_group
+from dsdpo.train.loop import train
+from dsdpo.train.session import build_session
+from dsdpo.train.steplog import StepLog
+from dsdpo.train.stop import StopFlag
+from tests.dist.grid import run_config
+from tests.helpers.tiny import ListOfPairs, random_pairs
+
+# function of torch.distributed -> place and name of the argument that holds all that is gathered or reduced
+_WHOLE = {
+    "all_gather_into_tensor": (0, "output_tensor"),
+    "reduce_scatter_tensor": (1, "input"),
+    "all_reduce": (0, "tensor"),
+    "reduce": (0, "tensor"),
+}
+
+
+def count(cases: list[dict[str, Any]]) -> list[tuple[Sizes, int, dict[str, int]]]:
+    """Train each case (changes to `run_config`; `zero`, a zero_optimization block) for a few steps.
+
+    Returns, for each case: the numbers of weights, micro-steps of a step, and in its last step the bytes gathered or
+    reduced by each function of torch.distributed.
+    """
+    ranks = launched()
+    assert ranks is not None
+    sent: Counter[str] = Counter()
+    for name, (place, argument) in _WHOLE.items():
+        setattr(torch.distributed, name, _counted(getattr(torch.distributed, name), name, place, argument, sent))
+    steps: list[dict[str, int]] = []
+    ended = StepLog.end
+
+    def end(log: StepLog, step: Any) -> None:
+        ended(log, step)
+        steps.append(dict(sent))
+        sent.clear()
+
+    StepLog.end = end  # type: ignore[method-assign]
+    results = []
+    for case in cases:
+        changes = dict(case)
+        folder = Path(tempfile.mkdtemp())
+        write_atomically(folder / "zero.json", json.dumps({"zero_optimization": changes.pop("zero")}))
+        options: dict[str, Any] = {"save_steps": None, "precision": "bf16", **changes}
+        config = run_config(folder=folder, **options).model_copy(update={"deepspeed": str(folder / "zero.json")})
+        hardware = start_process_group(config, ranks)
+        session = build_session(config, ranks, hardware, ListOfPairs(random_pairs(40)), None, StopFlag(folder))
+        weights = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in session.engine.module.parameters()]
+        sizes = Sizes(sum(n for n, _ in weights), sum(n for n, trains in weights if trains), largest=0, modules=0)
+        (*_, batch) = session.loader.training_batches(range(5), config.train_batch_size, config.seed)
+        sent.clear()
+        train(session)
+        results.append((sizes, len(batch.rows), steps[-1]))
+        session.reporter.close()
+        session.engine.destroy()
+    torch.distributed.destroy_process_group()
+    return results
+
+
+def _counted(
+    collective: Callable[..., Any], name: str, place: int, argument: str, sent: Counter[str]
+) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        whole = kwargs[argument] if argument in kwargs else args[place]
+        sent[name] += whole.nbytes
+        return collective(*args, **kwargs)
+
+    return call
