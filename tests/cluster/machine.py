@@ -47,7 +47,7 @@ def what_is_missing(programs: tuple[str, ...], trial: str, network: bool = False
         return "needs root, to make namespaces"
     absent = [program for program in ("unshare", "nsenter", "setpriv", *programs) if not find(program)]
     if absent:
-        return f"needs {', '.join(absent)}: `make cluster-packages` installs what there is"
+        return f"needs {', '.join(absent)} (`make cluster-packages`)"
     result = subprocess.run(
         [*_UNSHARE, *_network(network), "sh", "-c", f"mount -t tmpfs shm /dev/shm && {trial}"],
         env={**os.environ, "PATH": PATH},
