@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults bench check format install clean
+.PHONY: help demo test test-faults cluster-packages bench check format install clean
 
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
@@ -21,10 +21,29 @@ GPUS = $(shell nvidia-smi -L > /dev/null 2>&1 && echo yes)
 # The `deepspeed` launcher and ninja are found on PATH.
 WITH_VENV = export PATH="$(BIN):$$PATH"
 
+# install_system PACKAGE…: with apt-get, or says who has to.
+define INSTALL_SYSTEM
+install_system() {
+	if [ $$# = 0 ]; then return; fi
+	if [ "$$(id -u)" = 0 ]; then as_root=(env); else as_root=(sudo -n); fi
+	if ! command -v apt-get > /dev/null || ! "$${as_root[@]}" true 2> /dev/null; then
+		echo "make: these system packages are missing, and installing them needs root. Please run" >&2
+		echo "    sudo apt-get update && sudo apt-get install -y $$*" >&2
+		echo "(or what provides them on your system), then the same make command again." >&2
+		exit 1
+	fi
+	echo "installing system packages: $$*"
+	"$${as_root[@]}" apt-get update -qq
+	"$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends "$$@" > /dev/null
+}
+endef
+
 help:
 	@echo "make demo     install, then train a small model on text-to-SQL and show what changed"
 	echo "make test     install, then run the tests (SLOW=1: all of them)"
 	echo "make test-faults KILLS=60    install, then kill as many runs, most inside a save, and count what was lost"
+	echo "make cluster-packages    install SLURM, ssh and the like from Debian: tests/cluster skips without them"
 	echo "make bench    install, then dsdpo beside TRL's DPOTrainer: hours (BENCH_ARGS=\"--cases 'hh-lora-*'\" for a part)"
 	echo "make check    ruff, ruff format --check, mypy"
 	echo "make format   ruff's fixes and format"
@@ -47,6 +66,17 @@ test-faults: $(STAMP)
 	export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg KILLS=$(or $(KILLS),12)
 	if [ -z "$(GPUS)" ]; then export DS_ACCELERATOR=cpu; fi
 	python -m pytest -m slow tests/faults/test_kills.py $(PYTEST_ARGS)
+
+# For tests/cluster: the real SLURM and ssh, and what DeepSpeed uses to bind ranks to cores and to read NVMe.
+cluster-packages:
+	@$(INSTALL_SYSTEM)
+	export PATH="$$PATH:/usr/sbin:/sbin"
+	missing=()
+	for need in slurmctld:slurm-wlm munged:munge pdsh:pdsh sshd:openssh-server numactl:numactl ip:iproute2; do
+		command -v "$${need%:*}" > /dev/null || missing+=("$${need#*:}")
+	done
+	[ -e /usr/include/libaio.h ] || missing+=(libaio-dev)
+	install_system "$${missing[@]}"
 
 # Wants a quiet machine: whatever else runs is in the numbers.
 bench: $(STAMP)
@@ -73,7 +103,8 @@ clean:
 # torch goes first and alone, so that nothing else chooses its version. c++ and the Python headers are for the
 # kernels that DeepSpeed and Triton compile at run time (without them DeepSpeed cannot start on a CPU).
 $(STAMP): pyproject.toml constraints.txt
-	@start=$$(date +%s)
+	@$(INSTALL_SYSTEM)
+	start=$$(date +%s)
 	python="$(PYTHON)"
 	if ! "$${python:-false}" -c '$(SUPPORTED)'; then
 		echo "make: Python 3.10, 3.11 or 3.12 is needed; found '$$python'. Name one: make PYTHON=/path/to/python3.11" >&2
@@ -85,19 +116,7 @@ $(STAMP): pyproject.toml constraints.txt
 	"$$python" -c 'import ensurepip, venv' 2> /dev/null || missing+=("$$version-venv")
 	[ -e "$$header" ] || missing+=("$$version-dev")
 	command -v "$${CXX:-c++}" > /dev/null || missing+=(g++)
-	if [ $${#missing[@]} -gt 0 ]; then
-		if [ "$$(id -u)" = 0 ]; then as_root=(env); else as_root=(sudo -n); fi
-		if ! command -v apt-get > /dev/null || ! "$${as_root[@]}" true 2> /dev/null; then
-			echo "make: these system packages are missing, and installing them needs root. Please run" >&2
-			echo "    sudo apt-get update && sudo apt-get install -y $${missing[*]}" >&2
-			echo "(or what provides them on your system), then the same make command again." >&2
-			exit 1
-		fi
-		echo "installing system packages: $${missing[*]}"
-		"$${as_root[@]}" apt-get update -qq
-		"$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-			apt-get install -y -qq --no-install-recommends "$${missing[@]}" > /dev/null
-	fi
+	install_system "$${missing[@]}"
 	torch=$$(grep '^torch==' constraints.txt)
 	if ! $(BIN)/python -m pip --version > /dev/null 2>&1; then "$$python" -m venv --clear .venv; fi
 	echo "installing $$torch, then the rest, into .venv"

@@ -1,12 +1,15 @@
-"""A real cluster for the tests of this folder."""
+"""A real cluster, and real hosts, for the tests of this folder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.cluster import hosts as two_hosts
 from tests.cluster import slurm as slurm_cluster
+from tests.cluster.hosts import Hosts
 from tests.cluster.slurm import Slurm
 
 
@@ -25,3 +28,14 @@ def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "slurm" in request.fixturenames:
         request.getfixturevalue("slurm").tidy()
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    """Two hosts, h1 and h2, made for one test."""
+    if reason := two_hosts.missing():
+        pytest.skip(reason)
+    folder = tmp_path / "hosts"
+    folder.mkdir()
+    with Hosts(folder) as both:
+        yield both

@@ -32,22 +32,31 @@ exec env --ignore-signal=CHLD sleep infinity > /dev/null
 """
 
 
+# Daemons live where a user's PATH may not lead.
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
 def find(program: str) -> str:
-    """A program's path; daemons live where a user's PATH may not lead. Empty if it is not installed."""
-    return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") or ""
+    """A program's path, or an empty string."""
+    return shutil.which(program, path=PATH) or ""
 
 
-def what_is_missing(*programs: str, network: bool = False) -> str:
-    """Why machines cannot be made here, or an empty string."""
+def what_is_missing(programs: tuple[str, ...], trial: str, network: bool = False) -> str:
+    """Why machines cannot be made here, or an empty string; `trial` is a shell command that must work on them."""
     if os.geteuid() != 0:
         return "needs root, to make namespaces"
     absent = [program for program in ("unshare", "nsenter", "setpriv", *programs) if not find(program)]
     if absent:
-        return f"needs {', '.join(absent)}, which `make cluster-packages` installs"
-    trial = subprocess.run(
-        [*_UNSHARE, *_network(network), "mount", "-t", "tmpfs", "trial", "/dev/shm"], capture_output=True, text=True
+        return f"needs {', '.join(absent)} (`make cluster-packages`)"
+    result = subprocess.run(
+        [*_UNSHARE, *_network(network), "sh", "-c", f"mount -t tmpfs shm /dev/shm && {trial}"],
+        env={**os.environ, "PATH": PATH},
+        capture_output=True,
+        text=True,
     )
-    return f"needs namespaces, which are not allowed here: {trial.stderr.strip()}" if trial.returncode else ""
+    return f"needs namespaces and devices, which are not allowed here: {result.stderr.strip()}" * bool(
+        result.returncode
+    )
 
 
 def until(condition: Callable[[], object], what: str, timeout: float = 60) -> None:
@@ -70,8 +79,9 @@ class Machine:
     Whatever runs on it, daemons too, descends from its process 1, with which the kernel kills all.
     """
 
-    def __init__(self, name: str, hosts: Path, network: bool = False) -> None:
+    def __init__(self, name: str, hosts: Path, environment: dict[str, str], network: bool = False) -> None:
         self.name = name
+        self._environment = environment
         self._network = _network(network)
         self._shell = subprocess.Popen(
             [*BOUND, *_UNSHARE, *self._network, "sh", "-c", _BOOT, "sh", name, str(hosts)],
@@ -92,19 +102,28 @@ class Machine:
         """A program on this machine; `options` as for Popen. Killing what this returns kills the program too."""
         enter = ["nsenter", "--target", str(self.pid), "--pid", "--mount", "--uts", *self._network, "--"]
         # Entering the mounts leads to their root folder.
-        process = subprocess.Popen([*enter, *BOUND, "env", "--chdir", str(cwd), *line], **options)
+        line = (*enter, *BOUND, "env", "--chdir", str(cwd), *line)
+        process = subprocess.Popen(line, **{"env": self._environment, **options})
         self._started.append(process)
         return process
 
-    def run(self, *line: str, timeout: float = 60, **options: Any) -> str:
-        """Output of a program that ends by itself, which must be well."""
-        process = self.start(*line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    def run(self, *line: str, text: str = "", timeout: float = 60, **options: Any) -> str:
+        """Output of a program that reads `text` and ends by itself, which must be well."""
+        pipe, out = subprocess.PIPE, subprocess.STDOUT
+        process = self.start(*line, stdin=pipe, stdout=pipe, stderr=out, text=True, **options)
         try:
-            output, _ = process.communicate(timeout=timeout)
+            output, _ = process.communicate(text, timeout=timeout)
         finally:
             process.kill()
         assert process.returncode == 0, f"{line} on {self.name} ended with {process.returncode}: {output}"
         return output
+
+    def overlay(self, path: Path, content: str) -> None:
+        """This machine alone sees another content in a file, until it ends."""
+        script = (
+            'copy=$(mktemp -p /run) && cp --preserve=mode "$1" "$copy" && cat > "$copy" && mount --bind "$copy" "$1"'
+        )
+        self.run("sh", "-c", script, "sh", str(path), text=content)
 
     def kill(self) -> None:
         """As if its power were cut. It may be dead already."""

@@ -76,7 +76,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 
 def missing() -> str:
     """Why there can be no cluster here, or an empty string."""
-    return what_is_missing(*PROGRAMS)
+    return what_is_missing(PROGRAMS, trial="mknod /dev/shm/gpu c 1 3")
 
 
 class Slurm:
@@ -127,7 +127,7 @@ class Slurm:
         until(self._idle, f"four idle nodes (see {self.folder}/log)")
 
     def _answers(self) -> bool:
-        return subprocess.run(["scontrol", "ping"], env=self.environment, capture_output=True).returncode == 0
+        return subprocess.run([find("scontrol"), "ping"], env=self.environment, capture_output=True).returncode == 0
 
     def _idle(self) -> bool:
         return all(self.node(name)["State"] == "IDLE" for name in NODES)
@@ -228,11 +228,9 @@ class Slurm:
         until(lambda: self.node(name)["State"] in ("IDLE", "MIXED", "ALLOCATED"), f"{name} to be of use")
 
     def _start_machine(self, name: str) -> None:
-        machine = self.machines[name] = Machine(name, self.folder / "hosts")
+        machine = self.machines[name] = Machine(name, self.folder / "hosts", self.environment)
         with (self.folder / f"log/slurmd.{name}.out").open("wb") as log:
-            machine.start(
-                find("slurmd"), "-D", "-N", name, env=self.environment, stdout=log, stderr=log, start_new_session=True
-            )
+            machine.start(find("slurmd"), "-D", "-N", name, stdout=log, stderr=log, start_new_session=True)
 
     def tidy(self) -> None:
         """Cancels all jobs and brings every node back, for the next test."""

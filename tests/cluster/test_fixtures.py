@@ -12,8 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.cluster import hosts as two_hosts
 from tests.cluster import slurm as slurm_cluster
-from tests.cluster.machine import until
+from tests.cluster.hosts import Hosts
+from tests.cluster.machine import programs_in, until
 from tests.cluster.slurm import Slurm
 from tests.helpers.ranks import ROOT
 
@@ -143,3 +145,83 @@ def test_nothing_is_left_when_the_tests_are_killed(tmp_path):
     os.kill(tests.pid, signal.SIGKILL)
     tests.wait()
     until(lambda: not processes_of(tmp_path) and not any(map(psutil.pid_exists, (p.pid for p in all_of_it))), "the end")
+
+
+def test_ssh_leads_to_the_other_host_and_its_address(hosts):
+    said = hosts["h1"].run("ssh", "h2", "hostname; echo $SSH_CONNECTION").split()
+    assert (said[0], said[1], said[3]) == ("h2", hosts.address("h1"), hosts.address("h2"))
+    assert hosts.address("h1") != hosts.address("h2")
+
+
+def test_pdsh_reaches_all_hosts(hosts):
+    assert sorted(hosts["h1"].run("pdsh", "-w", "h1,h2", "hostname").splitlines()) == ["h1: h1", "h2: h2"]
+
+
+def test_ranks_on_two_hosts_reduce_with_gloo(hosts):
+    code = (
+        "import torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo'); total = torch.tensor([dist.get_rank() + 1.0])\n"
+        "dist.all_reduce(total); print(total.item())"
+    )
+    join = {"MASTER_ADDR": "h1", "MASTER_PORT": "29500", "WORLD_SIZE": "2"}
+    ranks = [
+        hosts[name].start(
+            sys.executable, "-c", code, env={**hosts.environment, **join, "RANK": str(rank)}, stdout=subprocess.PIPE
+        )
+        for rank, name in enumerate(hosts.names)
+    ]
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == [b"3.0\n", b"3.0\n"]
+
+
+def test_a_program_on_a_host_can_be_signalled_and_killed(hosts):
+    sleep = hosts["h1"].start("sleep", "300")
+    until(lambda: [p.name() for p in programs_in(sleep)] == ["sleep"], "sleep")
+    programs_in(sleep)[0].send_signal(signal.SIGTERM)
+    assert sleep.wait(60) == -signal.SIGTERM
+    hosts["h1"].start("sleep", "400").kill()
+    until(lambda: hosts["h1"].start("pgrep", "-f", "sleep 400", stdout=subprocess.DEVNULL).wait() == 1, "its end")
+
+
+def test_pkill_and_shared_memory_stay_on_their_host(hosts):
+    sleeps = {name: hosts[name].start("sleep", "4711") for name in hosts.names}
+    until(lambda: all(p.name() == "sleep" for sleep in sleeps.values() for p in programs_in(sleep)), "both")
+    hosts["h1"].run("pkill", "-f", "sleep 4711")
+    assert sleeps["h1"].wait(60) == -signal.SIGTERM and sleeps["h2"].poll() is None
+    hosts["h1"].run("touch", "/dev/shm/mine")
+    assert hosts["h2"].run("ls", "/dev/shm") == ""
+
+
+def test_a_host_without_its_cable_cannot_be_reached_until_it_is_back(hosts):
+    ask = ["ssh", "-o", "ConnectTimeout=2", "h2", "hostname"]
+    hosts.cut("h2")
+    tried = hosts["h1"].start(*ask, stderr=subprocess.PIPE)
+    assert b"timed out" in tried.communicate(timeout=60)[1] and tried.returncode == 255
+    hosts.mend("h2")
+    assert hosts["h1"].run(*ask) == "h2\n"
+
+
+def test_a_changed_file_is_changed_on_one_host_alone(hosts, tmp_path):
+    path = tmp_path / "code.py"
+    path.write_text("print('old')\n")
+    hosts["h2"].overlay(path, "print('new')\n")
+    assert hosts["h1"].run("cat", str(path)) == path.read_text() == "print('old')\n"
+    assert hosts["h1"].run("ssh", "h2", f"cat {path}") == "print('new')\n"
+
+
+def test_two_sets_of_hosts_live_side_by_side_and_leave_nothing(tmp_path):
+    if reason := two_hosts.missing():
+        pytest.skip(reason)
+    before = psutil.Process().children(recursive=True), devices_and_mounts()
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    with Hosts(tmp_path / "a") as a, Hosts(tmp_path / "b", ("x", "y", "z")) as b:
+        for hosts in (a, b):
+            hosts[hosts.names[0]].start("setsid", "sleep", "300")
+        assert b["x"].run("ssh", "z", "hostname") == "z\n"
+        everyone = psutil.Process().children(recursive=True)
+    assert (psutil.Process().children(recursive=True), devices_and_mounts()) == before
+    assert not any(process.is_running() for process in everyone if process not in before[0])
+
+
+def devices_and_mounts() -> list[str]:
+    """Network devices and mounts of this machine itself."""
+    return [*sorted(os.listdir("/sys/class/net")), *Path("/proc/self/mountinfo").read_text().splitlines()]
