@@ -163,6 +163,7 @@ def _add_launch(parser: _Parser) -> None:
     launch.add_argument("--hostfile", metavar="FILE", help="nodes, as `host slots=N` lines")
     launch.add_argument("--include", metavar="NODES", help="only these, such as node-1:0,1@node-2")
     launch.add_argument("--exclude", metavar="NODES", help="all but these")
+    launch.add_argument("--master_addr", metavar="ADDR", help="of the first node, where it has several networks")
     launch.add_argument("--master_port", type=int, metavar="PORT", help="port for the ranks to meet (a free one)")
     again = "in a SLURM job: back into the queue when the scheduler stopped it, or what failed may pass"
     launch.add_argument("--requeue", action="store_true", help=again)

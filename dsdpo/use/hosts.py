@@ -113,11 +113,15 @@ def leave_environment(output_dir: Path, token: str, environment: Mapping[str, st
 
 
 def take_environment(output_dir: Path, token: str) -> None:
-    """Set what `leave_environment` wrote, on a rank, where this host has not set it already."""
+    """Set what `leave_environment` wrote, on a rank, where this host has not set it already.
+
+    A shell over ssh has the system's PATH, without this interpreter's ninja.
+    """
     with suppress(FileNotFoundError):
         chosen: dict[str, Any] = json.loads(_file(output_dir, token).read_text())
         for name, value in chosen.items():
             os.environ.setdefault(name, value)
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def forget_environment(output_dir: Path) -> None:

@@ -48,8 +48,10 @@ def launch_command(argv: list[str], cluster: ClusterRequest, devices: int, envir
     """
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", "--no_local_rank"]
     command += ["--master_port", str(cluster.master_port or free_port())]
-    if cluster.hostfile:
-        command += ["--hostfile", cluster.hostfile]
+    if cluster.master_addr:
+        command += ["--master_addr", cluster.master_addr]
+    if cluster.hostfile:  # one host of many is still another machine, which the launcher would take for this one
+        command += ["--hostfile", cluster.hostfile, "--force_multi"]
     if cluster.include:
         command += ["--include", cluster.include]
     elif cluster.exclude:

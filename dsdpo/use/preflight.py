@@ -35,6 +35,7 @@ class ClusterRequest:
     hostfile: str | None = None
     include: str | None = None
     exclude: str | None = None
+    master_addr: str | None = None
     master_port: int | None = None
     requeue: bool = False
 

@@ -21,6 +21,7 @@ from dsdpo.errors import ConfigError, HangError, IOFailure, StopRequested
 from dsdpo.files import write_atomically
 from dsdpo.lock import EXPIRED_S, living_holder
 from dsdpo.train.stop import STOP_FILE
+from dsdpo.use.preflight import ClusterRequest
 
 ATTEMPTS_FILE = "attempts.jsonl"
 _MOST = 3  # attempts that end where they began
@@ -47,14 +48,19 @@ def ranks_per_node(job: Allocation, wanted: int | None) -> int:
 
 
 def srun_command(
-    argv: list[str], job: Allocation, ranks: int, output_dir: Path, port: int | None, environment: Mapping[str, str]
+    argv: list[str],
+    job: Allocation,
+    ranks: int,
+    output_dir: Path,
+    cluster: ClusterRequest,
+    environment: Mapping[str, str],
 ) -> list[str]:
     """srun's command line: one task a node, which becomes that node's `deepspeed` launcher.
 
     Args:
         argv: arguments of `dsdpo` on each rank.
         ranks: on each node.
-        port: for the ranks to meet; None: one of the job's own.
+        cluster: --master_addr and --master_port, which the job gives otherwise.
         environment: DSDPO_SRUN_ARGS, further arguments of srun, such as --container-image=…; DSDPO_PYTHON, the
             interpreter on the nodes, where it is not this one.
     """
@@ -64,7 +70,8 @@ def srun_command(
     command += shlex.split(environment.get("DSDPO_SRUN_ARGS", ""))
     command += [environment.get("DSDPO_PYTHON", sys.executable), "-m", "dsdpo.use.node"]
     command += ["--nodes", str(job.nodes), "--ranks", str(ranks)]
-    command += ["--master_addr", job.address, "--master_port", str(port or job.port)]
+    command += ["--master_addr", cluster.master_addr or job.address]
+    command += ["--master_port", str(cluster.master_port or job.port)]
     return [*command, "--logs", str((output_dir / "logs").absolute()), "--", *argv]
 
 

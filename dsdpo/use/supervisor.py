@@ -103,7 +103,7 @@ def _launch(
     argv = task.argv(token)
     if job is not None:
         ranks = ranks_per_node(job, cluster.num_accelerators)
-        command = srun_command(argv, job, ranks, output_dir, cluster.master_port, os.environ)
+        command = srun_command(argv, job, ranks, output_dir, cluster, os.environ)
         on_nodes = replace(cluster, num_accelerators=ranks)
         where = f"{_ranks(ranks, devices)} on each of {job.nodes} nodes ({job.node_list}) of job {job.job}"
         return Launch(command, launch_environment(on_nodes, devices, os.environ), where)

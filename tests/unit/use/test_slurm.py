@@ -14,6 +14,7 @@ from dsdpo.dist import Allocation, job_port
 from dsdpo.errors import ConfigError, HangError
 from dsdpo.train.stop import STOP_FILE
 from dsdpo.use.node import launcher
+from dsdpo.use.preflight import ClusterRequest
 from dsdpo.use.slurm import _can_go_on, begin_attempt, ranks_per_node, srun_command
 
 JOB = Allocation("41", 2, "localhost", 4, 64, 0)
@@ -38,7 +39,7 @@ def test_one_task_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     environment = {"DSDPO_SRUN_ARGS": "--container-image='a b' --label", "HF_TOKEN": "secret"}
-    command = srun_command(["train", "run.yaml"], JOB, 4, tmp_path, None, environment)
+    command = srun_command(["train", "run.yaml"], JOB, 4, tmp_path, ClusterRequest(), environment)
     assert command[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
     assert {"--kill-on-bad-exit=1", "--cpu-bind=none", "--container-image=a b", "--label"} < set(command)
     node = command[command.index("-m") :]
@@ -49,8 +50,9 @@ def test_one_task_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_nodes_interpreter_and_the_port_can_be_others(tmp_path: Path) -> None:
-    command = srun_command(["train"], JOB, 4, tmp_path, 4321, {"DSDPO_PYTHON": "python3"})
-    assert command[command.index("-m") - 1] == "python3" and "4321" in command
+    cluster = ClusterRequest(master_addr="ib-n1", master_port=4321)
+    command = srun_command(["train"], JOB, 4, tmp_path, cluster, {"DSDPO_PYTHON": "python3"})
+    assert command[command.index("-m") - 1] == "python3" and {"ib-n1", "4321"} < set(command)
 
 
 @pytest.mark.parametrize(

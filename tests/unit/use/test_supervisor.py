@@ -241,18 +241,19 @@ def test_marks_of_an_earlier_attempt_are_cleared(tmp_path: Path) -> None:
     [
         (ClusterRequest(), 0, {}, "--num_accelerators 1"),
         (ClusterRequest(num_accelerators=3), 0, {}, "--num_accelerators 3"),
+        (ClusterRequest(master_addr="h"), 8, {}, "--master_addr h"),
         (ClusterRequest(num_accelerators=3), 0, {"CUDA_VISIBLE_DEVICES": ""}, "--num_accelerators 3"),
         (ClusterRequest(), 8, {}, ""),
         (ClusterRequest(num_accelerators=2), 8, {}, "--num_accelerators 2"),
         (ClusterRequest(), 2, {"CUDA_VISIBLE_DEVICES": "4,5"}, "--include localhost:4,5"),
         (ClusterRequest(num_accelerators=1), 2, {"CUDA_VISIBLE_DEVICES": "4,5"}, "--include localhost:4"),
         (ClusterRequest(include="localhost:1"), 8, {}, "--include localhost:1"),
-        (ClusterRequest(hostfile="hosts", exclude="b"), 8, {}, "--hostfile hosts --exclude b"),
+        (ClusterRequest(hostfile="hosts", exclude="b"), 8, {}, "--hostfile hosts --force_multi --exclude b"),
         (
             ClusterRequest(hostfile="hosts", num_accelerators=4),
             0,
             {},
-            "--hostfile hosts --num_accelerators 4",
+            "--hostfile hosts --force_multi --num_accelerators 4",
         ),
     ],
 )
