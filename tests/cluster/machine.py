@@ -18,8 +18,8 @@ import pytest
 BOUND = ["setpriv", "--pdeathsig", "KILL"]
 _UNSHARE = ["unshare", "--fork", "--kill-child", "--mount-proc", "--pid", "--mount", "--uts"]
 
-# $1 the host name, $2 what stands for /etc/hosts. The last process is number 1 of the machine and inherits all
-# orphans: as it ignores SIGCHLD, the kernel buries them.
+# $1 the host name, $2 what stands for /etc/hosts. sshd wants its folder in /run. The last process is number 1 of the
+# machine and inherits all orphans: as it ignores SIGCHLD, the kernel buries them.
 _BOOT = """
 set -e
 hostname "$1"
@@ -30,7 +30,6 @@ mkdir /run/sshd
 echo up
 exec env --ignore-signal=CHLD sleep infinity > /dev/null
 """
-
 
 # Daemons live where a user's PATH may not lead.
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -54,9 +53,9 @@ def what_is_missing(programs: tuple[str, ...], trial: str, network: bool = False
         capture_output=True,
         text=True,
     )
-    return f"needs namespaces and devices, which are not allowed here: {result.stderr.strip()}" * bool(
-        result.returncode
-    )
+    if result.returncode:
+        return f"needs namespaces and devices, which are not allowed here: {result.stderr.strip()}"
+    return ""
 
 
 def until(condition: Callable[[], object], what: str, timeout: float = 60) -> None:
@@ -120,9 +119,8 @@ class Machine:
 
     def overlay(self, path: Path, content: str) -> None:
         """This machine alone sees another content in a file, until it ends."""
-        script = (
-            'copy=$(mktemp -p /run) && cp --preserve=mode "$1" "$copy" && cat > "$copy" && mount --bind "$copy" "$1"'
-        )
+        copy = 'copy=$(mktemp -p /run) && cp --preserve=mode "$1" "$copy" && cat > "$copy"'
+        script = f'{copy} && mount --bind "$copy" "$1"'
         self.run("sh", "-c", script, "sh", str(path), text=content)
 
     def kill(self) -> None:
