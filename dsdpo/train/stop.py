@@ -61,6 +61,13 @@ def read_exit(path: Path) -> tuple[int | None, str]:
         return None, ""
 
 
+def wait_for_exit(output_dir: Path, seconds: float = 10.0) -> None:
+    """Wait until another rank has said how the run ended, but no longer than `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (output_dir / EXIT_FILE).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def reserve_exit(output_dir: Path) -> None:
     """Take the room that `write_exit` needs when the disk is full. Raises IOFailure."""
     write_atomically(output_dir / _RESERVE, " " * _RESERVE_BYTES)

@@ -30,7 +30,7 @@ from dsdpo.train.loop import train
 from dsdpo.train.objective import objective_of
 from dsdpo.train.reference import NoReference, Reference, open_store, reference_for
 from dsdpo.train.session import Session, build_session
-from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE, StopFlag, reserve_exit, write_exit
+from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE, StopFlag, reserve_exit, wait_for_exit, write_exit
 from dsdpo.train.watch import Watch
 
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -92,6 +92,8 @@ def _exit_told(config: RunConfig, ranks: Ranks) -> Iterator[None]:
     except DsdpoError as error:
         if ranks.is_main:
             write_exit(output_dir, error.exit_code, str(error))
+        elif isinstance(error, StopRequested):
+            wait_for_exit(output_dir)  # a launcher ends the others as soon as one has ended
         raise
     except BaseException as error:
         if ranks.is_main:

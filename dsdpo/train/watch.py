@@ -22,7 +22,7 @@ from typing import Any
 from dsdpo.dist import Ranks
 from dsdpo.errors import HangError
 from dsdpo.lock import holder, holder_is_gone, this_process
-from dsdpo.train.stop import EXIT_FILE, write_exit
+from dsdpo.train.stop import wait_for_exit, write_exit
 
 FOLDER = "ranks"
 _LONG_S = 1800.0  # for first steps, saves and evaluations
@@ -47,6 +47,7 @@ class Watch:
         self.token = token
         self._parent = os.getppid()
         self._me = this_process()
+        self._unheld = 0
         self._every = min(5.0, hang_timeout / 10)
         self._beats = 0
         self._steps: set[int] = set()
@@ -107,12 +108,14 @@ class Watch:
                 self._end(waited)
 
     def _is_orphan(self) -> bool:
-        """Whether the holder of the lock has ended, or another job has it: it may be in output_dir already."""
+        """Whether the lock's holder has ended or given it back, or another job has it, and may write to output_dir."""
         with suppress(Exception):
             facts = holder(self._output_dir)
+            # A supervisor on another host gives the lock back at its end; once may be a slow file system.
+            self._unheld = self._unheld + 1 if facts is None else 0
             if facts and self.token is not None:
                 return bool(facts["token"] != self.token or holder_is_gone(facts))
-        return False
+        return self.token is not None and self._unheld > 1
 
     def _neighbour_has_died(self) -> bool:
         """Whether the next rank, on this host, is gone: NCCL would wait for it, and a launcher for each in turn."""
@@ -153,14 +156,8 @@ class Watch:
             with suppress(Exception):
                 write_exit(self._output_dir, HangError.exit_code, told)
         else:  # whoever ends first cuts the others' connections: let that one say first what happened
-            self._wait_for_word()
+            wait_for_exit(self._output_dir)
         os._exit(HangError.exit_code)
-
-    def _wait_for_word(self) -> None:
-        for _ in range(50):
-            if (self._output_dir / EXIT_FILE).exists():
-                return
-            time.sleep(0.2)
 
     def diagnose(self, waited: float) -> tuple[str, int]:
         """What has happened, and the first rank that is alive and waits.

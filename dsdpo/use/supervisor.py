@@ -105,7 +105,8 @@ def _launch(
         ranks = ranks_per_node(job, cluster.num_accelerators)
         command = srun_command(argv, job, ranks, output_dir, cluster, os.environ)
         on_nodes = replace(cluster, num_accelerators=ranks)
-        where = f"{_ranks(ranks, devices)} on each of {job.nodes} nodes ({job.node_list}) of job {job.job}"
+        nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''} ({job.node_list})"
+        where = f"{_ranks(ranks, devices)} on each of {nodes} of job {job.job}"
         return Launch(command, launch_environment(on_nodes, devices, os.environ), where)
     command = launch_command(argv, cluster, devices, os.environ)
     environment = launch_environment(cluster, devices, os.environ)

@@ -222,10 +222,15 @@ class Slurm:
         """Brings a node back, and waits until jobs can run on it."""
         if name not in self.machines:
             self._start_machine(name)
-        until(lambda: "*" not in self.node(name)["State"], f"{name} to answer")
-        if "DOWN" in self.node(name)["State"] or "DRAIN" in self.node(name)["State"]:
-            self.call("scontrol", "update", f"nodename={name}", "state=resume")
-        until(lambda: self.node(name)["State"] in ("IDLE", "MIXED", "ALLOCATED"), f"{name} to be of use")
+
+        def is_of_use() -> bool:
+            state = self.node(name)["State"]
+            if "*" not in state and ("DOWN" in state or "DRAIN" in state):  # it may come back by itself meanwhile
+                resume = ["scontrol", "update", f"nodename={name}", "state=resume"]
+                subprocess.run(resume, env=self.environment, capture_output=True, check=False)
+            return state in ("IDLE", "MIXED", "ALLOCATED")
+
+        until(is_of_use, f"{name} to be of use")
 
     def _start_machine(self, name: str) -> None:
         machine = self.machines[name] = Machine(name, self.folder / "hosts", self.environment)

@@ -70,7 +70,7 @@ import sys, time
 from pathlib import Path
 from dsdpo.dist import Ranks
 from dsdpo.train.watch import Watch
-out, timeout, token, beats = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+out, timeout, token, beats = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] or None, int(sys.argv[4])
 watch = Watch(out, Ranks(0, 1, 0), timeout, token)
 watch.start()
 for step in range(beats):
@@ -94,7 +94,7 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def test_no_progress_ends_with_71_stacks_and_a_word(tmp_path: Path) -> None:
-    process = start(tmp_path, "1.0", "t", "5")
+    process = start(tmp_path, "1.0", "", "5")
     _, said = process.communicate(timeout=30)
     assert process.returncode == 71 and "No progress for" in said and "in step 5" in said
     assert "<module>" in (tmp_path / "ranks" / "stacks-00000.txt").read_text()
@@ -103,7 +103,7 @@ def test_no_progress_ends_with_71_stacks_and_a_word(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("beats", ["0", "2", "9"])
 def test_first_steps_and_saves_may_take_longer(tmp_path: Path, beats: str) -> None:
-    process = start(tmp_path, "0.5", "t", beats)
+    process = start(tmp_path, "0.5", "", beats)
     time.sleep(2)
     assert process.poll() in (None, 0)
     process.kill()
@@ -131,3 +131,13 @@ def test_a_rank_ends_when_another_job_has_the_lock(tmp_path: Path) -> None:
         process = start(tmp_path, "10", "mine", "5")
         assert process.wait(20) == -signal.SIGKILL
         process.communicate()
+
+
+def test_a_rank_ends_when_the_lock_is_given_back(tmp_path: Path) -> None:
+    """A supervisor on another host that is interrupted does so, and cannot kill the ranks here."""
+    with RunLock.acquire(tmp_path, "test") as lock:
+        process = start(tmp_path, "10", lock.token, "5")
+        time.sleep(3)
+        assert process.poll() is None
+    assert process.wait(20) == -signal.SIGKILL
+    process.communicate()
