@@ -66,12 +66,17 @@ def zero3_loading(engine_config: dict[str, Any]) -> Iterator[None]:
 
     transformers keeps only a weak reference to the HfDeepSpeedConfig and reads it on every load. It is dropped at
     the end, or the next model would be partitioned as well, even one that trains with ZeRO-2.
+
+    DeepSpeed makes the groups of hpZ while it loads, refuses to make them for a second model, and would share them
+    with a model that wants none: those of the model before are forgotten here, by DeepSpeed, not by that model.
     """
+    from deepspeed.utils import groups
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     if engine_config.get("zero_optimization", {}).get("stage", 0) != 3:
         yield
         return
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     alive = HfDeepSpeedConfig(engine_config)
     try:
         yield

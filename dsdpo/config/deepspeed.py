@@ -15,6 +15,7 @@ from typing import Any
 from dsdpo.config.deepspeed_keys import (
     BLOCKS,
     FIXED,
+    HPZ,
     OFFLOAD_OPTIMIZER,
     OFFLOAD_PARAM,
     OWNED,
@@ -65,7 +66,7 @@ def check_deepspeed(loaded: LoadResult) -> list[str]:
     except ConfigError as error:
         return error.problems
     problems = [_check_leaf(key, value, loaded) for key, value in _leaves(data)]
-    problems += _check_offload(data)
+    problems += _check_offload(data) + _check_hpz(data)
     return [f"{path}: {problem}" for problem in problems if problem]
 
 
@@ -108,6 +109,16 @@ def _check_offload(data: dict[str, Any]) -> list[str]:
         elif device == "cpu" and isinstance(zero.get("stage", 0), int) and zero.get("stage", 0) < lowest:
             problems.append(f"{key} needs stage {lowest} or higher, but stage is {zero.get('stage', 0)}; change one")
     return problems
+
+
+def _check_hpz(data: dict[str, Any]) -> list[str]:
+    zero = data.get(ZERO, {})
+    size = zero.get("zero_hpz_partition_size", AUTO) if isinstance(zero, dict) else AUTO
+    if size != AUTO and (type(size) is not int or size < 0):
+        return [f"{HPZ} is {size!r}; allowed: the number of GPUs of a node, 1 for none, or auto"]
+    if size not in (AUTO, 0, 1) and zero.get("stage", 0) != 3:
+        return [f"{HPZ} needs stage 3, but stage is {zero.get('stage', 0)}; change one"]
+    return []
 
 
 def _check_owned(key: str, value: Any, loaded: LoadResult) -> str:
@@ -163,6 +174,28 @@ def offloads_optimizer(config: RunConfig) -> bool:
     """Whether the optimizer's state lies in the CPU's memory, where DeepSpeed's own Adam works on it."""
     block = read_json(config.deepspeed).get(ZERO, {}).get("offload_optimizer", {}) if config.deepspeed else {}
     return bool(block.get("device") == "cpu")
+
+
+def hpz_size(config: RunConfig) -> int:
+    """Ranks that share a second copy of the parameters' shards (ZeRO++ hpZ); 1 without it."""
+    size = read_json(config.deepspeed).get(ZERO, {}).get("zero_hpz_partition_size", 1) if config.deepspeed else 1
+    return 1 if size == AUTO else max(1, int(size))
+
+
+def check_world_size(config: RunConfig, world_size: int) -> None:
+    """What the JSON asks of the number of ranks. Raises ConfigError.
+
+    DeepSpeed makes one smaller group of all ranks where they are too few, and fails an assertion where they do not
+    divide.
+    """
+    size = hpz_size(config)
+    if world_size % size == 0:
+        return
+    fitting = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+    raise ConfigError(
+        f"{config.deepspeed}: {HPZ} is {size}, but {world_size} ranks train, which do not form groups of {size}; "
+        f"allowed for {world_size}: {', '.join(fitting)}. Set the number of GPUs of a node, or delete the key"
+    )
 
 
 def engine_config(config: RunConfig, world_size: int, bf16: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ def _names(text: str, block: str = "") -> frozenset[str]:
 
 ZERO = "zero_optimization"
 OFFLOAD_OPTIMIZER, OFFLOAD_PARAM = f"{ZERO}.offload_optimizer", f"{ZERO}.offload_param"
+HPZ = f"{ZERO}.zero_hpz_partition_size"
 BLOCKS = _names("zero_optimization bf16 bfloat16 optimizer optimizer.params scheduler scheduler.params data_types") | {
     OFFLOAD_OPTIMIZER,
     OFFLOAD_PARAM,
@@ -76,8 +77,7 @@ _NVME = _names(
 ) | _names("nvme_path buffer_count buffer_size max_in_cpu", f"{OFFLOAD_PARAM}.")
 _OLD_OFFLOAD = _names("cpu_offload cpu_offload_param cpu_offload_use_pin_memory", f"{ZERO}.")
 _ZEROPP = _names(
-    "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
-    "zero_hpz_partition_size zeropp_loco_param",
+    "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients zeropp_loco_param",
     f"{ZERO}.",
 )
 
@@ -96,7 +96,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(_UNSUPPORTED, "not supported; delete the key"),
     **dict.fromkeys(_NVME, "offloading to NVMe is not supported; delete the key and set device to cpu"),
     **dict.fromkeys(_OLD_OFFLOAD, 'write "offload_optimizer": {"device": "cpu"}, or offload_param, instead'),
-    **dict.fromkeys(_ZEROPP, "ZeRO++ is not supported; delete the key"),
+    **dict.fromkeys(_ZEROPP, "of ZeRO++ only zero_hpz_partition_size is supported; delete the key"),
 }
 
 ZERO_FLAGS = _names(
@@ -115,7 +115,7 @@ ZERO_SIZES = _names(
     "stage3_max_reuse_distance stage3_module_granularity_threshold",
     f"{ZERO}.",
 )
-ZERO_OTHER = _names("stage leaf_module offload_optimizer.device offload_param.device", f"{ZERO}.")
+ZERO_OTHER = _names("stage leaf_module offload_optimizer.device offload_param.device", f"{ZERO}.") | {HPZ}
 
 # Engine keys that go to DeepSpeed as they are.
 PASSED = (

@@ -14,7 +14,14 @@ from deepspeed.utils import set_z3_leaf_modules
 from transformers import PreTrainedModel
 
 from dsdpo.compat import cpu_adamw, end_stale_builds, unlink_shared_buffers
-from dsdpo.config.deepspeed import engine_config, offloads_optimizer, reference_engine_config, zero_stage
+from dsdpo.config.deepspeed import (
+    check_world_size,
+    engine_config,
+    hpz_size,
+    offloads_optimizer,
+    reference_engine_config,
+    zero_stage,
+)
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks
 from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora
@@ -37,7 +44,12 @@ class Hardware:
 
 
 def start_process_group(config: RunConfig, ranks: Ranks) -> Hardware:
-    """Join the other ranks (NCCL on CUDA, gloo on CPU) and pick this rank's device."""
+    """Join the other ranks (NCCL on CUDA, gloo on CPU) and pick this rank's device.
+
+    Raises:
+        ConfigError: the DeepSpeed JSON does not fit the number of ranks.
+    """
+    check_world_size(config, ranks.world_size)
     end_stale_builds()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
@@ -193,8 +205,9 @@ def describe(engine: DeepSpeedEngine, config: RunConfig, ranks: Ranks, hardware:
     total, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
     stage, asked = engine.zero_optimization_stage(), zero_stage(config)
     raised = f" (stage {asked} with bf16 runs as stage 1)" if stage != asked else ""
+    groups = f" with a second copy in groups of {hpz_size(config)} ranks" if hpz_size(config) > 1 else ""
     return (
         f"{config.stage} of {config.model_name_or_path}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M "
-        f"trainable ({config.finetuning_type}), reference {config.reference_kind}; ZeRO stage {stage}{raised}, "
+        f"trainable ({config.finetuning_type}), reference {config.reference_kind}; ZeRO stage {stage}{raised}{groups}, "
         f"{ranks.world_size} ranks on {hardware.device.type}, {'bf16' if hardware.bf16 else 'fp32'}"
     )
