@@ -141,6 +141,13 @@ def end_stale_builds(patience: float = 300.0) -> None:
             time.sleep(0.2)
 
 
+def can_swap() -> bool:
+    """Whether DeepSpeed can build its op for reading and writing NVMe here: libaio with its headers is there."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible())
+
+
 def cpu_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
     """DeepSpeed's vectorized AdamW for a state in the CPU's memory, as a function of that state alone.
 

@@ -14,6 +14,8 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
 
 WORLD, GROUP = 4, 2
+HPZ: dict[str, Any] = {"zero": {"zero_hpz_partition_size": GROUP}}
+PLAIN: dict[str, Any] = {}
 SAVED_AFTER = 2
 KINDS: dict[str, dict[str, Any]] = {
     "full, cached": {"finetuning_type": "full"},
@@ -44,7 +46,7 @@ def test_each_rank_keeps_its_share_of_its_group(base: Path) -> None:
 
 def test_losses_and_grad_norms_are_those_of_plain_zero3(base: Path) -> None:
     common = {"model": str(base / "model"), "stage": 3, "cache_dir": str(base / "cache")}
-    cases = [{**common, **kind, "hpz": size} for kind in KINDS.values() for size in (1, GROUP)]
+    cases = [{**common, **kind, **where} for kind in KINDS.values() for where in (PLAIN, HPZ)]
     found = run_ranks("tests.dist.grid:run_cases", WORLD, cases, 17)[0]
     for kind, plain, grouped in zip(KINDS, found[::2], found[1::2]):
         wanted, ours = ([(s["loss"], s["grad_norm"]) for s in result["metrics"]] for result in (plain, grouped))
@@ -57,20 +59,20 @@ def test_checkpoints_go_between_hpz_and_plain_zero3(base: Path, kind: str) -> No
     """Under hpZ to the bit; to and from plain ZeRO-3 the same state, and the next loss is that of the loaded weights."""
     common = {"model": str(base / "model"), "stage": 3, "finetuning_type": kind, "learning_rate": 0.01, "max_steps": STEPS}
 
-    def task(run: str, size: int, until: int, **more: Any) -> dict[str, Any]:
-        return {**common, "folder": str(base / f"{kind}-{run}"), "hpz": size, "until": until, "save": True, **more}
+    def task(run: str, where: dict[str, Any], until: int, **more: Any) -> dict[str, Any]:
+        return {**common, **where, "folder": str(base / f"{kind}-{run}"), "until": until, "save": True, **more}
 
     def on_from(run: str) -> dict[str, Any]:
         checkpoint = base / f"{kind}-{run}/out/checkpoints/step-{SAVED_AFTER:08d}"
         return {"resume_from_checkpoint": str(checkpoint), "state": True}
 
     tasks = [
-        task("whole", GROUP, STEPS),
-        task("grouped", GROUP, SAVED_AFTER),
-        task("plain", 1, SAVED_AFTER),
-        task("grouped-on", GROUP, STEPS, **on_from("grouped")),
-        task("to-hpz", GROUP, STEPS, **on_from("plain")),
-        task("to-plain", 1, STEPS, **on_from("grouped")),
+        task("whole", HPZ, STEPS),
+        task("grouped", HPZ, SAVED_AFTER),
+        task("plain", PLAIN, SAVED_AFTER),
+        task("grouped-on", HPZ, STEPS, **on_from("grouped")),
+        task("to-hpz", HPZ, STEPS, **on_from("plain")),
+        task("to-plain", PLAIN, STEPS, **on_from("grouped")),
     ]
     whole, _, _, on, to_hpz, to_plain = run_ranks("tests.dist.moves:go", WORLD, tasks)[0]
     assert on["losses"] == whole["losses"][SAVED_AFTER:]

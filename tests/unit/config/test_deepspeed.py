@@ -174,7 +174,7 @@ def test_a_feature_that_is_switched_off_passes(tmp_path: Path, data: dict[str, A
         ({ZERO: {"stage": True}}, "allowed: 0, 1, 2, 3"),
         ({ZERO: True}, "it must be an object"),
         ({ZERO: {"stage": 3, "overlap_comm": "yes"}}, "allowed: true, false or auto"),
-        ({ZERO: {"stage": 3, "reduce_bucket_size": "5e8"}}, "a number of elements"),
+        ({ZERO: {"stage": 3, "reduce_bucket_size": "5e8"}}, "allowed: a number, at least 0"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "stage is given twice"),
         ('{"zero_optimization": {"stage": 1}', "not a readable JSON"),
         ("[1]", "found a list"),
