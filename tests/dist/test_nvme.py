@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsdpo.compat import can_swap
 from tests.dist.test_elastic import assert_same, saved_state
+from tests.helpers.nvme import built_async_io
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
-
-pytestmark = pytest.mark.skipif(not can_swap(), reason="libaio with its headers is not installed (libaio-dev)")
 
 WORLD, SAVED_AFTER, STEPS = 2, 2, 4
 KINDS: dict[str, dict[str, Any]] = {
@@ -31,6 +29,8 @@ PLACES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 5.4 million parameters: DeepSpeed swaps nothing below 1 MiB."""
+    if not built_async_io():
+        pytest.skip("libaio with its headers is not installed (libaio-dev)")
     folder = tmp_path_factory.mktemp("nvme")
     sizes = {"hidden_size": 512, "intermediate_size": 1101, "initializer_range": 0.05}
     save_model(folder / "model", tiny_llama_config(**sizes))
