@@ -66,12 +66,17 @@ def zero3_loading(engine_config: dict[str, Any]) -> Iterator[None]:
 
     transformers keeps only a weak reference to the HfDeepSpeedConfig and reads it on every load. It is dropped at
     the end, or the next model would be partitioned as well, even one that trains with ZeRO-2.
+
+    DeepSpeed makes the groups of hpZ while it loads, refuses to make them for a second model, and would share them
+    with a model that wants none: those of the model before are forgotten here, by DeepSpeed, not by that model.
     """
+    from deepspeed.utils import groups
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     if engine_config.get("zero_optimization", {}).get("stage", 0) != 3:
         yield
         return
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     alive = HfDeepSpeedConfig(engine_config)
     try:
         yield
@@ -112,14 +117,14 @@ def unlink_shared_buffers(rank: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def end_stale_builds(patience: float = 300.0) -> None:
+def end_stale_builds(patience: float = 600.0) -> None:
     """Wait for DeepSpeed's kernels that another process is building, but not for one that was killed meanwhile.
 
     torch keeps a build to one process by a file that nobody removes after a kill: every later run would wait for it
     for ever, before its first step.
 
     Args:
-        patience: age in seconds from which on such a file is taken for one of a killed process, and removed.
+        patience: seconds without a new object file after which the build is taken for a killed process's.
     """
     from torch.utils.cpp_extension import get_default_build_root
 
@@ -127,13 +132,21 @@ def end_stale_builds(patience: float = 300.0) -> None:
     for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
         while True:
             try:
-                age = time.time() - lock.stat().st_mtime
+                lock.stat()
+                age = time.time() - max(path.stat().st_mtime for path in lock.parent.iterdir())
             except FileNotFoundError:
                 break
             if age > patience:
                 lock.unlink(missing_ok=True)
                 break
             time.sleep(0.2)
+
+
+def can_swap() -> bool:
+    """Whether DeepSpeed can build its op for reading and writing NVMe here: libaio with its headers is there."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible())
 
 
 def cpu_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:

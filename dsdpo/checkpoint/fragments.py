@@ -28,10 +28,30 @@ def rank_file(rank: int, world_size: int) -> str:
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileRecord:
-    """A safetensors file of tensors at hand. Raises IOFailure."""
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], portions: Iterable[dict[str, torch.Tensor]] = ()
+) -> FileRecord:
+    """A safetensors file of tensors.
+
+    Args:
+        tensors: what the file holds, those that are not at hand on the device `meta`.
+        portions: of which those come, in the same order, one portion after another.
+
+    Raises:
+        IOFailure: the file system refused.
+    """
     shapes = {key: (tensor.dtype, list(tensor.shape)) for key, tensor in tensors.items()}
-    return write_stream(path, shapes, tensors.__getitem__)
+    source, portion = iter(portions), dict[str, torch.Tensor]()
+
+    def tensor_of(key: str) -> torch.Tensor:
+        nonlocal portion
+        if not tensors[key].is_meta:
+            return tensors[key]
+        while key not in portion:
+            portion = next(source)
+        return portion[key]
+
+    return write_stream(path, shapes, tensor_of)
 
 
 def write_stream(

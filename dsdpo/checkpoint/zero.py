@@ -2,13 +2,15 @@
 
 Each rank holds flat pieces of some trainable parameters' fp32 weights and Adam moments. Stage 0: all of all. Stages 1
 and 2: pieces at arbitrary offsets of one flat vector per parameter group. Stage 3: an equal share of each parameter,
-the last one padded. Offloading to the CPU changes the device, not the layout.
+the last one padded. Offloading to the CPU changes the device, not the layout; offloading to NVMe keeps the vectors of
+sub-groups of parameters in files, from which they are read one at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,8 @@ class Piece:
         name: of the parameter in the Hugging Face or PEFT model.
         shape: of the whole parameter.
         start: of the piece in the flattened parameter.
-        states: STATES -> fp32 [n], views into what the optimizer works on; writing to them changes it.
+        states: STATES -> fp32 [n], views into what the optimizer works on; writing to them changes it. Without content,
+            on the device `meta`, while they are on NVMe.
     """
 
     name: str
@@ -48,15 +51,53 @@ class Piece:
 
 
 def held_pieces(engine: DeepSpeedEngine) -> list[Piece]:
-    """Every piece that this rank works on, in the order of the parameters. The Adam moments must exist."""
+    """Every piece that this rank works on, in the order of `pieces_at_hand`. The Adam moments must exist."""
     stage = engine.zero_optimization_stage() if engine.zero_optimization() else 0
     layout = {0: _whole, 1: _flat_piece, 2: _flat_piece, 3: _share}[stage]
-    pieces = []
-    for name, parameter in engine.module.model.named_parameters():
-        piece = layout(engine.optimizer, name, parameter) if parameter.requires_grad else None
-        if piece is not None:
-            pieces.append(piece)
-    return pieces
+    named = [(name, p) for name, p in engine.module.model.named_parameters() if p.requires_grad]
+    if _is_swapped(engine):
+        named.sort(key=lambda item: _sub_group(engine.optimizer, item[1]))
+    pieces = [layout(engine.optimizer, name, parameter) for name, parameter in named]
+    return [piece for piece in pieces if piece is not None]
+
+
+def pieces_at_hand(engine: DeepSpeedEngine, changes: bool = False) -> Generator[list[Piece], None, None]:
+    """The pieces in portions whose states are in memory together: all at once, or one sub-group after another on NVMe.
+
+    Each portion is to be used before the next is asked for.
+
+    Args:
+        changes: whether the caller writes into the states.
+    """
+    if not _is_swapped(engine):
+        yield held_pieces(engine)
+        return
+    optimizer = engine.optimizer
+    names = {id(parameter): name for name, parameter in engine.module.model.named_parameters()}
+    for number, group in enumerate(optimizer.fp16_groups):
+        with _swapped_in(optimizer, number, changes):
+            pieces = [_share(optimizer, names[id(parameter)], parameter) for parameter in group]
+            yield [piece for piece in pieces if piece is not None]
+
+
+def _is_swapped(engine: DeepSpeedEngine) -> bool:
+    return bool(getattr(engine.optimizer, "swap_optimizer", False))
+
+
+@contextmanager
+def _swapped_in(optimizer: Any, sub_group: int, changes: bool) -> Iterator[None]:
+    """Inside, the state of a ZeRO-3 sub-group is in memory; small ones always are. DeepSpeed's step does the same."""
+    if not optimizer._swappable_optimizer_subgroup(sub_group):
+        yield
+        return
+    optimizer._optimizer_states_and_gradient_swap_in(sub_group)
+    try:
+        yield
+    finally:
+        if changes:
+            optimizer._optimizer_states_and_gradient_swap_out(sub_group)
+        else:
+            optimizer._release_swap_buffers(sub_group)
 
 
 def owned_pieces(engine: DeepSpeedEngine, rank: int, world_size: int) -> list[Piece]:
@@ -87,6 +128,10 @@ def _flat_piece(optimizer: Any, name: str, parameter: Any) -> Piece | None:
     return _piece(name, parameter.shape, start, flat, optimizer.optimizer.state[flat], address.start, address.numel)
 
 
+def _sub_group(optimizer: Any, parameter: Any) -> int:
+    return int(optimizer.grad_position[optimizer.get_param_id(parameter)][0])
+
+
 def _share(optimizer: Any, name: str, parameter: Any) -> Piece | None:
     group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = size * optimizer._get_param_partition_rank(parameter)
@@ -94,7 +139,11 @@ def _share(optimizer: Any, name: str, parameter: Any) -> Piece | None:
     if length <= 0:
         return None
     flat = optimizer.fp32_partitioned_groups_flat[group]
-    return _piece(name, parameter.ds_shape, start, flat, optimizer.optimizer.state[flat], offset, length)
+    moments = optimizer.optimizer.state[flat]
+    if flat.numel() == 0:  # swapped out
+        flat = torch.empty(optimizer.fp16_partitioned_groups_flat_numel[group], device="meta")
+        moments = dict.fromkeys(MOMENTS, flat)
+    return _piece(name, parameter.ds_shape, start, flat, moments, offset, length)
 
 
 def _piece(
@@ -119,7 +168,7 @@ def _flat_groups(optimizer: Any) -> list[torch.Tensor]:
 
 def adam_step(engine: DeepSpeedEngine) -> int:
     """How many steps Adam has counted, for its bias correction; 0 before the first."""
-    states = [_inner(engine).state[weights] for weights in _optimized(engine)]
+    states = _inner(engine).state.values()
     return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
@@ -145,11 +194,13 @@ def set_adam_step(engine: DeepSpeedEngine, step: int) -> None:
 
 
 def _optimized(engine: DeepSpeedEngine) -> Iterator[torch.Tensor]:
-    """The tensors that the inner optimizer has a state for."""
+    """The tensors that the inner optimizer has a state for, in memory and to be changed until the next is asked for."""
     if not engine.zero_optimization():
         yield from (p for group in engine.optimizer.param_groups for p in group["params"])
     elif engine.zero_optimization_stage() == 3:
-        yield from engine.optimizer.fp32_partitioned_groups_flat
+        for group, flat in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
+            with _swapped_in(engine.optimizer, group, changes=True):
+                yield flat
     else:
         yield from _flat_groups(engine.optimizer)
 
@@ -164,8 +215,9 @@ def refresh_weights(engine: DeepSpeedEngine) -> None:
         return
     optimizer.checkpoint_event_prologue()
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
-        optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    optimizer.checkpoint_event_epilogue()
+        with _swapped_in(optimizer, group, changes=False):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    optimizer.checkpoint_event_epilogue()  # under hpZ it drops the second copy, made of the weights before
 
 
 def trainable_shapes(engine: DeepSpeedEngine) -> dict[str, list[int]]:

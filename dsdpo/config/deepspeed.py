@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from dsdpo.config.deepspeed_keys import (
     BLOCKS,
     FIXED,
+    FLAGS,
+    HPZ,
+    NO_PARAM_SWAP,
     OFFLOAD_OPTIMIZER,
     OFFLOAD_PARAM,
     OWNED,
     PASSED,
     REFUSED,
+    SIZES,
     ZERO,
-    ZERO_FLAGS,
-    ZERO_SIZES,
 )
 from dsdpo.config.load import LoadResult
 from dsdpo.config.names import did_you_mean
@@ -30,6 +33,7 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.errors import ConfigError
 
 AUTO = "auto"
+_NVME_BUFFERS = 4
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -65,7 +69,7 @@ def check_deepspeed(loaded: LoadResult) -> list[str]:
     except ConfigError as error:
         return error.problems
     problems = [_check_leaf(key, value, loaded) for key, value in _leaves(data)]
-    problems += _check_offload(data)
+    problems += _check_offload(data) + _check_hpz(data) + _check_nvme(data, loaded.config.async_save)
     return [f"{path}: {problem}" for problem in problems if problem]
 
 
@@ -93,21 +97,64 @@ def _check_leaf(key: str, value: Any, loaded: LoadResult) -> str:
     if key in FIXED:
         fine = value == FIXED[key]
         return "" if fine else f"{key} is {value!r}; training always uses {FIXED[key]!r}; delete the key"
-    return _check_zero(key, value)
+    return _check_passed(key, value)
+
+
+def _block(data: dict[str, Any], key: str) -> dict[str, Any]:
+    """The block `zero_optimization.offload_…`; empty where there is none."""
+    zero = data.get(ZERO, {})
+    block = zero.get(key.rpartition(".")[2], {}) if isinstance(zero, dict) else {}
+    return block if isinstance(block, dict) else {}
 
 
 def _check_offload(data: dict[str, Any]) -> list[str]:
     """Devices of the offload blocks, and whether the stage has them."""
-    zero = data.get(ZERO, {})
     problems = []
-    for key, lowest in ((OFFLOAD_OPTIMIZER, 1), (OFFLOAD_PARAM, 3)):
-        block = zero.get(key.rpartition(".")[2], {}) if isinstance(zero, dict) else {}
-        device = block.get("device", "none") if isinstance(block, dict) else "none"
-        if device not in ("none", "cpu", AUTO):
-            problems.append(f"{key}.device is {device!r}; allowed: none or cpu")
-        elif device == "cpu" and isinstance(zero.get("stage", 0), int) and zero.get("stage", 0) < lowest:
-            problems.append(f"{key} needs stage {lowest} or higher, but stage is {zero.get('stage', 0)}; change one")
+    for key, lowest in ((OFFLOAD_OPTIMIZER, {"cpu": 1, "nvme": 3}), (OFFLOAD_PARAM, {"cpu": 3})):
+        device = _block(data, key).get("device", "none")
+        stage = data.get(ZERO, {}).get("stage", 0) if isinstance(data.get(ZERO), dict) else 0
+        if key == OFFLOAD_PARAM and device == "nvme":
+            problems.append(f"{key}.device is nvme, but {NO_PARAM_SWAP}; set cpu")
+        elif device not in ("none", AUTO, *lowest):
+            problems.append(f"{key}.device is {device!r}; allowed: none, {', '.join(lowest)}")
+        elif device in lowest and isinstance(stage, int) and stage < lowest[device]:
+            problems.append(
+                f"{key} to {device} needs stage {lowest[device]} or higher, but stage is {stage}; change one"
+            )
     return problems
+
+
+def _check_nvme(data: dict[str, Any], async_save: bool) -> list[str]:
+    """What offloading the optimizer to NVMe needs; its keys where they mean nothing."""
+    block = _block(data, OFFLOAD_OPTIMIZER)
+    if block.get("device") != "nvme":
+        idle = [key for key in ("nvme_path", "buffer_count") if block.get(key, AUTO) != AUTO]
+        return [f"{OFFLOAD_OPTIMIZER}.{key} is for device nvme, which is not set; delete the key" for key in idle]
+    problems = []
+    path, count = block.get("nvme_path"), block.get("buffer_count", _NVME_BUFFERS)
+    if not isinstance(path, str) or path in ("", AUTO):
+        problems.append(f"{OFFLOAD_OPTIMIZER}.nvme_path is {path!r}; give a folder that every node has on its own disk")
+    if isinstance(count, (int, float)) and count < _NVME_BUFFERS:
+        problems.append(
+            f"{OFFLOAD_OPTIMIZER}.buffer_count is {count}; allowed: at least {_NVME_BUFFERS}, for weights, gradients "
+            "and two moments of a sub-group"
+        )
+    if async_save:
+        problems.append(
+            f"{OFFLOAD_OPTIMIZER}.device is nvme, but async_save would copy all of the optimizer's state to the host's "
+            "memory; set async_save: false, or device to cpu"
+        )
+    return problems
+
+
+def _check_hpz(data: dict[str, Any]) -> list[str]:
+    zero = data.get(ZERO, {})
+    size = zero.get("zero_hpz_partition_size", AUTO) if isinstance(zero, dict) else AUTO
+    if size != AUTO and (type(size) is not int or size < 0):
+        return [f"{HPZ} is {size!r}; allowed: the number of GPUs of a node, 1 for none, or auto"]
+    if size not in (AUTO, 0, 1) and zero.get("stage", 0) != 3:
+        return [f"{HPZ} needs stage 3, but stage is {zero.get('stage', 0)}; change one"]
+    return []
 
 
 def _check_owned(key: str, value: Any, loaded: LoadResult) -> str:
@@ -125,11 +172,11 @@ def _check_owned(key: str, value: Any, loaded: LoadResult) -> str:
     )
 
 
-def _check_zero(key: str, value: Any) -> str:
-    if key in ZERO_FLAGS and not isinstance(value, bool):
+def _check_passed(key: str, value: Any) -> str:
+    if key in FLAGS and not isinstance(value, bool):
         return f"{key} is {value!r}; allowed: true, false or auto"
-    if key in ZERO_SIZES and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
-        return f"{key} is {value!r}; allowed: a number of elements, at least 0, or auto"
+    if key in SIZES and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+        return f"{key} is {value!r}; allowed: a number, at least 0, or auto"
     return ""
 
 
@@ -160,9 +207,43 @@ def effective_stage(config: RunConfig, bf16: bool) -> int:
 
 
 def offloads_optimizer(config: RunConfig) -> bool:
-    """Whether the optimizer's state lies in the CPU's memory, where DeepSpeed's own Adam works on it."""
-    block = read_json(config.deepspeed).get(ZERO, {}).get("offload_optimizer", {}) if config.deepspeed else {}
-    return bool(block.get("device") == "cpu")
+    """Whether the optimizer's state lies in the CPU's memory or on NVMe: then DeepSpeed's own Adam works on it."""
+    block = _block(read_json(config.deepspeed), OFFLOAD_OPTIMIZER) if config.deepspeed else {}
+    return block.get("device") in ("cpu", "nvme")
+
+
+def swap_folder(config: RunConfig) -> Path | None:
+    """Where this run keeps the optimizer's state on NVMe, a folder of its own below `nvme_path`; None: it does not.
+
+    DeepSpeed names the files in it by rank and parameter alone: two runs in one folder would overwrite each other.
+    """
+    block = _block(read_json(config.deepspeed), OFFLOAD_OPTIMIZER) if config.deepspeed else {}
+    if block.get("device") != "nvme":
+        return None
+    run = sha256(str(Path(config.output_dir).absolute()).encode()).hexdigest()[:12]
+    return Path(block["nvme_path"]) / f"dsdpo-{run}"
+
+
+def hpz_size(config: RunConfig) -> int:
+    """Ranks that share a second copy of the parameters' shards (ZeRO++ hpZ); 1 without it."""
+    size = read_json(config.deepspeed).get(ZERO, {}).get("zero_hpz_partition_size", 1) if config.deepspeed else 1
+    return 1 if size == AUTO else max(1, int(size))
+
+
+def check_world_size(config: RunConfig, world_size: int) -> None:
+    """What the JSON asks of the number of ranks. Raises ConfigError.
+
+    DeepSpeed makes one smaller group of all ranks where they are too few, and fails an assertion where they do not
+    divide.
+    """
+    size = hpz_size(config)
+    if world_size % size == 0:
+        return
+    fitting = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+    raise ConfigError(
+        f"{config.deepspeed}: {HPZ} is {size}, but {world_size} ranks train, which do not form groups of {size}; "
+        f"allowed for {world_size}: {', '.join(fitting)}. Set the number of GPUs of a node, or delete the key"
+    )
 
 
 def engine_config(config: RunConfig, world_size: int, bf16: bool) -> dict[str, Any]:
@@ -172,6 +253,8 @@ def engine_config(config: RunConfig, world_size: int, bf16: bool) -> dict[str, A
     accumulate and travel in fp32. Assumes a config that passed `check_deepspeed`.
     """
     user = _without(read_json(config.deepspeed)) if config.deepspeed else {}
+    if folder := swap_folder(config):
+        user[ZERO]["offload_optimizer"]["nvme_path"] = str(folder)
     return {
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,

@@ -18,9 +18,11 @@ def _names(text: str, block: str = "") -> frozenset[str]:
 
 ZERO = "zero_optimization"
 OFFLOAD_OPTIMIZER, OFFLOAD_PARAM = f"{ZERO}.offload_optimizer", f"{ZERO}.offload_param"
+HPZ = f"{ZERO}.zero_hpz_partition_size"
 BLOCKS = _names("zero_optimization bf16 bfloat16 optimizer optimizer.params scheduler scheduler.params data_types") | {
     OFFLOAD_OPTIMIZER,
     OFFLOAD_PARAM,
+    "aio",
 }
 
 _SCHEDULERS = {"linear": "WarmupDecayLR", "constant": "WarmupLR", "cosine": "WarmupCosineLR"}
@@ -59,6 +61,7 @@ FIXED: dict[str, Any] = {
     "bf16.bf16_master_weights_and_grads": False,
     "bf16.bf16_optimizer_states": False,
     "zero_optimization.compute_grad_norm": True,
+    f"{OFFLOAD_OPTIMIZER}.fast_init": False,
     f"{OFFLOAD_OPTIMIZER}.ratio": 1.0,
     f"{OFFLOAD_OPTIMIZER}.super_offload": False,
 }
@@ -71,14 +74,18 @@ _UNSUPPORTED = _names(
     "progressive_layer_drop zero_optimization.zenflow zero_optimization.mics_shard_size "
     "zero_optimization.mics_hierarchical_params_gather"
 )
-_NVME = _names(
-    "cpuadam_cores_perc nvme_path buffer_count pipeline_read pipeline_write fast_init", f"{OFFLOAD_OPTIMIZER}."
-) | _names("nvme_path buffer_count buffer_size max_in_cpu", f"{OFFLOAD_PARAM}.")
+_PARAM_SWAP = _names("nvme_path buffer_count buffer_size max_in_cpu", f"{OFFLOAD_PARAM}.")
+_PIPELINE = _names("pipeline_read pipeline_write", f"{OFFLOAD_OPTIMIZER}.")
 _OLD_OFFLOAD = _names("cpu_offload cpu_offload_param cpu_offload_use_pin_memory", f"{ZERO}.")
 _ZEROPP = _names(
-    "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
-    "zero_hpz_partition_size zeropp_loco_param",
+    "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients zeropp_loco_param",
     f"{ZERO}.",
+)
+
+# Seen with 0.19.8: "param 14 already assigned swap buffer id", from __prefetch_nvme_param_partitions.
+NO_PARAM_SWAP = (
+    "parameters cannot be offloaded to NVMe: where forward turns into backward, DeepSpeed reads the same one ahead "
+    "twice, and stops"
 )
 
 # key -> what to do instead; an error unless the JSON switches it off
@@ -94,12 +101,15 @@ REFUSED: dict[str, str] = {
     "csv_monitor": "metrics are in output_dir/metrics.jsonl; delete the key",
     "comet": "set report_to in the run config",
     **dict.fromkeys(_UNSUPPORTED, "not supported; delete the key"),
-    **dict.fromkeys(_NVME, "offloading to NVMe is not supported; delete the key and set device to cpu"),
+    **dict.fromkeys(_PARAM_SWAP, f"{NO_PARAM_SWAP}; delete the key and set device to cpu"),
+    f"{OFFLOAD_OPTIMIZER}.cpuadam_cores_perc": "it is for super_offload, which is not supported; delete the key",
+    "aio.use_gds": "GPUDirect Storage is not supported; delete the key",
+    **dict.fromkeys(_PIPELINE, "with it, a checkpoint read the optimizer's state back wrong from NVMe; delete the key"),
     **dict.fromkeys(_OLD_OFFLOAD, 'write "offload_optimizer": {"device": "cpu"}, or offload_param, instead'),
-    **dict.fromkeys(_ZEROPP, "ZeRO++ is not supported; delete the key"),
+    **dict.fromkeys(_ZEROPP, "of ZeRO++ only zero_hpz_partition_size is supported; delete the key"),
 }
 
-ZERO_FLAGS = _names(
+FLAGS = _names("single_submit overlap_events", "aio.") | _names(
     "offload_optimizer.pin_memory offload_param.pin_memory "
     "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions "
     "overlap_comm load_from_fp32_weights elastic_checkpoint stage3_gather_16bit_weights_on_model_save "
@@ -109,24 +119,29 @@ ZERO_FLAGS = _names(
     "log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory",
     f"{ZERO}.",
 )
-ZERO_SIZES = _names(
+SIZES = _names("block_size queue_depth intra_op_parallelism", "aio.") | _names(
+    "offload_optimizer.buffer_count "
     "reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size "
     "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
     "stage3_max_reuse_distance stage3_module_granularity_threshold",
     f"{ZERO}.",
 )
-ZERO_OTHER = _names("stage leaf_module offload_optimizer.device offload_param.device", f"{ZERO}.")
+ZERO_OTHER = _names(
+    "stage leaf_module offload_optimizer.device offload_optimizer.nvme_path offload_param.device "
+    "zero_hpz_partition_size",
+    f"{ZERO}.",
+)
 
 # Engine keys that go to DeepSpeed as they are.
 PASSED = (
-    ZERO_FLAGS
-    | ZERO_SIZES
+    FLAGS
+    | SIZES
     | ZERO_OTHER
     | _names(
         "steps_per_print wall_clock_breakdown memory_breakdown dump_state disable_python_gc "
         "disable_allgather prescale_gradients gradient_predivide_factor "
         "seq_parallel_communication_data_type zero_allow_untested_optimizer "
-        "zero_force_ds_cpu_optimizer flops_profiler comms_logger timers aio checkpoint "
+        "zero_force_ds_cpu_optimizer flops_profiler comms_logger timers checkpoint "
         "vocabulary_size log_level bf16.immediate_grad_update bf16.check_grad_overflow "
         "bf16.check_overflow bfloat16.immediate_grad_update bfloat16.check_grad_overflow "
         "data_types.keep_in_fp32_modules"

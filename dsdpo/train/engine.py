@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -13,14 +18,24 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from transformers import PreTrainedModel
 
-from dsdpo.compat import cpu_adamw, end_stale_builds, unlink_shared_buffers
-from dsdpo.config.deepspeed import engine_config, offloads_optimizer, reference_engine_config, zero_stage
+from dsdpo.compat import can_swap, cpu_adamw, end_stale_builds, unlink_shared_buffers
+from dsdpo.config.deepspeed import (
+    check_world_size,
+    engine_config,
+    hpz_size,
+    offloads_optimizer,
+    reference_engine_config,
+    swap_folder,
+    zero_stage,
+)
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks
+from dsdpo.errors import ConfigError
 from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora
 from dsdpo.model.attention import choose
 from dsdpo.model.load import load_causal_lm
 from dsdpo.model.rows import RowModel
+from dsdpo.train.agree import together
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,12 @@ class Hardware:
 
 
 def start_process_group(config: RunConfig, ranks: Ranks) -> Hardware:
-    """Join the other ranks (NCCL on CUDA, gloo on CPU) and pick this rank's device."""
+    """Join the other ranks (NCCL on CUDA, gloo on CPU) and pick this rank's device.
+
+    Raises:
+        ConfigError: the DeepSpeed JSON does not fit the number of ranks, or a node cannot offload to NVMe.
+    """
+    check_world_size(config, ranks.world_size)
     end_stale_builds()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
@@ -46,9 +66,41 @@ def start_process_group(config: RunConfig, ranks: Ranks) -> Hardware:
     if accelerator.device_name() == "cpu":
         comm.barrier()
         unlink_shared_buffers(ranks.rank)
+    folder = swap_folder(config)
+    if folder is not None:
+        together(lambda: _make_room(folder, ranks))
     device = torch.device(accelerator.current_device_name())
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return Hardware(device, bf16)
+
+
+def _make_room(folder: Path, ranks: Ranks) -> None:
+    """Remove what a killed run left on this node's NVMe. Raises ConfigError where it cannot be used."""
+    node = socket.gethostname()
+    if not folder.parent.is_dir():
+        raise ConfigError(f"nvme_path: {node} has no folder {folder.parent}; make it, or name one that every node has")
+    if not can_swap():
+        raise ConfigError(
+            f"offload_optimizer.device is nvme, but {node} has no libaio with its headers (Debian: libaio-dev); "
+            "install it, or set device to cpu"
+        )
+    if ranks.local_rank == 0 and folder.exists():
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def swap_removed(config: RunConfig, ranks: Ranks) -> Iterator[None]:
+    """At the end, remove what this rank has on NVMe."""
+    try:
+        yield
+    finally:
+        folder = swap_folder(config)
+        if folder is not None:
+            own = folder / "zero_stage_3" / "optimizer" / f"rank{ranks.rank}"
+            shutil.rmtree(own, ignore_errors=True)
+            with suppress(OSError):  # the last rank of the node finds them empty
+                for parent in (own.parent, own.parent.parent, folder):
+                    parent.rmdir()
 
 
 def build_engine(config: RunConfig, ranks: Ranks, hardware: Hardware, weights: str | None = None) -> DeepSpeedEngine:
@@ -201,9 +253,10 @@ def describe(engine: DeepSpeedEngine, config: RunConfig, ranks: Ranks, hardware:
     total, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
     stage, asked = engine.zero_optimization_stage(), zero_stage(config)
     raised = f" (stage {asked} with bf16 runs as stage 1)" if stage != asked else ""
+    groups = f" with a second copy in groups of {hpz_size(config)} ranks" if hpz_size(config) > 1 else ""
     return (
         f"{config.stage} of {config.model_name_or_path}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M "
-        f"trainable ({config.finetuning_type}), reference {config.reference_kind}; ZeRO stage {stage}{raised}, "
+        f"trainable ({config.finetuning_type}), reference {config.reference_kind}; ZeRO stage {stage}{raised}{groups}, "
         f"{ranks.world_size} ranks on {hardware.device.type}, {'bf16' if hardware.bf16 else 'fp32'}, "
         f"{held_here(engine)}"
     )

@@ -22,7 +22,7 @@ from dsdpo.checkpoint.commit import (
 )
 from dsdpo.checkpoint.fragments import Fragments, rank_file
 from dsdpo.checkpoint.identity import differences, refusal
-from dsdpo.checkpoint.zero import held_pieces, refresh_weights, set_adam_step, trainable_shapes
+from dsdpo.checkpoint.zero import pieces_at_hand, refresh_weights, set_adam_step, trainable_shapes
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks
 from dsdpo.errors import CheckpointError
@@ -130,7 +130,8 @@ def _fill(engine: DeepSpeedEngine, checkpoint: Checkpoint, adam_step: int) -> No
     manifest = checkpoint.manifest
     with Fragments(checkpoint.path, manifest["parameters"], manifest["world_size"]) as fragments, torch.no_grad():
         fragments.check(trainable_shapes(engine))
-        fragments.fill(held_pieces(engine))
+        for pieces in pieces_at_hand(engine, changes=True):
+            fragments.fill(pieces)
 
 
 def _restore_random(checkpoint: Checkpoint, config: RunConfig, ranks: Ranks) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from deepspeed import DeepSpeedEngine
 
 from dsdpo.checkpoint.commit import RUN_FILE, FileRecord, commit, hashed_file, retain, stage, step_folder
 from dsdpo.checkpoint.fragments import Index, index_of, join_indices, rank_file, tensors_of, write_tensors
-from dsdpo.checkpoint.zero import STATES, adam_step, owned_pieces, trainable_shapes
+from dsdpo.checkpoint.zero import STATES, adam_step, owned_pieces, pieces_at_hand, trainable_shapes
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks
 from dsdpo.errors import DsdpoError, IOFailure
@@ -189,7 +190,8 @@ class Saver:
         self, staged: Path, tensors: dict[str, torch.Tensor], run: dict[str, Any] | None
     ) -> dict[str, FileRecord]:
         name = rank_file(self._ranks.rank, self._ranks.world_size)
-        records = {name: write_tensors(staged / name, tensors)}
+        with closing(pieces_at_hand(self._engine)) as portions:  # begun only where the state is on NVMe
+            records = {name: write_tensors(staged / name, tensors, map(tensors_of, portions))}
         fault_point("save:rank-written")
         if run is not None:
             with hashed_file(staged / RUN_FILE) as file:

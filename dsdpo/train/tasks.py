@@ -24,7 +24,7 @@ from dsdpo.errors import DataError, DsdpoError, IOFailure, StopRequested
 from dsdpo.files import write_atomically
 from dsdpo.lock import holder
 from dsdpo.train.agree import tell_all
-from dsdpo.train.engine import Hardware, build_engine, start_process_group
+from dsdpo.train.engine import Hardware, build_engine, start_process_group, swap_removed
 from dsdpo.train.evaluate import evaluate
 from dsdpo.train.loop import train
 from dsdpo.train.objective import objective_of
@@ -55,7 +55,7 @@ def run(config: RunConfig, task: str = "train", model: str | None = None, token:
     stop_flag.install()
     if ranks.is_main:
         reserve_exit(output_dir)
-    with _exit_told(config, ranks):
+    with _exit_told(config, ranks), swap_removed(config, ranks):
         hardware = start_process_group(config, ranks)
         watch = Watch(output_dir, ranks, config.hang_timeout, tell_all(token)[0])
         watch.start()

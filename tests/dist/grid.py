@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from tests.helpers.tiny import ListOfPairs, random_pairs
 STEPS = 5
 
 
-def zero_json(folder: Path, stage: int, offload: bool = False, persist: bool = False) -> str:
+def zero_json(
+    folder: Path, stage: int, offload: bool = False, persist: bool = False, more: dict[str, Any] | None = None
+) -> str:
     """A DeepSpeed JSON of one ZeRO stage in which even tiny parameters are partitioned, unless they `persist`."""
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3 and not persist:
@@ -39,15 +42,22 @@ def zero_json(folder: Path, stage: int, offload: bool = False, persist: bool = F
         zero["offload_optimizer"] = {"device": "cpu"}
     if offload and stage == 3:
         zero["offload_param"] = {"device": "cpu"}
-    path = folder / f"zero{stage}{'-offload' * offload}{'-persist' * persist}.json"
-    write_atomically(path, json.dumps({"zero_optimization": zero}))  # ranks of a group may share the folder
+    text = json.dumps({"zero_optimization": {**zero, **(more or {})}})
+    path = folder / f"zero{stage}-{sha256(text.encode()).hexdigest()[:8]}.json"
+    write_atomically(path, text)  # ranks of a group may share the folder
     return str(path)
 
 
 def run_config(
-    model: str, folder: Path, stage: int = 0, offload: bool = False, persist: bool = False, **changes: Any
+    model: str,
+    folder: Path,
+    stage: int = 0,
+    offload: bool = False,
+    persist: bool = False,
+    zero: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> RunConfig:
-    """A short run on a tiny model."""
+    """A short run on a tiny model; `zero` are more keys of the JSON's block."""
     settings: dict[str, Any] = {
         "model_name_or_path": model,
         "finetuning_type": "full",
@@ -65,7 +75,7 @@ def run_config(
         "loss_type": "sigmoid,sft",
         "loss_weights": [1.0, 0.3],
         "precision": "fp32",
-        "deepspeed": zero_json(folder, stage, offload, persist),
+        "deepspeed": zero_json(folder, stage, offload, persist, zero),
         "output_dir": str(folder / "out"),
         "disable_tqdm": True,
         **changes,
@@ -196,6 +206,30 @@ def parameter_bytes(folder: str, model: str) -> tuple[int, int]:
     held = [sum(p.data.nbytes + p.ds_tensor.nbytes for p in engine.module.parameters()) for engine in engines]
     torch.distributed.destroy_process_group()
     return held[0], held[1]
+
+
+def second_copies(folder: str, model: str, hpz: int) -> list[dict[str, int]]:
+    """Elements that this rank keeps of the second copy of the parameters, under hpZ, of policy and live reference.
+
+    Returns:
+        For each: `first` and `second`, what it holds of the one and the other copy; `whole`, the parameters' elements.
+    """
+    ranks = launched()
+    assert ranks is not None
+    config = run_config(model, Path(folder), stage=3, reference="live", zero={"zero_hpz_partition_size": hpz})
+    hardware = start_process_group(config, ranks)
+    found = []
+    for engine in (build_engine(config, ranks, hardware), build_reference_engine(config, ranks, hardware)):
+        parameters = list(engine.module.parameters())
+        found.append(
+            {
+                "first": sum(p.ds_tensor.numel() for p in parameters),
+                "second": sum(p.ds_secondary_tensor.numel() for p in parameters),
+                "whole": sum(p.ds_numel for p in parameters),
+            }
+        )
+    torch.distributed.destroy_process_group()
+    return found
 
 
 def run_cases(cases: list[dict[str, Any]], n_pairs: int) -> list[dict[str, Any]]:

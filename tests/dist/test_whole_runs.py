@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from dsdpo.checkpoint.commit import checkpoints
+from dsdpo.compat import can_swap
+from tests.helpers.nvme import built_async_io
 from tests.helpers.ranks import free_port
 from tests.helpers.tiny import save_model, save_pairs, save_tokenizer, tiny_llama_config
 
@@ -174,3 +176,27 @@ def test_under_torchrun_it_is_a_rank_and_prepares_by_itself(place: Path) -> None
     np.testing.assert_allclose(
         [x["loss"] for x in metrics_of(out)[0]], [x["loss"] for x in metrics_of(place / "first")[0]], rtol=1e-4
     )
+
+
+def test_hpz_that_does_not_fit_the_ranks_is_told(place: Path) -> None:
+    """The number of ranks is not known before they are started."""
+    out = place / "hpz"
+    code, output = run(place, "--deepspeed", str(ROOT / "ds_configs" / "zero3_hpz.json"), "--output_dir", str(out))
+    assert code == 64, output
+    assert "zero_hpz_partition_size is 8, but 2 ranks train" in output and "allowed for 2: 1, 2." in output
+
+
+@pytest.mark.skipif(not can_swap(), reason="libaio with its headers is not installed (libaio-dev)")
+def test_a_run_that_offloads_to_nvme_leaves_nothing_there(place: Path) -> None:
+    settings = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text())
+    settings["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(place / "disk")
+    (place / "nvme.json").write_text(json.dumps(settings))
+    arguments = ["--deepspeed", str(place / "nvme.json"), "--output_dir", str(place / "nvme"), "--save_steps", "4"]
+    code, output = run(place, *arguments)
+    assert code == 64 and f"has no folder {place / 'disk'};" in output, output
+    (place / "disk").mkdir()
+    built_async_io()
+    code, output = run(place, *arguments)
+    assert code == 0, output
+    assert [(c.step, c.problem) for c in checkpoints(place / "nvme")] == [(6, ""), (4, "")]
+    assert list((place / "disk").iterdir()) == []

@@ -18,7 +18,8 @@ def test_a_build_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch: 
     for lock in (stale, fresh):
         lock.parent.mkdir(parents=True)
         lock.touch()
-    os.utime(stale, (time.time() - 400, time.time() - 400))
+        os.utime(lock, (time.time() - 700, time.time() - 700))
+    (fresh.parent / "shm.o").touch()  # a long build goes on
     threading.Timer(1.0, fresh.unlink).start()
     started = time.monotonic()
     end_stale_builds()

@@ -5,12 +5,21 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsdpo.config.deepspeed import check_deepspeed, effective_stage, engine_config, read_json, zero_stage
+from dsdpo.config.deepspeed import (
+    check_deepspeed,
+    check_world_size,
+    effective_stage,
+    engine_config,
+    read_json,
+    swap_folder,
+    zero_stage,
+)
 from dsdpo.config.deepspeed_keys import BLOCKS, FIXED, OWNED, PASSED, REFUSED, ZERO
 from dsdpo.config.load import load
 from dsdpo.config.schema import RunConfig
@@ -18,6 +27,8 @@ from dsdpo.errors import ConfigError
 
 DS_CONFIGS = Path(__file__).parents[3] / "ds_configs"
 KNOWN = {*PASSED, *OWNED, *FIXED, *REFUSED, *BLOCKS}
+
+NVME = {"device": "nvme", "nvme_path": "/local_nvme"}
 
 # The shape of a JSON that users of the transformers Trainer bring along.
 HF_ZERO3 = {
@@ -69,11 +80,11 @@ def problems(tmp_path: Path, data: object, **options: Any) -> list[str]:
     return check_deepspeed(loaded)
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
-def test_our_own_files_hold_engine_keys_only(name: str) -> None:
-    path = DS_CONFIGS / f"{name}.json"
-    assert set(read_json(path)) == {ZERO}
-    assert zero_stage(config_of(path)) == int(name[4])
+@pytest.mark.parametrize("path", sorted(DS_CONFIGS.iterdir()), ids=lambda path: path.stem)
+def test_our_own_files_hold_engine_keys_only(tmp_path: Path, path: Path) -> None:
+    assert set(read_json(path)) <= {ZERO, "aio"}
+    assert zero_stage(config_of(path)) == int(path.stem[4])
+    assert problems(tmp_path, path.read_text()) == []
 
 
 def test_a_trainer_users_file_with_auto_passes(tmp_path: Path) -> None:
@@ -134,7 +145,7 @@ def test_a_clash_names_both_places(
         {ZERO: {"stage": 3, "offload_param": {"device": "cpu", "nvme_path": "x"}}},
         {ZERO: {"stage": 2, "cpu_offload": True}},
         {ZERO: {"stage": 3, "zero_quantized_weights": True}},
-        {ZERO: {"stage": 3, "zero_hpz_partition_size": 8}},
+        {ZERO: {"stage": 3, "offload_optimizer": {**NVME, "pipeline_read": True}}},
         {"pipeline": {"stages": 2}},
         {"sparse_attention": {"mode": "fixed"}},
         {"activation_checkpointing": {"partition_activations": True}},
@@ -174,7 +185,7 @@ def test_a_feature_that_is_switched_off_passes(tmp_path: Path, data: dict[str, A
         ({ZERO: {"stage": True}}, "allowed: 0, 1, 2, 3"),
         ({ZERO: True}, "it must be an object"),
         ({ZERO: {"stage": 3, "overlap_comm": "yes"}}, "allowed: true, false or auto"),
-        ({ZERO: {"stage": 3, "reduce_bucket_size": "5e8"}}, "a number of elements"),
+        ({ZERO: {"stage": 3, "reduce_bucket_size": "5e8"}}, "allowed: a number, at least 0"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "stage is given twice"),
         ('{"zero_optimization": {"stage": 1}', "not a readable JSON"),
         ("[1]", "found a list"),
@@ -198,18 +209,57 @@ def test_a_faulty_file_is_told(tmp_path: Path, data: object, said: str) -> None:
             "",
         ),
         ({"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}, ""),
-        ({"stage": 2, "offload_optimizer": {"device": "nvme"}}, "device is 'nvme'; allowed: none or cpu"),
+        ({"stage": 2, "offload_optimizer": {"device": "disk"}}, "device is 'disk'; allowed: none, cpu, nvme"),
         ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "needs stage 1 or higher, but stage is 0"),
         ({"stage": 2, "offload_param": {"device": "cpu"}}, "needs stage 3 or higher, but stage is 2"),
         ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}, "ratio is 0.3"),
         ({"stage": 3, "offload_optimizer": {"device": "cpu", "pin_mem": True}}, "unknown key"),
         ({"stage": 3, "offload_optimizer": "cpu"}, "must be an object"),
+        ({"stage": 3, "offload_optimizer": {**NVME, "buffer_count": 5}, "offload_param": {"device": "cpu"}}, ""),
+        ({"stage": 2, "offload_optimizer": NVME}, "to nvme needs stage 3 or higher, but stage is 2"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "nvme_path is None; give a folder"),
+        ({"stage": 3, "offload_optimizer": {**NVME, "buffer_count": 3}}, "buffer_count is 3; allowed: at least 4"),
+        ({"stage": 3, "offload_optimizer": {**NVME, "device": "cpu"}}, "nvme_path is for device nvme"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "reads the same one ahead twice, and stops; set cpu"),
+        ({"stage": 3, "zero_hpz_partition_size": 8}, ""),
+        ({"stage": 2, "zero_hpz_partition_size": 8}, "zero_hpz_partition_size needs stage 3, but stage is 2"),
+        ({"stage": 3, "zero_hpz_partition_size": "8"}, "zero_hpz_partition_size is '8'"),
     ],
 )
-def test_offloading_to_the_cpu(tmp_path: Path, zero: dict[str, Any], said: str) -> None:
+def test_offloading(tmp_path: Path, zero: dict[str, Any], said: str) -> None:
     found = problems(tmp_path, {ZERO: zero})
     assert len(found) == bool(said), found
     assert not said or said in found[0]
+
+
+def test_nvme_and_async_save_clash(tmp_path: Path) -> None:
+    data = {ZERO: {"stage": 3, "offload_optimizer": NVME}}
+    assert problems(tmp_path, data) == []
+    found = problems(tmp_path, data, async_save=True)
+    assert len(found) == 1 and "set async_save: false" in found[0]
+
+
+def test_each_run_has_its_own_folder_on_nvme(tmp_path: Path) -> None:
+    """DeepSpeed's names in it are the same in every run."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({ZERO: {"stage": 3, "offload_optimizer": NVME}}))
+    config = config_of(path)
+    folder, other = swap_folder(config), swap_folder(config.model_copy(update={"output_dir": "other"}))
+    assert folder is not None and other is not None and folder != other
+    assert folder.parent == other.parent == Path(NVME["nvme_path"])
+    assert engine_config(config, 1, True)[ZERO]["offload_optimizer"]["nvme_path"] == str(folder)
+    assert swap_folder(config_of(None)) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "world_size", "said"),
+    [(1, 5, ""), (4, 8, ""), (8, 8, ""), (8, 4, "4 ranks train"), (8, 12, "allowed for 12: 1, 2, 3, 4, 6, 12")],
+)
+def test_hpz_fits_the_number_of_ranks(tmp_path: Path, size: int, world_size: int, said: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({ZERO: {"stage": 3, "zero_hpz_partition_size": size}}))
+    with pytest.raises(ConfigError, match=f"partition_size is {size}, but .*{said}") if said else nullcontext():
+        check_world_size(config_of(path), world_size)
 
 
 def test_all_problems_come_together(tmp_path: Path) -> None:
@@ -260,13 +310,13 @@ def test_the_engine_gets_a_complete_config(tmp_path: Path, bf16: bool) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("path", sorted(DS_CONFIGS.iterdir()), ids=lambda path: path.stem)
 @pytest.mark.parametrize("bf16", [True, False])
-def test_deepspeed_itself_accepts_the_engine_config(name: str, bf16: bool) -> None:
+def test_deepspeed_itself_accepts_the_engine_config(path: Path, bf16: bool) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    parsed = DeepSpeedConfig(engine_config(config_of(DS_CONFIGS / f"{name}.json"), 1, bf16))
-    assert parsed.zero_optimization_stage == int(name[-1])
+    parsed = DeepSpeedConfig(engine_config(config_of(path), 1, bf16))
+    assert parsed.zero_optimization_stage == int(path.stem[4])
     assert parsed.bfloat16_config.enabled is bf16
     assert parsed.gradient_clipping == 1.0
 

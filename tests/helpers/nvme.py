@@ -1,0 +1,15 @@
+"""DeepSpeed's op that reads and writes NVMe."""
+
+from __future__ import annotations
+
+from dsdpo.compat import can_swap
+
+
+def built_async_io() -> bool:
+    """Whether the op is there: built now, which takes minutes, so that no rank's time limit has to hold it."""
+    if not can_swap():
+        return False
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    AsyncIOBuilder().load(verbose=False)
+    return True
