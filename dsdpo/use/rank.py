@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +27,8 @@ def join(task: Task, ranks: Ranks, token: str | None) -> int:
         token: of the supervisor's lock; None without one: the main rank then takes the lock itself.
     """
     supervised = token is not None
+    if not os.environ.get("PYTHONWARNINGS"):  # a supervisor sets it, for the launcher too
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries, to libraries, once per rank
     config, trouble = _read(task, ranks, supervised)
     if config is not None and token is not None:
         take_environment(Path(config.output_dir), token)

@@ -178,9 +178,9 @@ class Slurm:
         return [_fields(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def log(self, job: str) -> str:
-        """The end of what the job has printed."""
+        """What the job has printed."""
         path = Path(self.job(job).get("StdOut", ""))
-        return path.read_text(errors="replace")[-4000:] if path.is_file() else "(no output)"
+        return path.read_text(errors="replace") if path.is_file() else "(no output)"
 
     def wait(self, job: str, *states: str, timeout: float = 120) -> dict[str, str]:
         """The job when it gets into one of `states` (COMPLETED).
@@ -198,7 +198,9 @@ class Slurm:
             until(there, f"job {job}", timeout)
         if seen["JobState"] not in states:
             shown = {key: seen.get(key) for key in ("JobState", "Reason", "ExitCode", "Restarts", "NodeList")}
-            pytest.fail(f"job {job} should be {' or '.join(states)} within {timeout:g} s: {shown}\n{self.log(job)}")
+            pytest.fail(
+                f"job {job} should be {' or '.join(states)} within {timeout:g} s: {shown}\n{self.log(job)[-4000:]}"
+            )
         return seen
 
     def signal(self, job: str, name: str, batch: bool = True) -> None:

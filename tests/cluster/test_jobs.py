@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_when_a_node_dies_the_job_goes_on_without_it(
     slurm.kill_node(dead)
     done = slurm.wait(job, timeout=400)
     assert (done["ExitCode"], done["Restarts"]) == ("0:0", "1"), slurm.log(job)
-    log = Path(done["StdOut"]).read_text()
+    log = slurm.log(job)
     first, second = re.findall(r"on each of (\d) nodes? \((\S+)\)", log)
     assert (first[0], first[1][0:4]) == (nodes[-1], "n[1-"), first
     if dead == "n1":
@@ -174,6 +175,22 @@ def test_another_job_goes_on_with_more_nodes(
     done = slurm.wait(submit("more", options=("--nodes=3",)), timeout=300)
     assert done["ExitCode"] == "0:0" and resumed(slurm.log(done["JobId"])), slurm.log(done["JobId"])
     np.testing.assert_allclose(losses(place.folder / "more"), losses(whole), rtol=1e-4)
+
+
+def test_plain_srun_starts_ranks_that_stop_and_go_on(slurm: Slurm, place: Place, whole: Path, tmp_path: Path) -> None:
+    """Without train.sbatch: SLURM_PROCID makes a rank, and a signal to the step is one to all ranks."""
+    train = [sys.executable, "-m", "dsdpo", "train", str(place.folder / "run.yaml"), "--deepspeed", place.zero(3)]
+    line = shlex.join(["srun", "--ntasks=2", *train, "--output_dir", str(place.folder / "srun")])
+    options = ["--nodes=2", "--ntasks=2", f"--output={tmp_path}/%j.log", f"--wrap={line}"]
+    variables = {**QUIET, "PYTHONPATH": str(ROOT)}
+    job = slurm.sbatch(*options, cwd=place.folder, **variables, DSDPO_FAULT="save:staged@2=6")
+    until_saving(place, "srun", 6)
+    slurm.signal(job, "USR1", batch=False)
+    assert slurm.wait(job, "FAILED")["ExitCode"] == "75:0"
+    job = slurm.sbatch(*options, cwd=place.folder, **variables)
+    assert slurm.wait(job)["ExitCode"] == "0:0"
+    assert "2 ranks on CPUs, on 2 nodes: n1, n2" in slurm.log(job) and resumed(slurm.log(job))
+    assert same_weights(place.folder / "srun", whole) and losses(place.folder / "srun") == losses(whole)
 
 
 def test_a_sweep_runs_every_line_on_what_was_prepared(slurm: Slurm, place: Place) -> None:
