@@ -135,7 +135,8 @@ def put_back(job: Allocation, output_dir: Path, code: int, received: str | None)
         received: name of the signal that asked this process to stop; None without one.
     """
     attempts = _attempts(output_dir)
-    if not _can_go_on(output_dir, code, received) or not attempts:
+    ours = bool(attempts) and (attempts[-1].job, attempts[-1].restarts) == (job.job, job.restarts)
+    if not ours or not _can_go_on(output_dir, code, received):  # not ours: another job has output_dir
         return
     if _newest_step(output_dir) == attempts[-1].step and _count(attempts) >= _MOST:
         print(_loop(attempts[-1].step, _count(attempts)), file=sys.stderr, flush=True)
