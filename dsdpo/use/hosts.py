@@ -99,15 +99,12 @@ def leave_environment(output_dir: Path, token: str, environment: Mapping[str, st
 
     The launcher would put it on ssh's command line, where every user of the hosts can read tokens.
     """
-    path = _file(output_dir, token)
-    chosen = {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(_OF_LIBRARIES + _OF_TORCH) and name not in _NOT
-    }
+    forget_environment(output_dir)  # of a run that was killed
+    wanted = [name for name in environment if name.startswith(_OF_LIBRARIES + _OF_TORCH) and name not in _NOT]
+    chosen = {name: environment[name] for name in wanted}
     before = os.umask(0o077)
     try:
-        write_atomically(path, json.dumps(chosen))
+        write_atomically(_file(output_dir, token), json.dumps(chosen))
     finally:
         os.umask(before)
 
@@ -125,7 +122,7 @@ def take_environment(output_dir: Path, token: str) -> None:
 
 
 def forget_environment(output_dir: Path) -> None:
-    """Remove what this run, or an earlier one that was killed, has left."""
+    """Remove the file again."""
     for path in output_dir.glob(".environment-*"):
         path.unlink(missing_ok=True)
 

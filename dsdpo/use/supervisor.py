@@ -21,13 +21,7 @@ from dsdpo.dist import Allocation, allocation
 from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError
 from dsdpo.lock import LOCK_FILE, RunLock
 from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, read_exit
-from dsdpo.use.hosts import (
-    forget_environment,
-    leave_environment,
-    look_at,
-    slots,
-    without_secrets,
-)
+from dsdpo.use.hosts import forget_environment, leave_environment, look_at, slots, without_secrets
 from dsdpo.use.launcher import Launch, StopRequests, end_leftovers, launch_command, launch_environment, run_launcher
 from dsdpo.use.preflight import ClusterRequest, check_device, preflight
 from dsdpo.use.slurm import begin_attempt, let_earlier_attempt_end, put_back, ranks_per_node, srun_command

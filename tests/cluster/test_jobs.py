@@ -65,6 +65,7 @@ def test_two_nodes_train_policy_and_reference_in_shares(slurm: Slurm, place: Pla
     assert "ZeRO stage 3, 2 ranks on cpu, fp32, 50 % of the parameters on a rank" in log
     assert "reference: a frozen engine, 50 % of the parameters on a rank" in log
     assert "2 ranks on CPUs, on 2 nodes: n1, n2" in log
+    assert (place.folder / "two" / "logs" / f"{job}-n2.log").exists()
     code, output = place.run("one", "--deepspeed", place.zero(3), *arguments, ranks=1)
     assert code == 0, output
     np.testing.assert_allclose(losses(place.folder / "two"), losses(place.folder / "one"), rtol=1e-5)
@@ -113,11 +114,12 @@ def test_a_preempted_job_saves_and_comes_back(
 def test_a_job_that_is_requeued_by_hand_goes_on(
     slurm: Slurm, place: Place, whole: Path, submit: Callable[..., str]
 ) -> None:
-    job = submit("requeued", DSDPO_FAULT="save:staged@3=6")
+    job = submit("requeued", options=("--nodes=1", "--gpus-per-node=2"), DSDPO_FAULT="save:staged@3=6")
     until_saving(place, "requeued", 9)
     slurm.requeue(job)
     done = slurm.wait(job)
     assert (done["ExitCode"], done["Restarts"]) == ("0:0", "1"), slurm.log(job)
+    assert slurm.log(job).count("starting train on 2 GPUs on each of 1 node (n1)") == 2
     [step] = resumed(slurm.log(job))
     assert step >= 6 and same_weights(place.folder / "requeued", whole)
 
