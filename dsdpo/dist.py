@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 from contextlib import suppress
@@ -36,16 +37,16 @@ class Allocation:
 
     Attributes:
         gpus_per_node: as many as the job asked for; None if it asked for none.
-        cpus_per_node: on this node.
         restarts: how often the job was put back into the queue.
+        name: what SLURM's commands call it: a task of an array has the array's id too, which would mean all of them.
     """
 
     job: str
     nodes: int
     node_list: str
     gpus_per_node: int | None
-    cpus_per_node: int
     restarts: int
+    name: str
 
     @property
     def address(self) -> str:
@@ -71,7 +72,8 @@ def launched() -> Ranks | None:
     inside an `srun` step of several tasks: a batch script and the shell of `srun --pty` have it too, but are no ranks.
     """
     found = _from_env("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if found is None and "SLURM_STEP_ID" in os.environ and "SLURM_STEP_TASKS_PER_NODE" in os.environ:
+    is_step = os.environ.get("SLURM_STEP_ID", _INTERACTIVE_STEP) != _INTERACTIVE_STEP
+    if found is None and is_step and "SLURM_STEP_TASKS_PER_NODE" in os.environ:
         step = _from_env("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
         if step is not None and step.world_size > 1:
             found = step
@@ -112,13 +114,14 @@ def allocation() -> Allocation | None:
         return None
     if "SLURM_STEP_TASKS_PER_NODE" in environment and environment.get("SLURM_STEP_ID") != _INTERACTIVE_STEP:
         return None
+    array = environment.get("SLURM_ARRAY_JOB_ID")
     return Allocation(
         job=environment["SLURM_JOB_ID"],
         nodes=int(environment.get("SLURM_JOB_NUM_NODES", "1")),
         node_list=environment["SLURM_JOB_NODELIST"],
         gpus_per_node=_gpus_per_node(),
-        cpus_per_node=int(environment.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1),
         restarts=slurm_restarts(),
+        name=f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"],
     )
 
 
@@ -128,7 +131,15 @@ def _gpus_per_node() -> int | None:
     asked = os.environ.get("SLURM_GPUS_PER_NODE")
     if asked:
         return sum(int(part.rpartition(":")[2]) for part in asked.split(",")) or None
-    return int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) or None
+    if "SLURM_GPUS_ON_NODE" in os.environ or "SLURM_JOB_GPUS" in os.environ or not shutil.which("scontrol"):
+        return int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) or None
+    # The shell of salloc is told less than a batch script.
+    command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"], "--oneliner"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    if found := re.search(r"\bTresPerNode=\S*gpu(?::[A-Za-z]\w*)?:(\d+)", said):
+        return int(found[1])
+    total = re.search(r"\bTRES=\S*gres/gpu=(\d+)", said)
+    return int(total[1]) // int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) or None if total else None
 
 
 def node_rank() -> int:

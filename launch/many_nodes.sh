@@ -33,6 +33,13 @@ while [ $# -gt 0 ]; do
         --hostfile | --include | --exclude | --node_rank | --master_addr | --master_port)
             launcher+=("$1" "${2:?$1 needs a value}") && shift 2
             ;;
+        --hostfile=* | --include=* | --exclude=* | --node_rank=* | --master_addr=* | --master_port=*)
+            launcher+=("$1") && shift
+            ;;
+        --num_accelerators | --num_accelerators=*)
+            echo "many_nodes.sh: the hostfile's slots say how many GPUs to use on each host" >&2
+            exit 64
+            ;;
         *) rest+=("$1") && shift ;;
     esac
 done

@@ -84,8 +84,8 @@ def _make_room(folder: Path, ranks: Ranks) -> None:
             f"offload_optimizer.device is nvme, but {node} has no libaio with its headers (Debian: libaio-dev); "
             "install it, or set device to cpu"
         )
-    if ranks.local_rank == 0 and folder.exists():
-        shutil.rmtree(folder)
+    if ranks.local_rank == 0:  # of several ranks, where srun gives each a GPU of its own
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

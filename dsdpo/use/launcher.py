@@ -32,11 +32,15 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start the ranks: a command, its environment, and where they will run, in words."""
+    """How to start the ranks: a command, its environment, and where they will run, in words.
+
+    `ends_nicely`: the launcher ends its ranks on other nodes when it is asked to, as srun does.
+    """
 
     command: list[str]
     environment: dict[str, str]
     where: str
+    ends_nicely: bool = False
 
 
 def launch_command(argv: list[str], cluster: ClusterRequest, devices: int, environment: Mapping[str, str]) -> list[str]:
@@ -103,7 +107,8 @@ def run_launcher(launch: Launch, output_dir: Path, requests: StopRequests, lock:
         The launcher's exit status as subprocess gives it.
 
     Raises:
-        KeyboardInterrupt: a second Ctrl-C; nothing is left running.
+        KeyboardInterrupt: a second Ctrl-C. Nothing is left running here; ranks on other nodes end when they see that
+            the lock was given back.
     """
     launcher = subprocess.Popen(launch.command, env=launch.environment, start_new_session=True)
     try:
@@ -111,6 +116,10 @@ def run_launcher(launch: Launch, output_dir: Path, requests: StopRequests, lock:
         lock.note(session=launcher.pid)
         return _wait(launcher, output_dir)
     finally:
+        if launch.ends_nicely and launcher.poll() is None:
+            launcher.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                launcher.wait(timeout=_AFTER_HANG_S)
         end_session(launcher.pid)
         launcher.wait()
 
@@ -132,7 +141,7 @@ class StopRequests:
 
     Attributes:
         launched: whether there are ranks to see that file; before, a signal raises StopRequested.
-        received: name of the last signal.
+        received: name of the first signal.
     """
 
     def __init__(self, output_dir: Path) -> None:
@@ -154,13 +163,14 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: object) -> None:
-        self.received = signal.Signals(number).name
+        self.received = self.received or signal.Signals(number).name
         if not self.launched:
             raise StopRequested("stopped on request before the first step; the same command begins again")
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
-        write_atomically(self._output_dir / STOP_FILE, self.received)
+        if not (self._output_dir / STOP_FILE).exists():  # its content says who was first to ask
+            write_atomically(self._output_dir / STOP_FILE, self.received)
         with suppress(OSError):  # the terminal may be gone
             print("stopping after this step; press Ctrl-C again to end at once", file=sys.stderr, flush=True)
 

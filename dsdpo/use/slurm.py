@@ -5,6 +5,7 @@ The batch script replaces itself with `dsdpo train --requeue`, so that the sched
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import signal
@@ -12,19 +13,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dsdpo.checkpoint.commit import checkpoints
 from dsdpo.dist import Allocation
-from dsdpo.errors import ConfigError, HangError, IOFailure, StopRequested
+from dsdpo.errors import ConfigError, DsdpoError, HangError, IOFailure, StopRequested
 from dsdpo.files import write_atomically
 from dsdpo.lock import EXPIRED_S, living_holder
 from dsdpo.train.stop import STOP_FILE
 from dsdpo.use.preflight import ClusterRequest
 
 ATTEMPTS_FILE = "attempts.jsonl"
-_MOST = 3  # attempts that end where they began
+_MOST = 3  # attempts that fail where they began
+_MOST_STOPPED = 20  # that the scheduler stops there: filling a reference store may take several
 # Ends after which another attempt can do better: a rank died, a file system was away, an error outside of dsdpo.
 _MAY_PASS = (1, HangError.exit_code, IOFailure.exit_code)
 _SCHEDULERS_SIGNAL = "SIGUSR1"
@@ -65,6 +67,7 @@ def srun_command(
             interpreter on the nodes, where it is not this one.
     """
     command = ["srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1"]
+    command += ["--export=ALL"]  # of this process, whatever the job itself was submitted with
     command += ["--cpu-bind=none"]  # or a site's default binds all of a node's ranks to the task's one core
     command += ["--kill-on-bad-exit=1", "--wait=60"]  # a node that ended takes the others along
     command += shlex.split(environment.get("DSDPO_SRUN_ARGS", ""))
@@ -80,46 +83,96 @@ def srun_command(
 
 @dataclass(frozen=True)
 class Attempt:
-    """A start of a job's script: how often it was put back before, and the step of the newest checkpoint then."""
+    """A start of a job's script.
+
+    Attributes:
+        restarts: how often the job was put back into the queue before.
+        step: of the newest checkpoint at the start.
+        code: how it ended; None as long as it has not, and where its node died.
+    """
 
     job: str
     restarts: int
     step: int
+    code: int | None = None
 
 
-def begin_attempt(output_dir: Path, job: Allocation) -> int:
-    """Note that this attempt begins.
+class Attempts:
+    """The attempts of one job, in output_dir/attempts.jsonl: whether there should be another one.
 
-    Returns:
-        How many of the job's attempts in a row, with this one, began at the same step.
-
-    Raises:
-        HangError: too many; SLURM itself puts a job back after the failure of a node.
+    Args:
+        job: of this attempt.
+        output_dir: of the run.
     """
-    attempts = [*_attempts(output_dir), Attempt(job.job, job.restarts, _newest_step(output_dir))]
-    write_atomically(output_dir / ATTEMPTS_FILE, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))
-    count = _count(attempts)
-    if count > _MOST:
-        raise HangError(_loop(attempts[-1].step, count - 1))
-    return count
 
+    def __init__(self, job: Allocation, output_dir: Path) -> None:
+        self._job = job
+        self._output_dir = output_dir
+        self._file = output_dir / ATTEMPTS_FILE
+        self._now: Attempt | None = None
 
-def _attempts(output_dir: Path) -> list[Attempt]:
-    path = output_dir / ATTEMPTS_FILE
-    return [Attempt(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    def begin(self) -> None:
+        """Note that this attempt begins.
 
+        Raises:
+            HangError: too many have failed here; SLURM itself puts a job back after the failure of a node.
+        """
+        step = _newest_step(self._output_dir)
+        earlier = self._here(step)
+        if sum(attempt.code != StopRequested.exit_code for attempt in earlier) >= _MOST:
+            raise HangError(_given_up(step, len(earlier)))
+        self._now = Attempt(self._job.job, self._job.restarts, step)
+        self._write([*self._all(), self._now])
 
-def _count(attempts: list[Attempt]) -> int:
-    last = attempts[-1]
-    others = [i for i, attempt in enumerate(reversed(attempts)) if (attempt.job, attempt.step) != (last.job, last.step)]
-    return others[0] if others else len(attempts)
+    def end(self, code: int, received: str | None) -> None:
+        """Put the job back into the queue if another attempt of it can go further, and say so.
+
+        Args:
+            code: exit code of this attempt.
+            received: name of the first signal that asked this process to stop; None without one.
+        """
+        if self._now is None:
+            return
+        try:
+            ended = replace(self._now, code=code)
+            self._write([ended if attempt == self._now else attempt for attempt in self._all()])
+            goes_on, given_up = _can_go_on(self._output_dir, code, received), self._given_up()
+        except (OSError, ValueError, TypeError, DsdpoError):  # the folder is away: whoever comes back will see
+            goes_on, given_up = code in _MAY_PASS, ""
+        if goes_on and given_up:
+            print(given_up, file=sys.stderr, flush=True)
+        elif goes_on:
+            print(f"job {self._job.name}: {_put_back(self._job)}", flush=True)
+
+    def _given_up(self) -> str:
+        """Why there is no other attempt after this one; empty: there is."""
+        assert self._now is not None
+        if _newest_step(self._output_dir) != self._now.step:
+            return ""
+        here = self._here(self._now.step)
+        stopped = sum(attempt.code == StopRequested.exit_code for attempt in here)
+        if len(here) - stopped < _MOST and stopped < _MOST_STOPPED:
+            return ""
+        return _given_up(self._now.step, len(here))
+
+    def _here(self, step: int) -> list[Attempt]:
+        """The job's attempts in a row that began at `step`, the last ones."""
+        ours = [attempt for attempt in self._all() if attempt.job == self._job.job]
+        return list(itertools.takewhile(lambda attempt: attempt.step == step, reversed(ours)))
+
+    def _all(self) -> list[Attempt]:
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        return [Attempt(**json.loads(line)) for line in lines]
+
+    def _write(self, attempts: list[Attempt]) -> None:
+        write_atomically(self._file, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))
 
 
 def _newest_step(output_dir: Path) -> int:
     return max((found.step for found in checkpoints(output_dir) if not found.problem), default=0)
 
 
-def _loop(step: int, count: int) -> str:
+def _given_up(step: int, count: int) -> str:
     where = f"after step {step}" if step else "at the beginning"
     return (
         f"{count} attempts of this job began {where} and ended without a new checkpoint: not put back into the queue. "
@@ -127,63 +180,42 @@ def _loop(step: int, count: int) -> str:
     )
 
 
-def put_back(job: Allocation, output_dir: Path, code: int, received: str | None) -> None:
-    """Put the job back into the queue if another attempt of it can go further; say which.
-
-    Args:
-        code: exit code of this attempt.
-        received: name of the signal that asked this process to stop; None without one.
-    """
-    attempts = _attempts(output_dir)
-    ours = bool(attempts) and (attempts[-1].job, attempts[-1].restarts) == (job.job, job.restarts)
-    if not ours or not _can_go_on(output_dir, code, received):  # not ours: another job has output_dir
-        return
-    if _newest_step(output_dir) == attempts[-1].step and _count(attempts) >= _MOST:
-        print(_loop(attempts[-1].step, _count(attempts)), file=sys.stderr, flush=True)
-        return
-    state = _state(job)
-    if state != "RUNNING":
-        print(f"job {job.job} is {state}: not put back into the queue", flush=True)
-        return
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # SLURM ends this process next: let it end by itself
-        signal.signal(number, signal.SIG_IGN)
-    done = subprocess.run(["scontrol", "requeue", job.job], capture_output=True, text=True, check=False)
-    told = "put back into the queue" if done.returncode == 0 else f"cannot be put back: {done.stderr.strip()}"
-    print(f"job {job.job}: {told}", flush=True)
-
-
 def _can_go_on(output_dir: Path, code: int, received: str | None) -> bool:
     """Whether the scheduler, and not a person, stopped it; or it failed of what may pass."""
     if code != StopRequested.exit_code:
         return code in _MAY_PASS
     stop = output_dir / STOP_FILE
-    return (received or (stop.read_text().strip() if stop.exists() else _SCHEDULERS_SIGNAL)) == _SCHEDULERS_SIGNAL
+    return (stop.read_text().strip() if stop.exists() else received or _SCHEDULERS_SIGNAL) == _SCHEDULERS_SIGNAL
 
 
-def _state(job: Allocation) -> str:
-    said = subprocess.run(
-        ["scontrol", "show", "job", job.job, "-o"], capture_output=True, text=True, check=False
-    ).stdout
-    return next((word.partition("=")[2] for word in said.split() if word.startswith("JobState=")), "unknown")
+def _put_back(job: Allocation) -> str:
+    """Put the job back into the queue. Returns what became of that."""
+    found = subprocess.run(["scontrol", "show", "job", job.name, "--oneliner"], capture_output=True, text=True)
+    record = dict(word.partition("=")[::2] for word in found.stdout.split())
+    if record.get("JobState") != "RUNNING" or record.get("Restarts") != str(job.restarts):
+        return f"not put back into the queue, as it is {record.get('JobState', 'unknown')} by now"
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # SLURM ends this process next: let it end by itself
+        signal.signal(number, signal.SIG_IGN)
+    done = subprocess.run(["scontrol", "requeue", "Incomplete", job.name], capture_output=True, text=True)
+    return "put back into the queue" if done.returncode == 0 else f"cannot be put back: {done.stderr.strip()}"
 
 
 def let_earlier_attempt_end(output_dir: Path, job: Allocation) -> None:
     """Wait for what an earlier attempt of this job still does in output_dir, on a node that SLURM has given up.
 
-    It is asked to stop; what cannot hear it is gone when its lock expires.
+    It is asked to stop; what cannot hear that is gone when its lock expires.
     """
-    deadline = time.monotonic() + 2 * EXPIRED_S
     asked = False
-    while time.monotonic() < deadline:
+    while True:
         holder = living_holder(output_dir)
         if holder is None or holder.get("slurm_job") != job.job or holder.get("slurm_restarts", 0) >= job.restarts:
             return
         if not asked:
             asked = True
             print(
-                f"attempt {holder.get('slurm_restarts', 0)} of this job may still run on {holder.get('host')}: waiting "
-                f"for its end, or for {EXPIRED_S:.0f} s without a sign of life",
+                f"attempt {holder.get('slurm_restarts', 0) + 1} of this job may still run on {holder.get('host')}: "
+                f"waiting for its end, or for {EXPIRED_S:.0f} s without a sign of life",
                 flush=True,
             )
-            write_atomically(output_dir / STOP_FILE, f"restart {job.restarts} of the job")
+            write_atomically(output_dir / STOP_FILE, f"attempt {job.restarts + 1} of the job")
         time.sleep(1.0)

@@ -24,7 +24,7 @@ from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, read_exit
 from dsdpo.use.hosts import forget_environment, leave_environment, look_at, slots, without_secrets
 from dsdpo.use.launcher import Launch, StopRequests, end_leftovers, launch_command, launch_environment, run_launcher
 from dsdpo.use.preflight import ClusterRequest, check_device, preflight
-from dsdpo.use.slurm import begin_attempt, let_earlier_attempt_end, put_back, ranks_per_node, srun_command
+from dsdpo.use.slurm import ATTEMPTS_FILE, Attempts, let_earlier_attempt_end, ranks_per_node, srun_command
 from dsdpo.use.task import PEER_EXIT_FILE, Task, clear_marks, finish, is_finished, prepare_data
 
 _TOLD_BY_STATUS = (64, 65, 66, 70, 71, 74, 75)
@@ -33,21 +33,22 @@ _REPLACED = "replaced-"
 
 def supervise(task: Task, cluster: ClusterRequest) -> int:
     """Run `task` on the accelerators asked for and return its exit code. Raises DsdpoError."""
-    config = preflight(task.path, task.overrides, task.name, cluster, task.model, task.fresh)
     job = None if cluster.hostfile or cluster.include or cluster.exclude else _allocation()
     if cluster.requeue and job is None:
         raise ConfigError("--requeue works in a SLURM job that gives the nodes, such as that of slurm/train.sbatch")
-    devices = (job.gpus_per_node or 0) if job else _cuda_devices()
+    if job is not None and job.restarts:
+        task = replace(task, fresh=False)  # that was done in the job's first attempt
+    config = preflight(task.path, task.overrides, task.name, cluster, task.model, task.fresh)
+    devices = _devices(cluster, job)
     check_device(config, devices > 0 or bool(cluster.hostfile))
-    if devices and (cluster.num_accelerators or 1) > devices and not cluster.hostfile and not job:
-        raise ConfigError(f"--num_accelerators is {cluster.num_accelerators}, but {devices} are visible here")
     if not task.fresh and is_finished(task, config):
         return 0
-    output_dir = Path(config.output_dir)
-    requests = StopRequests(output_dir)
+    attempts = Attempts(job, Path(config.output_dir)) if job is not None and cluster.requeue else None
+    requests = StopRequests(Path(config.output_dir))
     code = 1
     try:
-        code = _run(task, cluster, config, job, devices, requests)
+        with requests:
+            code = _run(task, cluster, config, job, attempts, devices, requests)
     except DsdpoError as error:
         code = error.exit_code
         raise
@@ -55,27 +56,35 @@ def supervise(task: Task, cluster: ClusterRequest) -> int:
         code = 0  # ended at once, by hand
         raise
     finally:
-        if cluster.requeue and job is not None:
-            put_back(job, output_dir, code, requests.received)
+        if attempts is not None:
+            attempts.end(code, requests.received)
     if code == 0:
         finish(task, config)
     return code
 
 
 def _run(
-    task: Task, cluster: ClusterRequest, config: RunConfig, job: Allocation | None, devices: int, requests: StopRequests
+    task: Task,
+    cluster: ClusterRequest,
+    config: RunConfig,
+    job: Allocation | None,
+    attempts: Attempts | None,
+    devices: int,
+    requests: StopRequests,
 ) -> int:
     """Everything that holds the lock on output_dir. Returns the exit code; raises DsdpoError."""
     output_dir = Path(config.output_dir)
+    if attempts is not None:
+        attempts.begin()
     if job is not None:
         let_earlier_attempt_end(output_dir, job)
-    with RunLock.acquire(output_dir, f"dsdpo {task.name}") as lock, requests:
+    with RunLock.acquire(output_dir, f"dsdpo {task.name}") as lock:
         end_leftovers(lock.previous)
         if task.fresh:
             start_over(output_dir, task.confirmed)
+        elif is_finished(task, config):  # by the attempt that was waited for
+            return 0
         clear_marks(output_dir)
-        if job is not None and cluster.requeue:
-            begin_attempt(output_dir, job)
         prepare_data(config)
         try:
             launch = _launch(task, cluster, job, devices, output_dir, lock.token)
@@ -101,7 +110,7 @@ def _launch(
         on_nodes = replace(cluster, num_accelerators=ranks)
         nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''} ({job.node_list})"
         where = f"{_ranks(ranks, devices)} on each of {nodes} of job {job.job}"
-        return Launch(command, launch_environment(on_nodes, devices, os.environ), where)
+        return Launch(command, launch_environment(on_nodes, devices, os.environ), where, ends_nicely=True)
     command = launch_command(argv, cluster, devices, os.environ)
     environment = launch_environment(cluster, devices, os.environ)
     if not cluster.hostfile:
@@ -127,13 +136,19 @@ def _allocation() -> Allocation | None:
     return None
 
 
-def _cuda_devices() -> int:
-    """Number of visible CUDA devices, without creating a CUDA context; without any, DeepSpeed is told so."""
+def _devices(cluster: ClusterRequest, job: Allocation | None) -> int:
+    """Number of GPUs on each node; 0 without any, and for a hostfile, whose hosts know. Raises ConfigError."""
+    if job is not None:
+        return job.gpus_per_node or 0
+    if cluster.hostfile:
+        return 0
     import torch
 
     devices = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else 0
     if not devices:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or importing it in this process warns of no GPU
+    elif (cluster.num_accelerators or 1) > devices:
+        raise ConfigError(f"--num_accelerators is {cluster.num_accelerators}, but {devices} are visible here")
     return devices
 
 
@@ -143,7 +158,8 @@ def start_over(output_dir: Path, confirmed: bool) -> None:
     Raises:
         CheckpointError: there is something, and nobody has confirmed.
     """
-    found = [path for path in sorted(output_dir.iterdir()) if not path.name.startswith((".", LOCK_FILE, _REPLACED))]
+    stays = (".", LOCK_FILE, ATTEMPTS_FILE, _REPLACED)
+    found = [path for path in sorted(output_dir.iterdir()) if not path.name.startswith(stays)]
     if not found:
         return
     names = ", ".join(path.name for path in found[:6])
@@ -175,8 +191,8 @@ def judge(task: str, output_dir: Path, status: int) -> int:
         name = _signal_name(status)
         cause = "another rank or node failed before, or the scheduler ended it; see the lines above"
         if name == "SIGKILL":
-            cause = "out of memory is the usual cause (see the lines above and the kernel's log): lower "
-            cause += "max_tokens_per_row or use a higher ZeRO stage"
+            cause = "unless the lines above name another cause, out of memory is the usual one (see the kernel's log): "
+            cause += "lower max_tokens_per_row or use a higher ZeRO stage"
         raise HangError(f"a rank was killed by {name} during {task}; {cause}")
     if (code is None and status == 0) or (code == 0 and task == "train"):
         raise HangError(f"the ranks ended without finishing {task}; see the lines above")

@@ -95,18 +95,6 @@ def test_an_urgent_job_takes_the_nodes_of_another_which_is_told_before(slurm, su
     assert slurm.log(job).count("told") == 1
 
 
-@pytest.mark.parametrize("dead", ["n1", "n2"], ids=["with the batch script", "without"])
-def test_a_job_is_requeued_on_other_nodes_when_one_dies(slurm, submit, dead):
-    step = "echo run ${SLURM_RESTART_COUNT:-0} on $(hostname); sleep $((SLURM_RESTART_COUNT ? 0 : 300))"
-    job = submit(f"srun bash -c '{step}'", "--nodes=2")
-    until(lambda: all(f"run 0 on {name}" in slurm.log(job) for name in ("n1", "n2")), "the step on both nodes")
-    slurm.kill_node(dead)
-    slurm.wait(job, "PENDING", timeout=90)
-    after = slurm.wait(job)
-    assert after["Restarts"] == "1"
-    assert slurm.log(job).count("run 1 on") == 2 and f"run 1 on {dead}" not in slurm.log(job)
-
-
 def test_a_nodes_death_takes_all_of_its_processes(slurm, submit):
     job = submit("setsid env --ignore-environment sleep 4321 & srun sleep 4321", "--nodelist=n2")
     machine = slurm.machines["n2"]

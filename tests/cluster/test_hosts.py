@@ -47,7 +47,7 @@ class Command:
         environment = {**hosts.environment, **QUIET, "PYTHONPATH": str(ROOT), **variables}
         with log.open("w") as stream:
             self.process: subprocess.Popen[Any] = hosts[host].start(
-                *line, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
+                "env", "--default-signal=INT", *line, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
             )
 
     @property

@@ -57,9 +57,18 @@ def records_of(slurm: Slurm, job: str) -> list[dict[str, str]]:
 
 
 def test_two_nodes_train_policy_and_reference_in_shares(slurm: Slurm, place: Place, submit: Callable[..., str]) -> None:
-    arguments = ["--finetuning_type", "full", "--reference", "live", "--save_steps", "6"]
-    job = submit("two", *arguments, options=("--nodes=2", "--comment=x"))
+    """And what is secret in the environment is in no log, command line or file."""
+    arguments = ["--finetuning_type", "full", "--reference", "live"]
+    job = submit("two", *arguments, "--report_to", "tensorboard", DSDPO_FAULT="save:staged@2=3", **SECRETS)
+    until_saving(place, "two", 6)
+    lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
     done = slurm.wait(job)
+    assert sum("--supervised" in line for line in lines) >= 2  # launchers and ranks were seen
+    for secret in SECRETS.values():
+        assert not [line for line in lines if secret in line]
+        files = [path for path in place.folder.rglob("*") if path.is_file()]
+        assert len(files) > 20 and not [path for path in files if secret.encode() in path.read_bytes()]
+        assert secret not in slurm.log(job)
     assert (done["ExitCode"], done["Restarts"]) == ("0:0", "0")
     log = slurm.log(job)
     assert "ZeRO stage 3, 2 ranks on cpu, fp32, 50 % of the parameters on a rank" in log
@@ -202,22 +211,12 @@ def test_a_sweep_runs_every_line_on_what_was_prepared(slurm: Slurm, place: Place
     first = slurm.sbatch("--cpus-per-task=2", "--mem=0", *prepare, cwd=place.folder, **settings)
     script = [str(ROOT / "slurm" / "array.sbatch"), str(place.folder / "run.yaml"), str(place.folder / "sweep.txt")]
     options = [f"--dependency=afterok:{first}", "--array=1-2%1", "--gpus-per-node=1"]
-    array = slurm.sbatch(*options, *script, cwd=place.folder, **settings)
+    array = slurm.sbatch(*options, *script, cwd=place.folder, **settings, DSDPO_FAULT="save:staged@2=3")
+    until_saving(place, "sweep/2", 6)
+    slurm.signal(f"{array}_2", "USR1")
     slurm.wait(f"{array}_2", timeout=240)
-    assert slurm.job(f"{array}_1")["JobState"] == "COMPLETED", slurm.log(f"{array}_1")
+    jobs = [slurm.job(f"{array}_{line}") for line in (1, 2)]
+    assert [(job["JobState"], job["Restarts"]) for job in jobs] == [("COMPLETED", "0"), ("COMPLETED", "1")]
     for line, beta in (("1", 0.2), ("2", 0.3)):
         config = yaml.safe_load((place.folder / "sweep" / line / "run_config.yaml").read_text())
         assert config["beta"] == beta and (place.folder / "sweep" / line / "COMPLETED").exists()
-
-
-def test_secrets_are_in_no_log_command_line_or_file(slurm: Slurm, place: Place, submit: Callable[..., str]) -> None:
-    job = submit("secret", "--report_to", "tensorboard", DSDPO_FAULT="save:staged@2=3", **SECRETS)
-    until_saving(place, "secret", 6)
-    lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
-    assert sum("--supervised" in line for line in lines) >= 2  # launchers and ranks were seen
-    slurm.wait(job)
-    for secret in SECRETS.values():
-        assert not [line for line in lines if secret in line]
-        files = [path for path in place.folder.rglob("*") if path.is_file()]
-        assert len(files) > 20 and not [path for path in files if secret.encode() in path.read_bytes()]
-        assert secret not in slurm.log(job)

@@ -14,7 +14,7 @@ STEP = {
     "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
     "SLURM_STEP_NODELIST": "localhost",
 }
-BATCH = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[3-4]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "64"}
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[3-4]", "SLURM_JOB_NUM_NODES": "2"}
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 TASK = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
 
@@ -55,7 +55,9 @@ def test_a_task_with_a_gpu_of_its_own_takes_that(monkeypatch: pytest.MonkeyPatch
 def test_a_batch_script_is_no_rank_but_has_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, BATCH, TASK, {"SLURM_GPUS_ON_NODE": "8", "SLURM_RESTART_COUNT": "2"})
     assert launched() is None
-    assert allocation() == Allocation("7", 2, "n[3-4]", 8, 64, 2)
+    assert allocation() == Allocation("7", 2, "n[3-4]", 8, 2, "7")
+    put(monkeypatch, {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"})
+    assert allocation() == Allocation("7", 2, "n[3-4]", 8, 2, "5_3")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,8 @@ def test_gpus_of_a_job(monkeypatch: pytest.MonkeyPatch, asked: str | None, given
 @pytest.mark.parametrize(("step", "has_nodes"), [("0", False), ("4294967290", True)])
 def test_a_shell_inside_a_job_is_no_rank(monkeypatch: pytest.MonkeyPatch, step: str, has_nodes: bool) -> None:
     """`srun --pty bash` has one node's share; the shell that salloc opens has the job's nodes."""
-    put(monkeypatch, STEP, BATCH, {**TASK, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": step})
+    tasks = "1" if step == "0" else "16"  # salloc's shell says how many the job has
+    put(monkeypatch, STEP, BATCH, {**TASK, "SLURM_PROCID": "0", "SLURM_NTASKS": tasks, "SLURM_STEP_ID": step})
     assert launched() is None
     assert (allocation() is not None) == has_nodes
 

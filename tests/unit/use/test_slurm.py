@@ -6,6 +6,7 @@ import argparse
 import base64
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,13 @@ import pytest
 from dsdpo.dist import Allocation, job_port
 from dsdpo.errors import ConfigError, HangError
 from dsdpo.train.stop import STOP_FILE
+from dsdpo.use import slurm
 from dsdpo.use.node import launcher
 from dsdpo.use.preflight import ClusterRequest
-from dsdpo.use.slurm import _can_go_on, begin_attempt, ranks_per_node, srun_command
+from dsdpo.use.slurm import Attempts, _can_go_on, ranks_per_node, srun_command
 
-JOB = Allocation("41", 2, "localhost", 4, 64, 0)
-CPU_JOB = Allocation("41", 2, "localhost", None, 64, 0)
-
-
-def restarted(times: int) -> Allocation:
-    return Allocation("41", 2, "localhost", 4, 64, times)
+JOB = Allocation("41", 2, "localhost", 4, 0, "41")
+CPU_JOB = Allocation("41", 2, "localhost", None, 0, "41")
 
 
 @pytest.mark.parametrize(("job", "wanted", "ranks"), [(JOB, None, 4), (JOB, 2, 2), (CPU_JOB, None, 1), (CPU_JOB, 3, 3)])
@@ -41,7 +39,9 @@ def test_one_task_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     environment = {"DSDPO_SRUN_ARGS": "--container-image='a b' --label", "HF_TOKEN": "secret"}
     command = srun_command(["train", "run.yaml"], JOB, 4, tmp_path, ClusterRequest(), environment)
     assert command[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
-    assert {"--kill-on-bad-exit=1", "--cpu-bind=none", "--container-image=a b", "--label"} < set(command)
+    assert {"--kill-on-bad-exit=1", "--cpu-bind=none", "--export=ALL", "--container-image=a b", "--label"} < set(
+        command
+    )
     node = command[command.index("-m") :]
     assert command[command.index("-m") - 1] == sys.executable
     assert node[1:6] == ["dsdpo.use.node", "--nodes", "2", "--ranks", "4"]
@@ -90,7 +90,8 @@ def test_a_node_with_fewer_gpus_is_told(capsys: pytest.CaptureFixture[str]) -> N
         (75, "SIGTERM", "SIGTERM", False),  # scancel
         (75, "SIGINT", "SIGINT", False),
         (75, None, "", False),  # a person made the file
-        (75, None, "restart 1 of the job", False),  # the job is elsewhere by now
+        (75, None, "attempt 2 of the job", False),  # the job is elsewhere by now
+        (75, "SIGUSR1", "", False),  # a person was first
     ],
 )
 def test_what_goes_back_into_the_queue(
@@ -101,8 +102,61 @@ def test_what_goes_back_into_the_queue(
     assert _can_go_on(tmp_path, code, received) == goes_on
 
 
-def test_attempts_that_begin_at_the_same_step_are_counted(tmp_path: Path) -> None:
-    assert [begin_attempt(tmp_path, restarted(n)) for n in range(3)] == [1, 2, 3]
-    with pytest.raises(HangError, match="3 attempts of this job began at the beginning"):
-        begin_attempt(tmp_path, restarted(3))
-    assert begin_attempt(tmp_path, Allocation("42", 2, "localhost", 4, 64, 0)) == 1  # submitted anew
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Attempts of job 41 that end with some codes after some steps; what becomes of each."""
+
+    def attempts(*ends: tuple[int | None, int], first: int = 0, job: str = "41") -> list[str]:
+        said = []
+        monkeypatch.setattr(slurm, "_put_back", lambda job: said.append(f"again {job.restarts + 1}") or "again")
+        for number, (code, step) in enumerate(ends, first):
+            attempt = Attempts(Allocation(job, 2, "localhost", 4, number, job), tmp_path)
+            try:
+                attempt.begin()
+            except HangError:
+                said.append("refused")
+                continue
+            monkeypatch.setattr(slurm, "_newest_step", lambda _, step=step: step)
+            before = len(said)
+            if code is not None:  # else its node died
+                attempt.end(code, "SIGUSR1" if code == 75 else None)
+                said += ["the end"] * (len(said) == before)
+        return said
+
+    monkeypatch.setattr(slurm, "_newest_step", lambda _: 0)
+    return attempts
+
+
+def test_three_failures_where_they_began_are_the_end(queue: Callable[..., list[str]]) -> None:
+    assert queue((71, 0), (1, 0), (74, 0)) == ["again 1", "again 2", "the end"]
+    assert queue((71, 0), job="42") == ["again 1"]  # submitted anew
+
+
+def test_progress_counts_from_the_start_again(queue: Callable[..., list[str]]) -> None:
+    ends = [(71, 0), (71, 0), (71, 5), (71, 5), (71, 5), (71, 5)]
+    assert queue(*ends) == [*(f"again {n}" for n in range(1, 6)), "the end"]
+
+
+def test_dead_nodes_count_as_failures(queue: Callable[..., list[str]]) -> None:
+    assert queue((None, 0), (None, 0), (None, 0), (None, 0)) == ["refused"]
+
+
+def test_what_the_scheduler_stops_is_no_failure(queue: Callable[..., list[str]]) -> None:
+    """Filling a reference store takes what it takes, without a checkpoint."""
+    said = queue(*[(75, 0)] * 20)
+    assert said == [*(f"again {n}" for n in range(1, 20)), "the end"]
+
+
+def test_mistakes_and_ends_are_the_end(queue: Callable[..., list[str]]) -> None:
+    for number, code in enumerate((0, 64, 65, 66, 70)):
+        assert queue((code, 0), job=str(number)) == ["the end"]
+
+
+def test_a_folder_that_is_away_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    monkeypatch.setattr(slurm, "_put_back", lambda job: said.append(job.name) or "again")
+    attempts = Attempts(JOB, tmp_path)
+    attempts.begin()
+    (tmp_path / slurm.ATTEMPTS_FILE).write_text("{damaged")
+    attempts.end(74, None)
+    assert said == ["41"]
