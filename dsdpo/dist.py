@@ -134,12 +134,13 @@ def _gpus_per_node() -> int | None:
     if "SLURM_GPUS_ON_NODE" in os.environ or "SLURM_JOB_GPUS" in os.environ or not shutil.which("scontrol"):
         return int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) or None
     # The shell of salloc is told less than a batch script.
+    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    if total := os.environ.get("SLURM_GPUS"):
+        return int(total.rpartition(":")[2]) // nodes or None
     command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"], "--oneliner"]
     said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    if found := re.search(r"\bTresPerNode=\S*gpu(?::[A-Za-z]\w*)?:(\d+)", said):
-        return int(found[1])
-    total = re.search(r"\bTRES=\S*gres/gpu=(\d+)", said)
-    return int(total[1]) // int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) or None if total else None
+    found = re.search(r"\bTresPerNode=\S*gpu(?::[A-Za-z]\w*)?:(\d+)", said)
+    return int(found[1]) if found else None
 
 
 def node_rank() -> int:

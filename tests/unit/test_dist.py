@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +70,24 @@ def test_gpus_of_a_job(monkeypatch: pytest.MonkeyPatch, asked: str | None, given
     put(monkeypatch, BATCH, {name: value for name, value in said.items() if value is not None})
     job = allocation()
     assert job is not None and job.gpus_per_node == gpus
+
+
+@pytest.mark.parametrize(
+    ("said", "gpus"),
+    [("", None), ("TresPerNode=gres:gpu:8 X=1", 8), ("TresPerNode=gres/gpu:a100:4", 4), ("TresPerNode=gres:gpu:0", 0)],
+)
+def test_gpus_of_an_interactive_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, gpus: int | None
+) -> None:
+    """Where the environment does not say, SLURM is asked."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho 'JobId=7 {said}'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    put(monkeypatch, BATCH, {"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    job = allocation()
+    assert job is not None and job.gpus_per_node == gpus
+    put(monkeypatch, {"SLURM_GPUS": "a100:6"})
+    job = allocation()
+    assert job is not None and job.gpus_per_node == 3
 
 
 @pytest.mark.parametrize(("step", "has_nodes"), [("0", False), ("4294967290", True)])
