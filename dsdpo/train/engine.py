@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import deepspeed
@@ -58,7 +59,8 @@ def start_process_group(config: RunConfig, ranks: Ranks) -> Hardware:
         ConfigError: the DeepSpeed JSON does not fit the number of ranks, or a node cannot offload to NVMe.
     """
     check_world_size(config, ranks.world_size)
-    end_stale_builds()
+    # beside the rest: a kernel that another job builds is none of ours, unless torch comes to wait for it
+    Thread(target=end_stale_builds, name="stale builds", daemon=True).start()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(ranks.local_rank)
