@@ -14,6 +14,8 @@ from tests.helpers.nvme import built_async_io
 from tests.helpers.ranks import ROOT, run_ranks
 from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
 
+pytestmark = pytest.mark.slow
+
 FILES = sorted((ROOT / "ds_configs").iterdir())
 WORLD = 2
 

@@ -13,6 +13,8 @@ from tests.helpers.nvme import built_async_io
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
 
+pytestmark = pytest.mark.slow
+
 WORLD, SAVED_AFTER, STEPS = 2, 2, 4
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full", "learning_rate": 1e-4, "weight_decay": 0.1},

@@ -186,6 +186,7 @@ def test_hpz_that_does_not_fit_the_ranks_is_told(place: Path) -> None:
     assert "zero_hpz_partition_size is 8, but 2 ranks train" in output and "allowed for 2: 1, 2." in output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_swap(), reason="libaio with its headers is not installed (libaio-dev)")
 def test_a_run_that_offloads_to_nvme_leaves_nothing_there(place: Path) -> None:
     settings = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text())
