@@ -116,13 +116,15 @@ class Attempts:
 
         Raises:
             HangError: too many have failed here; SLURM itself puts a job back after the failure of a node.
+            IOFailure: it cannot be noted.
         """
         step = _newest_step(self._output_dir)
         earlier = self._here(step)
         if sum(attempt.code != StopRequested.exit_code for attempt in earlier) >= _MOST:
             raise HangError(_given_up(step, len(earlier)))
-        self._now = Attempt(self._job.job, self._job.restarts, step)
-        self._write([*self._all(), self._now])
+        now = Attempt(self._job.job, self._job.restarts, step)
+        self._write([*self._all(), now])
+        self._now = now  # what cannot be counted, as on a full disk, does not come back: it would for ever
 
     def end(self, code: int, received: str | None) -> None:
         """Put the job back into the queue if another attempt of it can go further, and say so.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dsdpo.dist import Allocation, job_port
-from dsdpo.errors import ConfigError, HangError
+from dsdpo.errors import ConfigError, HangError, IOFailure
 from dsdpo.train.stop import STOP_FILE
 from dsdpo.use import slurm
 from dsdpo.use.node import launcher
@@ -160,3 +160,19 @@ def test_a_folder_that_is_away_hides_nothing(tmp_path: Path, monkeypatch: pytest
     (tmp_path / slurm.ATTEMPTS_FILE).write_text("{damaged")
     attempts.end(74, None)
     assert said == ["41"]
+
+
+def test_what_cannot_be_counted_does_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk every attempt would end with 74 before it is noted, and the job would go round for ever."""
+
+    def full(path: Path, content: str) -> None:
+        raise IOFailure("disk full")
+
+    said = []
+    monkeypatch.setattr(slurm, "_put_back", lambda job: said.append(job.name) or "again")
+    monkeypatch.setattr(slurm, "write_atomically", full)
+    attempts = Attempts(JOB, tmp_path)
+    with pytest.raises(IOFailure):
+        attempts.begin()
+    attempts.end(74, None)
+    assert not said
