@@ -40,7 +40,7 @@ SIZES = {
     "eos_token_id": 2,
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{kind: (kind, {}) for kind in COMPARED},
+    **{kind: (kind, {}) for kind in sorted(COMPARED)},
     "llama tied": ("llama", {"tie_word_embeddings": True}),
     "llama with idle settings": ("llama", {"logit_scale": 0.5, "logits_scaling": 2.0, "final_logit_softcapping": 1.0}),
     "llama biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
