@@ -12,26 +12,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from bench.flops import Shape
 from bench.traffic import Sizes
 
-# The published config.json of the two models.
+
+def _llama_2(hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=4096,
+    )
+
+
+# As in the published config.json.
 BUILT_IN = {
-    "llama-2-7b": LlamaConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        max_position_embeddings=4096,
-    ),
-    "llama-2-70b": LlamaConfig(
-        vocab_size=32000,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        max_position_embeddings=4096,
-    ),
+    "llama-2-7b": _llama_2(4096, 11008, 32, 32, 32),
+    "llama-2-70b": _llama_2(8192, 28672, 80, 64, 8),
 }
 
 

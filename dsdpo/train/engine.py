@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -19,24 +13,22 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from transformers import PreTrainedModel
 
-from dsdpo.compat import can_swap, cpu_adamw, end_stale_builds, unlink_shared_buffers
+from dsdpo.compat import cpu_adamw, end_stale_builds, unlink_shared_buffers
 from dsdpo.config.deepspeed import (
     check_world_size,
     engine_config,
     hpz_size,
     offloads_optimizer,
     reference_engine_config,
-    swap_folder,
     zero_stage,
 )
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks
-from dsdpo.errors import ConfigError
 from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora
 from dsdpo.model.attention import choose
 from dsdpo.model.load import load_causal_lm
 from dsdpo.model.rows import RowModel
-from dsdpo.train.agree import together
+from dsdpo.train.swap import check_swap_room, prepare_swap
 
 
 @dataclass(frozen=True)
@@ -68,41 +60,10 @@ def start_process_group(config: RunConfig, ranks: Ranks) -> Hardware:
     if accelerator.device_name() == "cpu":
         comm.barrier()
         unlink_shared_buffers(ranks.rank)
-    folder = swap_folder(config)
-    if folder is not None:
-        together(lambda: _make_room(folder, ranks))
+    prepare_swap(config, ranks)
     device = torch.device(accelerator.current_device_name())
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return Hardware(device, bf16)
-
-
-def _make_room(folder: Path, ranks: Ranks) -> None:
-    """Remove what a killed run left on this node's NVMe. Raises ConfigError where it cannot be used."""
-    node = socket.gethostname()
-    if not folder.parent.is_dir():
-        raise ConfigError(f"nvme_path: {node} has no folder {folder.parent}; make it, or name one that every node has")
-    if not can_swap():
-        raise ConfigError(
-            f"offload_optimizer.device is nvme, but {node} has no libaio with its headers (Debian: libaio-dev); "
-            "install it, or set device to cpu"
-        )
-    if ranks.local_rank == 0:  # of several ranks, where srun gives each a GPU of its own
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def swap_removed(config: RunConfig, ranks: Ranks) -> Iterator[None]:
-    """At the end, remove what this rank has on NVMe."""
-    try:
-        yield
-    finally:
-        folder = swap_folder(config)
-        if folder is not None:
-            own = folder / "zero_stage_3" / "optimizer" / f"rank{ranks.rank}"
-            shutil.rmtree(own, ignore_errors=True)
-            with suppress(OSError):  # the last rank of the node finds them empty
-                for parent in (own.parent, own.parent.parent, folder):
-                    parent.rmdir()
 
 
 def build_engine(config: RunConfig, ranks: Ranks, hardware: Hardware, weights: str | None = None) -> DeepSpeedEngine:
@@ -111,6 +72,10 @@ def build_engine(config: RunConfig, ranks: Ranks, hardware: Hardware, weights: s
     Args:
         weights: a folder of trained weights, a whole model or an adapter of the run's model, in place of the
             untrained policy.
+
+    Raises:
+        ConfigError: the model cannot be trained this way.
+        IOFailure: a node has no room on NVMe for the optimizer's state.
     """
     settings = engine_config(config, ranks.world_size, hardware.bf16)
     attention = choose(config.attn_implementation, hardware.device, hardware.bf16)
@@ -128,6 +93,7 @@ def build_engine(config: RunConfig, ranks: Ranks, hardware: Hardware, weights: s
     row_model = RowModel(model, config.use_weighting)
     if settings["zero_optimization"]["stage"] == 3:
         gather_by_layer(row_model, base)
+    check_swap_room(row_model, config, ranks)
     optimizer = build_optimizer(parameter_groups(row_model, config.weight_decay), config, hardware)
     engine, *_ = deepspeed.initialize(model=row_model, optimizer=optimizer, config=settings)
     if ranks.world_size == 1 and not engine.zero_optimization():
@@ -211,34 +177,6 @@ def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
     """Set it on every parameter group."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Number of steps and the learning rate of each: pure functions of the step."""
-
-    total_steps: int
-    warmup_steps: int
-    peak: float
-    kind: str
-
-    @classmethod
-    def of(cls, config: RunConfig, steps_per_epoch: int) -> Schedule:
-        """The schedule of a run over a set with so many steps per epoch."""
-        total = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
-        warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
-        return cls(total, warmup, config.learning_rate, config.lr_scheduler_type)
-
-    def learning_rate(self, step: int) -> float:
-        """Of 0-based step: linear from 0 over the warm-up, then as `lr_scheduler_type` says, as in transformers."""
-        if step < self.warmup_steps:
-            return self.peak * step / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        if self.kind == "linear":
-            return self.peak * max(0.0, 1 - progress)
-        if self.kind == "cosine":
-            return self.peak * 0.5 * (1 + math.cos(math.pi * progress))
-        return self.peak
 
 
 def held_here(engine: DeepSpeedEngine) -> str:

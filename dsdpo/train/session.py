@@ -16,7 +16,7 @@ from dsdpo.data.order import pairs_of_steps, steps_per_epoch
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.dist import Ranks
 from dsdpo.objectives.preference import PreferenceObjective
-from dsdpo.train.engine import Hardware, Schedule, build_engine, describe
+from dsdpo.train.engine import Hardware, build_engine, describe
 from dsdpo.train.evaluate import evaluate
 from dsdpo.train.facts import circumstances, identity
 from dsdpo.train.memory import row_tokens
@@ -25,6 +25,7 @@ from dsdpo.train.objective import objective_of
 from dsdpo.train.reference import Reference, reference_source
 from dsdpo.train.resume import NO_START, find_start, restore
 from dsdpo.train.saving import Saver
+from dsdpo.train.schedule import Schedule
 from dsdpo.train.stop import StopFlag
 from dsdpo.train.watch import Watch
 

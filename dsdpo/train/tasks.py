@@ -24,13 +24,14 @@ from dsdpo.errors import DataError, DsdpoError, IOFailure, StopRequested
 from dsdpo.files import write_atomically
 from dsdpo.lock import holder
 from dsdpo.train.agree import tell_all
-from dsdpo.train.engine import Hardware, build_engine, start_process_group, swap_removed
+from dsdpo.train.engine import Hardware, build_engine, start_process_group
 from dsdpo.train.evaluate import evaluate
 from dsdpo.train.loop import train
 from dsdpo.train.objective import objective_of
 from dsdpo.train.reference import NoReference, Reference, open_store, reference_for
 from dsdpo.train.session import Session, build_session
 from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE, StopFlag, reserve_exit, wait_for_exit, write_exit
+from dsdpo.train.swap import swap_removed
 from dsdpo.train.watch import Watch
 
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

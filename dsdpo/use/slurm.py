@@ -116,7 +116,7 @@ class Attempts:
 
         Raises:
             HangError: too many have failed here; SLURM itself puts a job back after the failure of a node.
-            IOFailure: it cannot be noted.
+            IOFailure: it cannot be noted, or earlier ones cannot be read.
         """
         step = _newest_step(self._output_dir)
         earlier = self._here(step)
@@ -139,7 +139,7 @@ class Attempts:
             ended = replace(self._now, code=code)
             self._write([ended if attempt == self._now else attempt for attempt in self._all()])
             goes_on, given_up = _can_go_on(self._output_dir, code, received), self._given_up()
-        except (OSError, ValueError, TypeError, DsdpoError):  # the folder is away: whoever comes back will see
+        except (OSError, DsdpoError):  # the folder is away: whoever comes back will see
             goes_on, given_up = code in _MAY_PASS, ""
         if goes_on and given_up:
             print(given_up, file=sys.stderr, flush=True)
@@ -164,7 +164,12 @@ class Attempts:
 
     def _all(self) -> list[Attempt]:
         lines = self._file.read_text().splitlines() if self._file.exists() else []
-        return [Attempt(**json.loads(line)) for line in lines]
+        try:
+            return [Attempt(**json.loads(line)) for line in lines]
+        except (ValueError, TypeError):
+            raise IOFailure(
+                f"{self._file} does not hold an attempt of a job in each line; remove it: attempts then count anew"
+            ) from None
 
     def _write(self, attempts: list[Attempt]) -> None:
         write_atomically(self._file, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import yaml
 
 from dsdpo.checkpoint.commit import checkpoints
 from dsdpo.compat import can_swap
+from tests.helpers.disks import mounted
 from tests.helpers.nvme import built_async_io
 from tests.helpers.ranks import free_port
 from tests.helpers.tiny import save_model, save_pairs, save_tokenizer, tiny_llama_config
@@ -195,7 +197,9 @@ def test_a_run_that_offloads_to_nvme_leaves_nothing_there(place: Path) -> None:
     arguments = ["--deepspeed", str(place / "nvme.json"), "--output_dir", str(place / "nvme"), "--save_steps", "4"]
     code, output = run(place, *arguments)
     assert code == 64 and f"has no folder {place / 'disk'};" in output, output
-    (place / "disk").mkdir()
+    with mounted(place / "disk", "size=256k"):
+        code, output = run(place, *arguments)
+        assert code == 74 and f"GiB on {socket.gethostname()}, but {place / 'disk'} has 0.00 GiB free" in output, output
     built_async_io()
     code, output = run(place, *arguments)
     assert code == 0, output

@@ -16,6 +16,7 @@ import yaml
 
 from dsdpo.checkpoint.commit import checkpoints
 from tests.faults.place import Place, same_weights
+from tests.helpers.disks import mounted
 from tests.helpers.tiny import save_model, tiny_llama_config
 
 pytestmark = pytest.mark.slow
@@ -180,12 +181,8 @@ def test_fresh_moves_the_earlier_run_aside_when_confirmed(place: Place, whole: P
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs is not allowed here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "size=40m") as folder:
+        yield folder
 
 
 def fill(path: Path) -> None:
@@ -231,15 +228,9 @@ def test_a_save_beside_the_training_that_fails_is_an_error(place: Place, small_d
 
 def test_a_read_only_folder(place: Place, tmp_path: Path) -> None:
     """A mount, since root may write into a folder without the right to."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
+    with mounted(tmp_path / "disk", "ro") as folder:
         code, output = place.run(str(folder / "out"), *STOPPED)
         assert code in (64, 74) and "Read-only" in output, output
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_the_list_of_checkpoints_names_what_is_wrong(place: Place, run: Path) -> None:

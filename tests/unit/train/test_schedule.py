@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from dsdpo.train.engine import Schedule
+from dsdpo.train.schedule import Schedule
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from dsdpo.compat import can_swap
 from dsdpo.config.deepspeed import swap_folder
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks
-from dsdpo.errors import ConfigError
-from dsdpo.train.engine import _make_room, swap_removed
+from dsdpo.errors import ConfigError, IOFailure
+from dsdpo.train.swap import _check_room, _make_room, swap_removed
 
 
 def test_a_node_without_the_folder_is_named(tmp_path: Path) -> None:
@@ -29,6 +30,13 @@ def test_what_a_killed_run_left_is_removed_once_per_node(tmp_path: Path) -> None
     assert left.is_dir()
     _make_room(tmp_path / "dsdpo-0", Ranks(0, 2, 0))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_told_with_its_node(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    _check_room(tmp_path, "n3", free // 2)
+    with pytest.raises(IOFailure, match=f"takes .* GiB on n3, but {tmp_path} has .* GiB free"):
+        _check_room(tmp_path, "n3", 2 * free)
 
 
 def test_each_rank_removes_its_own_and_the_last_one_the_folder(tmp_path: Path) -> None:

@@ -162,6 +162,13 @@ def test_a_folder_that_is_away_hides_nothing(tmp_path: Path, monkeypatch: pytest
     assert said == ["41"]
 
 
+@pytest.mark.parametrize("line", ["{damaged", "[1]", '{"job": "41", "at": 3}'])
+def test_a_damaged_list_of_attempts_is_told(tmp_path: Path, line: str) -> None:
+    (tmp_path / slurm.ATTEMPTS_FILE).write_text(line)
+    with pytest.raises(IOFailure, match=f"{slurm.ATTEMPTS_FILE} does not hold .* remove it"):
+        Attempts(JOB, tmp_path).begin()
+
+
 def test_what_cannot_be_counted_does_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a full disk every attempt would end with 74 before it is noted, and the job would go round for ever."""
 
