@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from threading import Thread
 from typing import Any
 
 import deepspeed
@@ -51,8 +50,7 @@ def start_process_group(config: RunConfig, ranks: Ranks) -> Hardware:
         ConfigError: the DeepSpeed JSON does not fit the number of ranks, or a node cannot offload to NVMe.
     """
     check_world_size(config, ranks.world_size)
-    # beside the rest: a kernel that another job builds is none of ours, unless torch comes to wait for it
-    Thread(target=end_stale_builds, name="stale builds", daemon=True).start()
+    end_stale_builds()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(ranks.local_rank)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,28 @@ def run_ranks(target: str, world_size: int, *args: Any, timeout: float = 600) ->
         return [pickle.loads(Path(folder, f"result-{rank}").read_bytes()) for rank in range(world_size)]
 
 
+def imports_of_threads() -> list[str]:
+    """Grows by every module that another thread than the main one looks for from now on, in this process.
+
+    There should be none: while the main thread imports distutils, which takes setuptools for its own, another thread's
+    import of setuptools stops both for ever.
+    """
+    found = []
+
+    def note(event: str, args: tuple[Any, ...]) -> None:
+        if event == "import" and threading.current_thread() is not threading.main_thread():
+            found.append(f"{threading.current_thread().name}: {args[0]}")
+
+    sys.addaudithook(note)
+    return found
+
+
 def _main(folder: str, rank: str) -> None:
     target, args = pickle.loads(Path(folder, "call").read_bytes())
     module, function = target.split(":")
+    imported = imports_of_threads()
     result = getattr(importlib.import_module(module), function)(*args)
+    assert not imported, f"threads import nothing, but: {', '.join(imported)}"
     Path(folder, f"result-{rank}").write_bytes(pickle.dumps(result))
 
 
