@@ -59,7 +59,7 @@ test: $(STAMP)
 	@$(WITH_VENV)
 	export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 	if [ -z "$(GPUS)" ]; then export DS_ACCELERATOR=cpu; fi
-	python -m pytest $(if $(SLOW),-n 2 --dist loadgroup -m "slow or not slow",-m "not slow") $(PYTEST_ARGS)
+	python -m pytest $(if $(SLOW),-n 2 -m "slow or not slow",-m "not slow") $(PYTEST_ARGS)
 
 test-faults: $(STAMP)
 	@$(WITH_VENV)

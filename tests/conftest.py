@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-CLUSTER = Path(__file__).parent / "cluster"
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `-n 2`: tests of the cluster mostly wait, for SLURM, beside all others; both one after another."""
+    from xdist.scheduler import LoadScopeScheduling
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `-n 2 --dist loadgroup`: tests of the cluster mostly wait, for SLURM, beside all others one after another."""
-    for item in items:
-        name = "cluster" if CLUSTER in item.path.parents else "machine"
-        item.add_marker(pytest.mark.xdist_group(name))
+    class TwoParts(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "cluster" if nodeid.startswith("tests/cluster/") else "machine"
+
+    return TwoParts(config, log)
