@@ -197,7 +197,7 @@ def test_a_run_that_offloads_to_nvme_leaves_nothing_there(place: Path) -> None:
     arguments = ["--deepspeed", str(place / "nvme.json"), "--output_dir", str(place / "nvme"), "--save_steps", "4"]
     code, output = run(place, *arguments)
     assert code == 64 and f"has no folder {place / 'disk'};" in output, output
-    with mounted(place / "disk", "size=256k"):
+    with mounted(place / "disk", "size=4k"):
         code, output = run(place, *arguments)
         assert code == 74 and f"GiB on {socket.gethostname()}, but {place / 'disk'} has 0.00 GiB free" in output, output
     built_async_io()
