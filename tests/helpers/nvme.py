@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsdpo.compat import can_swap
+from dsdpo.compat import can_swap, end_stale_builds
 
 
 def built_async_io() -> bool:
@@ -11,5 +11,6 @@ def built_async_io() -> bool:
         return False
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
+    end_stale_builds()
     AsyncIOBuilder().load(verbose=False)
     return True
