@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
+import gc
 import sys
 import textwrap
 from pathlib import Path
@@ -18,6 +20,7 @@ INTERRUPTED = 130
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code (see `dsdpo.errors`)."""
+    atexit.register(gc.freeze)  # or the last collection looks at all that was imported: a second for torch and the like
     arguments = sys.argv[1:] if argv is None else argv
     parser = _parser()
     args, overrides = parser.parse_known_args(arguments)

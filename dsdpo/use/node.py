@@ -7,8 +7,6 @@ take a neighbour's.
 from __future__ import annotations
 
 import argparse
-import base64
-import json
 import os
 import signal
 import socket
@@ -17,6 +15,7 @@ from pathlib import Path
 
 from dsdpo.dist import node_rank, slurm_job
 from dsdpo.errors import ConfigError
+from dsdpo.use.launcher import node_command
 
 
 def main() -> None:
@@ -55,12 +54,8 @@ def launcher(args: argparse.Namespace, rank: int, visible: str) -> list[str]:
             file=sys.stderr,
         )
         raise SystemExit(ConfigError.exit_code)
-    # Only the counts matter for the other nodes; each launcher reads the ids of its own.
     nodes = {f"node-{i}": ids[: args.ranks] for i in range(args.nodes)}
-    world = base64.urlsafe_b64encode(json.dumps(nodes).encode()).decode()
-    command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--node_rank={rank}"]
-    command += [f"--master_addr={args.master_addr}", f"--master_port={args.master_port}", "--no_local_rank"]
-    return [*command, "--log_level=critical", "--module", "dsdpo", *args.argv]
+    return node_command(args.argv, nodes, rank, args.master_addr, args.master_port)
 
 
 def _log_to(path: Path) -> None:

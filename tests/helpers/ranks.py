@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pickle
@@ -92,6 +93,7 @@ def _main(folder: str, rank: str) -> None:
     result = getattr(importlib.import_module(module), function)(*args)
     assert not imported, f"threads import nothing, but: {', '.join(imported)}"
     Path(folder, f"result-{rank}").write_bytes(pickle.dumps(result))
+    gc.freeze()  # as `dsdpo` ends
 
 
 if __name__ == "__main__":

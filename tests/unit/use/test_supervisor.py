@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -237,40 +238,53 @@ def test_marks_of_an_earlier_attempt_are_cleared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cluster", "devices", "environment", "expected"),
+    ("cluster", "devices", "environment", "ids"),
     [
-        (ClusterRequest(), 0, {}, "--num_accelerators 1"),
-        (ClusterRequest(num_accelerators=3), 0, {}, "--num_accelerators 3"),
-        (ClusterRequest(master_addr="h"), 8, {}, "--master_addr h"),
-        (ClusterRequest(num_accelerators=3), 0, {"CUDA_VISIBLE_DEVICES": ""}, "--num_accelerators 3"),
-        (ClusterRequest(), 8, {}, ""),
-        (ClusterRequest(num_accelerators=2), 8, {}, "--num_accelerators 2"),
-        (ClusterRequest(), 2, {"CUDA_VISIBLE_DEVICES": "4,5"}, "--include localhost:4,5"),
-        (ClusterRequest(num_accelerators=1), 2, {"CUDA_VISIBLE_DEVICES": "4,5"}, "--include localhost:4"),
-        (ClusterRequest(include="localhost:1"), 8, {}, "--include localhost:1"),
-        (ClusterRequest(hostfile="hosts", exclude="b"), 8, {}, "--hostfile hosts --force_multi --exclude b"),
+        (ClusterRequest(), 0, {}, "0"),
+        (ClusterRequest(num_accelerators=3), 0, {}, "0 1 2"),
+        (ClusterRequest(num_accelerators=3), 0, {"CUDA_VISIBLE_DEVICES": ""}, "0 1 2"),
+        (ClusterRequest(), 3, {}, "0 1 2"),
+        (ClusterRequest(num_accelerators=2), 8, {}, "0 1"),
+        (ClusterRequest(), 2, {"CUDA_VISIBLE_DEVICES": "4,5"}, "4 5"),
+        (ClusterRequest(num_accelerators=1), 2, {"CUDA_VISIBLE_DEVICES": "4,5"}, "4"),
+        (ClusterRequest(), 2, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, "GPU-a GPU-b"),
+    ],
+)
+def test_the_launchers_command_line_on_this_machine(
+    cluster: ClusterRequest, devices: int, environment: dict[str, str], ids: str
+) -> None:
+    command = launch_command(ARGV, cluster, devices, environment)
+    assert command[:4] == [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+    world = command[4].removeprefix("--world_info=")
+    assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": ids.split()}
+    assert {"--node_rank=0", "--master_addr=127.0.0.1", "--no_local_rank"} < set(command)
+    assert command[command.index("--module") :] == ["--module", "dsdpo", *ARGV]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "expected"),
+    [
+        (ClusterRequest(include="localhost:1"), "--include localhost:1"),
+        (ClusterRequest(exclude="localhost:1"), "--exclude localhost:1"),
+        (ClusterRequest(hostfile="hosts", exclude="b"), "--hostfile hosts --force_multi --exclude b"),
+        (ClusterRequest(hostfile="hosts", master_addr="a"), "--master_addr a --hostfile hosts --force_multi"),
         (
             ClusterRequest(hostfile="hosts", num_accelerators=4),
-            0,
-            {},
             "--hostfile hosts --force_multi --num_accelerators 4",
         ),
     ],
 )
-def test_the_launchers_command_line(
-    cluster: ClusterRequest, devices: int, environment: dict[str, str], expected: str
-) -> None:
-    command = launch_command(ARGV, cluster, devices, environment)
+def test_the_launchers_command_line_for_chosen_hosts_and_devices(cluster: ClusterRequest, expected: str) -> None:
+    command = launch_command(ARGV, cluster, 8, {})
     port = command.index("--master_port")
     module = command.index("--module")
     assert " ".join(command[port + 2 : module]) == expected
-    assert command[module:] == ["--module", "dsdpo", "train", "run.yaml", "--supervised", "t0k3n", "--beta", "0.2"]
+    assert command[module:] == ["--module", "dsdpo", *ARGV]
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
 def test_a_given_port_is_used_and_else_a_free_one() -> None:
-    command = launch_command(ARGV, ClusterRequest(master_port=4321), 0, {})
-    assert command[command.index("--master_port") + 1] == "4321"
+    assert "--master_port=4321" in launch_command(ARGV, ClusterRequest(master_port=4321), 0, {})
     assert 1024 <= free_port() <= 65535
 
 
