@@ -54,12 +54,14 @@ demo: $(STAMP)
 	@$(WITH_VENV)
 	python demo/run.py
 
-# One thread per process, since tests start several ranks; nothing is fetched from a hub.
+# One thread per process, since tests start several ranks; nothing is fetched from a hub. Folders of tests run beside
+# each other (tests/conftest.py; PYTEST_ARGS="-n 0" for a debugger), beside which kernels compile on half of the cores.
 test: $(STAMP)
 	@$(WITH_VENV)
 	export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+	export MAX_JOBS=$${MAX_JOBS:-$$((($$(nproc) + 1) / 2))}
 	if [ -z "$(GPUS)" ]; then export DS_ACCELERATOR=cpu; fi
-	python -m pytest $(if $(SLOW),-n 2 -m "slow or not slow",-m "not slow") $(PYTEST_ARGS)
+	python -m pytest -n 3 -m "$(if $(SLOW),slow or )not slow" $(PYTEST_ARGS)
 
 test-faults: $(STAMP)
 	@$(WITH_VENV)

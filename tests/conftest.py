@@ -9,14 +9,15 @@ import pytest
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `-n 2`: two halves beside each other, one test after another in each.
+    """For `-n 3`: folders of tests beside each other, one test after another in each, on as few as 2 cores.
 
     Tests of the cluster wait much, for SLURM, and whole runs start one process after another: both leave a core idle.
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    class Halves(LoadScopeScheduling):
+    class Folders(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "cluster and faults" if nodeid.startswith(("tests/cluster/", "tests/faults/")) else "the rest"
+            folder = nodeid.split("/")[1]
+            return folder if folder in ("cluster", "dist", "faults") else "unit and parity"
 
-    return Halves(config, log)
+    return Folders(config, log)
