@@ -70,7 +70,7 @@ HARMS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize(("harm", "rank"), zip(HARMS, (0, 1, 0, 1)))
+@pytest.mark.parametrize(("harm", "rank"), list(zip(HARMS, (0, 1, 0, 1))))
 def test_a_harmed_shard_is_passed_over(place: Place, whole: Path, run: Path, harm: str, rank: int) -> None:
     """The run goes on from the checkpoint before."""
     HARMS[harm](run / "checkpoints" / "step-00000004" / f"rank-{rank:05d}-of-00002.safetensors")
