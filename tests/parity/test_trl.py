@@ -24,7 +24,8 @@ from dsdpo.objectives.pairs import LossOptions, PairFacts
 from dsdpo.objectives.preference import PreferenceObjective
 from tests.helpers.real import hh_rows, smollm2
 
-PAIRS = 16
+PAIRS = 8
+ROW_PAIRS = 4
 BETA = 0.1
 CPU = torch.device("cpu")
 
@@ -106,13 +107,15 @@ def ours(request: pytest.FixtureRequest, encoded: list[EncodedPair]) -> Numbers:
     objective = PreferenceObjective({"sigmoid": 1.0}, LossOptions(beta=BETA))
     token_pairs = [TokenPair(np.array(e.prompt_ids), np.array(e.chosen_ids), np.array(e.rejected_ids)) for e in encoded]
     logps, ref_logps, loss = [], [], 0.0
-    for start in range(0, PAIRS, 8):
-        row = RowTensors.from_row(build_row(token_pairs[start : start + 8], range(8), request.param), CPU)
+    for start in range(0, PAIRS, ROW_PAIRS):
+        row = RowTensors.from_row(
+            build_row(token_pairs[start : start + ROW_PAIRS], range(ROW_PAIRS), request.param), CPU
+        )
         with torch.no_grad():
             ref_logps.append(reference(row))
         logps.append(policy(row))
         tokens = row.part_lengths.sum(1).view(-1, 2).float()
-        facts = PairFacts(tokens, torch.full((8,), torch.nan), tokens[:, 0].mean().item())
+        facts = PairFacts(tokens, torch.full((ROW_PAIRS,), torch.nan), tokens[:, 0].mean().item())
         part = objective(logps[-1], ref_logps[-1], facts).losses.sum() / PAIRS
         part.backward()
         loss += part.item()
