@@ -54,8 +54,8 @@ demo: $(STAMP)
 	@$(WITH_VENV)
 	python demo/run.py
 
-# One thread per process, since tests start several ranks; nothing is fetched from a hub. Folders of tests run beside
-# each other (tests/conftest.py; PYTEST_ARGS="-n 0" for a debugger), beside which kernels compile on half of the cores.
+# One thread per process, since tests start several ranks; nothing is fetched from a hub. Tests run in three streams
+# (tests/conftest.py; PYTEST_ARGS="-n 0" for a debugger), beside which kernels compile on half of the cores.
 test: $(STAMP)
 	@$(WITH_VENV)
 	export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
