@@ -191,6 +191,7 @@ def test_hpz_that_does_not_fit_the_ranks_is_told(place: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not can_swap(), reason="libaio with its headers is not installed (libaio-dev)")
 def test_a_run_that_offloads_to_nvme_leaves_nothing_there(place: Path) -> None:
+    built_async_io()
     settings = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text())
     settings["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(place / "disk")
     (place / "nvme.json").write_text(json.dumps(settings))
@@ -200,7 +201,6 @@ def test_a_run_that_offloads_to_nvme_leaves_nothing_there(place: Path) -> None:
     with mounted(place / "disk", "size=4k"):
         code, output = run(place, *arguments)
         assert code == 74 and f"GiB on {socket.gethostname()}, but {place / 'disk'} has 0.00 GiB free" in output, output
-    built_async_io()
     code, output = run(place, *arguments)
     assert code == 0, output
     assert [(c.step, c.problem) for c in checkpoints(place / "nvme")] == [(6, ""), (4, "")]
