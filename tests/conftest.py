@@ -17,7 +17,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Streams(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            folder, file = nodeid.partition("::")[0].split("/")[1:3]
+            folder, _, file = nodeid.partition("::")[0].removeprefix("tests/").partition("/")
             return {"cluster": folder, "faults": folder, "dist": file}.get(folder, "unit and parity")
 
     return Streams(config, log)
