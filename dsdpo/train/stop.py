@@ -19,6 +19,7 @@ STOP_FILE = "STOP"
 EXIT_FILE = "EXIT"
 STARTED_FILE = "STARTED"
 COMPLETED_FILE = "COMPLETED"
+_NOTICED_S = 5.0
 _RESERVE, _RESERVE_BYTES = ".EXIT.reserve", 4096
 
 
@@ -66,6 +67,15 @@ def wait_for_exit(output_dir: Path, seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while not (output_dir / EXIT_FILE).exists() and time.monotonic() < deadline:
         time.sleep(0.1)
+
+
+def outlive_the_cause() -> None:
+    """Wait, before this rank fails, until the launcher has seen any that died before it.
+
+    A rank that is killed cuts the others' connections, and they fail too. The launcher looks once a second and hands on
+    the exit code of whichever it looks at first: that of a rank which has only lost its peer would hide the death.
+    """
+    time.sleep(_NOTICED_S)
 
 
 def reserve_exit(output_dir: Path) -> None:

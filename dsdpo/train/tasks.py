@@ -30,7 +30,15 @@ from dsdpo.train.loop import train
 from dsdpo.train.objective import objective_of
 from dsdpo.train.reference import NoReference, Reference, open_store, reference_for
 from dsdpo.train.session import Session, build_session
-from dsdpo.train.stop import COMPLETED_FILE, STARTED_FILE, StopFlag, reserve_exit, wait_for_exit, write_exit
+from dsdpo.train.stop import (
+    COMPLETED_FILE,
+    STARTED_FILE,
+    StopFlag,
+    outlive_the_cause,
+    reserve_exit,
+    wait_for_exit,
+    write_exit,
+)
 from dsdpo.train.swap import swap_removed
 from dsdpo.train.watch import Watch
 
@@ -100,6 +108,8 @@ def _exit_told(config: RunConfig, ranks: Ranks) -> Iterator[None]:
         if ranks.is_main:
             is_full = isinstance(error, OSError) and error.errno in _REFUSED
             write_exit(output_dir, IOFailure.exit_code if is_full else 1, traceback.format_exc())
+        if isinstance(error, Exception) and ranks.world_size > 1:
+            outlive_the_cause()
         raise
     if ranks.is_main:
         write_exit(output_dir, 0, "done")

@@ -102,14 +102,14 @@ def test_a_request_during_a_save_of_40_s(place: Place, whole: Callable[[int], Pa
 
 def test_a_second_interrupt_ends_at_once_without_harm(place: Place, whole: Callable[[int], Path]) -> None:
     more = [*LONG[:2], "--save_steps", "30"]
-    run = place.start("twice", *zero3(place), *more, DSDPO_FAULT="save:rank-written@2#1=60")
+    run = place.start("twice", *zero3(place), *more, DSDPO_FAULT="save:rank-written@2#1=120")
     assert run.until((run.out / "checkpoints" / "step-00000060.tmp").exists, "the second save")
     started = time.monotonic()
     run.process.send_signal(signal.SIGINT)
     time.sleep(1)
     run.process.send_signal(signal.SIGINT)
     code, _ = run.wait()
-    assert code == 130 and time.monotonic() - started < 20
+    assert code == 130 and time.monotonic() - started < 60
     run.until_nobody_is_left()
     code, output = place.run("twice", *zero3(place), *more)
     assert code == 0 and "resumed after step 30" in output, output
@@ -124,7 +124,7 @@ def test_a_rank_that_is_stopped_is_named(place: Place, whole: Callable[[int], Pa
     run.ranks()[1].send_signal(signal.SIGSTOP)
     started = time.monotonic()
     code, output = run.wait()
-    assert code == 71 and time.monotonic() - started < timeout + 30, output
+    assert code == 71 and time.monotonic() - started < timeout + 60, output
     assert "rank 1 (host" in output and "without a sign of life" in output
     assert "in train" in (run.out / "ranks" / "stacks-00000.txt").read_text()
     run.until_nobody_is_left()
@@ -133,7 +133,13 @@ def test_a_rank_that_is_stopped_is_named(place: Place, whole: Callable[[int], Pa
 def test_a_rank_that_dies_ends_the_run_with_71(place: Place) -> None:
     run = place.start("dead", *zero3(place), "--max_steps", "100000")
     assert run.until_step(10)
-    run.ranks()[0].kill()
+    first, second = run.ranks()
+    launcher = run.launcher()
+    launcher.suspend()  # it looks once a second at most; what it finds first is the cause
+    first.kill()
+    time.sleep(2)
+    assert second.status() != psutil.STATUS_ZOMBIE, "it failed, as it lost its peer, before that was seen"
+    launcher.resume()
     code, output = run.wait()
     assert code == 71 and "SIGKILL" in output, output
     run.until_nobody_is_left()
