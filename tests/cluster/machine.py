@@ -58,7 +58,7 @@ def what_is_missing(programs: tuple[str, ...], trial: str, network: bool = False
     return ""
 
 
-def until(condition: Callable[[], object], what: str, timeout: float = 60) -> None:
+def until(condition: Callable[[], object], what: str, timeout: float = 120) -> None:
     """Look until something is so; fail with `what` when it is not after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -182,7 +182,7 @@ class Slurm:
         path = Path(self.job(job).get("StdOut", ""))
         return path.read_text(errors="replace") if path.is_file() else "(no output)"
 
-    def wait(self, job: str, *states: str, timeout: float = 120) -> dict[str, str]:
+    def wait(self, job: str, *states: str, timeout: float = 400) -> dict[str, str]:
         """The job when it gets into one of `states` (COMPLETED).
 
         Fails with the end of its log if it ends in another state, or after `timeout` seconds.
@@ -210,6 +210,10 @@ class Slurm:
     def cancel(self, job: str) -> None:
         """`scancel`."""
         self.call("scancel", job)
+
+    def limit(self, job: str, minutes: int) -> None:
+        """Sets the time limit of a job, counted from its start."""
+        self.call("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
 
     def requeue(self, job: str) -> None:
         """`scontrol requeue`."""

@@ -41,7 +41,7 @@ def begin(rank: int, port: int, out: Path, *arguments: str, world: int = 2) -> s
 
 def ends(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
     """Exit code and output of each."""
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
     return [(process.returncode, output) for process, output in zip(processes, outputs)]
 
 
@@ -83,7 +83,7 @@ def test_a_rank_that_does_not_come_is_named(place: Path) -> None:
     started = time.monotonic()
     [(code, output)] = ends(begin(0, free_port(), place / "alone", "--start_timeout", "3"))
     assert code == 71 and "rank 1 of 2 did not come within 3 s" in output
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120
 
 
 def test_a_rank_0_that_does_not_answer_is_told_by_the_others(place: Path) -> None:

@@ -204,7 +204,7 @@ def test_a_full_disk_is_told_before_the_steps_that_would_fill_it(place: Place, s
 def test_a_disk_that_fills_during_a_save_leaves_the_earlier_checkpoints(place: Place, small_disk: Path) -> None:
     """Another job takes the room between the estimate and the write: once the second save has begun."""
     out = small_disk / "out"
-    run = place.start(str(out), *STOPPED, ranks=1, DSDPO_FAULT="save:staged@2=4")
+    run = place.start(str(out), *STOPPED, ranks=1, DSDPO_FAULT="save:staged@2=10")
     assert run.until((out / "checkpoints" / "step-00000004.tmp").exists, "the second save")
     fill(small_disk / "filler")
     code, output = run.wait()
@@ -218,7 +218,7 @@ def test_a_disk_that_fills_during_a_save_leaves_the_earlier_checkpoints(place: P
 def test_a_save_beside_the_training_that_fails_is_an_error(place: Place, small_disk: Path) -> None:
     out = small_disk / "out"
     more = ["--max_steps", "5000", "--save_steps", "50", "--async_save", "true"]
-    run = place.start(str(out), *more, ranks=1, DSDPO_FAULT="save:staged@1=4")
+    run = place.start(str(out), *more, ranks=1, DSDPO_FAULT="save:staged@1=10")
     assert run.until((out / "checkpoints" / "step-00000050.tmp").exists, "the save")
     fill(small_disk / "filler")
     code, output = run.wait()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,9 +32,10 @@ def dsdpo(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.C
 def test_help_takes_less_than_a_second() -> None:
     times = []
     for _ in range(3):
-        started = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         result = dsdpo("--help")
-        times.append(time.monotonic() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the processor, whatever else runs
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert result.returncode == 0
     assert {*COMMANDS} <= {*result.stdout.split()}
     assert min(times) < 1.0

@@ -23,4 +23,4 @@ def test_a_build_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch: 
     threading.Timer(1.0, fresh.unlink).start()
     started = time.monotonic()
     end_stale_builds().join(60)
-    assert not stale.exists() and 0.5 < time.monotonic() - started < 20
+    assert not stale.exists() and 0.5 < time.monotonic() - started < 50

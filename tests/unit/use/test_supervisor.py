@@ -213,7 +213,7 @@ time.sleep(100)
 """
     started = time.monotonic()
     status = run([sys.executable, "-c", rank, str(tmp_path)], tmp_path, {**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    assert judge("train", tmp_path, status) == 71 and time.monotonic() - started < 30
+    assert judge("train", tmp_path, status) == 71 and time.monotonic() - started < 60
 
 
 def test_before_there_are_ranks_a_stop_signal_ends_the_supervisor(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_the_real_launcher_places_ranks_and_stays_quiet(tmp_path: Path, capfd: p
         "import json, pathlib, sys\n"
         "from dsdpo.dist import launched\n"
         "place = launched()\n"
-        "print('hello from', place.rank)\n"
+        "print(f'hello from {place.rank}\\n', end='')  # in one write\n"
         "place_file = pathlib.Path(sys.argv[1], f'{place.rank}.json')\n"
         "place_file.write_text(json.dumps([place.rank, place.world_size]))\n"
     )
