@@ -138,8 +138,9 @@ def test_a_rank_that_dies_ends_the_run_with_71(place: Place) -> None:
     launcher.suspend()  # it looks once a second at most; what it finds first is the cause
     first.kill()
     time.sleep(2)
-    assert second.status() != psutil.STATUS_ZOMBIE, "it failed, as it lost its peer, before that was seen"
+    status = second.status()
     launcher.resume()
+    assert status != psutil.STATUS_ZOMBIE, "it failed, as it lost its peer, before that was seen"
     code, output = run.wait()
     assert code == 71 and "SIGKILL" in output, output
     run.until_nobody_is_left()
