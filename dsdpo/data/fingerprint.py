@@ -17,7 +17,7 @@ from dsdpo.errors import DataError
 from dsdpo.files import file_digest, write_atomically
 
 # raise it when the same inputs would give other shards
-CODE_VERSION = 2
+CODE_VERSION = 3
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -35,22 +35,16 @@ TAGS = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-COLUMNS = (
-    "prompt",
-    "query",
-    "response",
-    "history",
-    "messages",
-    "system",
-    "tools",
-    "chosen",
-    "rejected",
-    "chosen_score",
-    "rejected_score",
-    "question",
-    "context",
-    "answer",
-)
+SCORES = ("chosen_score", "rejected_score")
+READS = {
+    "alpaca": ("prompt", "query", "response", "history", "system", "tools", "chosen", "rejected", *SCORES),
+    "sharegpt": ("messages", "system", "tools", "chosen", "rejected", *SCORES),
+    "trl": ("prompt", "tools", "chosen", "rejected", *SCORES),
+    "hh_rlhf": ("chosen", "rejected", *SCORES),
+    "cvalues": ("messages", "system", "prompt", "chosen", "rejected", *SCORES),
+    "text_to_sql": ("question", "context", "answer", *SCORES),
+}
+COLUMNS = tuple(dict.fromkeys(key for keys in READS.values() for key in keys))
 SQL_PROMPT = "Write one SQL query that answers the question.\n\nSchema:\n{context}\n\nQuestion: {question}"
 
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -119,7 +113,7 @@ def _hh_messages(text: str, side: str) -> list[Message]:
 
 
 def alpaca(row: Columns, tags: Mapping[str, str]) -> Pair:
-    """Instruction, optional input, history and system; answers as `output: [better, worse]` or chosen/rejected."""
+    """Instruction, optional input, history, system and tools; `output: [better, worse]`, or chosen and rejected."""
     parts = [row.text("prompt", "instruction"), row.optional_text("query", "input")]
     question = "\n".join(part for part in parts if part)
     chosen, rejected = row.get("chosen"), row.get("rejected")
@@ -139,7 +133,8 @@ def alpaca(row: Columns, tags: Mapping[str, str]) -> Pair:
         prompt += assistant(text_of(turn[1], "history"))
     prompt.append({"role": "user", "content": question})
     prompt = system_and(row.optional_text("system"), prompt)
-    return Pair(prompt, assistant(_answer(chosen, "chosen")), assistant(_answer(rejected, "rejected")))
+    better, worse = assistant(_answer(chosen, "chosen")), assistant(_answer(rejected, "rejected"))
+    return Pair(prompt, better, worse, tools=read_tools(row.get("tools")))
 
 
 def _answer(value: Any, side: str) -> str:
@@ -238,27 +233,44 @@ FORMATS: dict[str, Callable[[Columns, Mapping[str, str]], Pair]] = {
 }
 
 
+def unread(formatting: str, columns: Mapping[str, str]) -> list[str]:
+    """The keys of `columns` that a format does not read."""
+    return [key for key in columns if key not in READS[formatting]]
+
+
 def detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    """Tell the format of a set from one of its rows: a key of FORMATS, or None."""
+    """Tell the format of a set from one of its rows: a key of FORMATS, or None.
+
+    A format that reads every column named in `columns` goes before one that would leave some out.
+    """
+    likely = _likely(row, columns)
+    return min(likely, key=lambda formatting: bool(unread(formatting, columns)), default=None)
+
+
+def _likely(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
+    """The formats that a row may have, likeliest first."""
 
     def has(key: str, *usual: str) -> bool:
         return columns.get(key) in row if key in columns else any(name in row for name in usual or (key,))
 
+    found = []
     messages = row.get(columns.get("messages", "messages"))
     turns = messages if isinstance(messages, list) else []
     if has("question") and has("context") and has("answer"):
-        return "text_to_sql"
+        found.append("text_to_sql")
     if any(isinstance(turn, dict) and "chosen_value" in turn for turn in turns) or "pos_resp" in row:
-        return "cvalues"
+        found.append("cvalues")
     if has("chosen") and has("rejected"):
-        if has("messages", "conversations", "messages"):
-            return "sharegpt"
-        if "instruction" in row:
-            return "alpaca"
         chosen = row[columns.get("chosen", "chosen")]
+        if isinstance(chosen, list):
+            return [*found, "trl"]
+        if has("messages", "conversations", "messages"):
+            found.append("sharegpt")
+        if "instruction" in row or "prompt" in columns:  # LLaMA-Factory takes an entry without formatting as alpaca
+            found.append("alpaca")
         is_hh = not has("prompt") and isinstance(chosen, str) and chosen.lstrip().startswith("Human:")
-        return "hh_rlhf" if is_hh else "trl"
-    return "alpaca" if has("prompt", "instruction") and has("response", "output") else None
+        return [*found, "hh_rlhf"] if is_hh else [*found, "trl", "alpaca"]
+    return [*found, "alpaca"] if has("prompt", "instruction") and has("response", "output") else found
 
 
 def to_pair(
@@ -280,6 +292,9 @@ def to_pair(
     """
     if not isinstance(row, dict):
         raise Refused("the row is no JSON object", type(row).__name__)
+    if columns and (left := unread(formatting, columns)):
+        told = f"{formatting} does not read columns.{', columns.'.join(left)}"
+        raise Refused(told, f"it reads {', '.join(READS[formatting])}; change columns or formatting in the entry")
     seen = Columns(row, columns)
     pair = FORMATS[formatting](seen, tags)
     if isinstance(pair.prompt, str):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.config.names import did_you_mean
-from dsdpo.data.formats import COLUMNS, FORMATS, TAGS
+from dsdpo.data.formats import COLUMNS, FORMATS, READS, TAGS, unread
 
 INFO_FILE = "dataset_info.json"
 FILE_KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".arrow")
@@ -62,7 +62,7 @@ class DatasetEntry:
         files: local data files in reading order; empty for a hub set.
         hub_id: `org/name`, or None for files.
         modelscope: the hub is ModelScope instead of Hugging Face.
-        formatting: a key of FORMATS, or None to tell it from the first rows.
+        formatting: a key of FORMATS, or None to tell it from `columns` and the first rows.
         columns, tags: renamed columns and message keys, as in LLaMA-Factory.
         num_samples: read only the first so many rows.
         allow_empty_rejected: an empty rejected side is meant, and is trained as the end-of-turn token alone.
@@ -171,6 +171,12 @@ def _described(name: str, described: Any, root: Path) -> DatasetEntry:
     formatting = described.get("formatting")
     if formatting is not None and formatting not in FORMATS:
         raise _Problem(f"{where}: formatting {formatting!r} is not one of {', '.join(FORMATS)}")
+    columns = described.get("columns") or {}
+    if formatting is not None and (left := unread(formatting, columns)):
+        raise _Problem(
+            f"{where}: formatting {formatting} does not read columns.{', columns.'.join(left)}; "
+            f"it reads {', '.join(READS[formatting])}: delete the others, or give the formatting that the rows have"
+        )
     files, hub_id, modelscope = _source(where, described, root, name)
     return DatasetEntry(
         name=name,
@@ -179,7 +185,7 @@ def _described(name: str, described: Any, root: Path) -> DatasetEntry:
         hub_id=hub_id,
         modelscope=modelscope,
         formatting=formatting,
-        columns=described.get("columns") or {},
+        columns=columns,
         tags=described.get("tags") or {},
         split=described.get("split") or "train",
         subset=described.get("subset"),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dsdpo.data.formats import SQL_PROMPT, detect, to_pair
-from dsdpo.data.messages import Pair, Refused
+from dsdpo.data.formats import FORMATS, READS, SQL_PROMPT, detect, to_pair
+from dsdpo.data.messages import Columns, Pair, Refused
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import resolve
 
@@ -170,6 +170,13 @@ def test_alpaca_answers_as_list_or_columns():
     assert read(renamed, "alpaca", columns=names) == expected
 
 
+def test_alpaca_tools():
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    row = {"instruction": "Time?", "output": ["Noon", "?"], "functions": json.dumps(tools)}
+    assert read(row, "alpaca", columns={"tools": "functions"}).tools == tools
+    assert read(row, "alpaca").tools is None
+
+
 def test_alpaca_refusals():
     row = {"instruction": "Do"}
     assert "no prompt" in refusal({"output": ["a", "b"]}, "alpaca")
@@ -305,10 +312,14 @@ def test_empty_rejected_is_normalised():
 SAMPLES = json.loads((DATA / "dataset_info.json").read_text())
 
 
+def sample_rows(name, limit=None):
+    return [parse_row(row) for _, row in iter_rows(resolve([name], DATA)[0][0], limit)]
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_our_samples_are_pairs_and_show_their_format(name):
     entry = resolve([name], DATA)[0][0]
-    rows = [parse_row(row) for _, row in iter_rows(entry)]
+    rows = sample_rows(name)
     assert len(rows) >= 3
     for row in rows:
         pair = to_pair(row, entry.formatting, entry.columns, entry.tags, entry.allow_empty_rejected)
@@ -319,15 +330,104 @@ def test_our_samples_are_pairs_and_show_their_format(name):
 def test_detection_knows_its_limits():
     assert detect({"text": "a line"}, {}) is None
     assert detect({"instruction": "Do", "output": "one answer"}, {}) == "alpaca"
-    assert detect({"q": "x", "good": "a", "bad": "b"}, {"prompt": "q", "chosen": "good", "rejected": "bad"}) == "trl"
     assert detect({"prompt": "p", "pos_resp": "a", "neg_resp": "b"}, {}) == "cvalues"
+
+
+ORCA = {  # Intel/orca_dpo_pairs
+    "system": "You are an AI assistant. You will be given a task.",
+    "question": "Generate an approximately fifteen-word sentence: Midsummer House eatType restaurant",
+    "chosen": "Midsummer House is a moderately priced restaurant near All Bar One.",
+    "rejected": " Sure! Here's a sentence that describes all the data you provided.",
+}
+ORCA_COLUMNS = {"prompt": "question", "chosen": "chosen", "rejected": "rejected", "system": "system"}
+_ASKED = "how can i develop a habit of drawing daily"
+_GOOD = [user(_ASKED), bot("Start small, and draw at the same time every day.")]
+ULTRAFEEDBACK = {  # HuggingFaceH4/ultrafeedback_binarized
+    "prompt": _ASKED,
+    "prompt_id": "086b3e24f29b8956a01059f79c56db35d118a06fb6b844b095737d042795cd43",
+    "chosen": _GOOD,
+    "rejected": [user(_ASKED), bot("As an AI language model, I cannot personally develop habits.")],
+    "messages": _GOOD,
+    "score_chosen": 8.5,
+    "score_rejected": 6.0,
+}
+PLAIN = {"prompt": "The sky is", "chosen": " blue", "rejected": " red"}
+SIDES = {"chosen": "chosen", "rejected": "rejected"}
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "Hi"}],
+    "chosen": {"from": "gpt", "value": "Hello!"},
+    "rejected": {"from": "gpt", "value": "No."},
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "formatting"),
+    [
+        pytest.param(ORCA, ORCA_COLUMNS, "alpaca", id="orca"),
+        pytest.param(ORCA, {**SIDES, "prompt": "question"}, "alpaca", id="prompt-named"),
+        pytest.param({**PLAIN, "sys": "Be brief."}, {**SIDES, "system": "sys"}, "alpaca", id="system-named"),
+        pytest.param({**PLAIN, "input": "at noon"}, {**SIDES, "query": "input"}, "alpaca", id="query-named"),
+        pytest.param({**PLAIN, "past": []}, {**SIDES, "history": "past"}, "alpaca", id="history-named"),
+        pytest.param({**ORCA, "messages": SHAREGPT["conversations"]}, ORCA_COLUMNS, "alpaca", id="beside-messages"),
+        pytest.param({**ORCA, "context": "", "answer": ""}, ORCA_COLUMNS, "alpaca", id="beside-sql-names"),
+        pytest.param({"instruction": "Do", "output": ["a", "b"]}, {"response": "output"}, "alpaca", id="response"),
+        pytest.param(PLAIN, {}, "trl", id="plain-text"),
+        pytest.param({**PLAIN, "system": "Be brief."}, {}, "trl", id="plain-text-beside-system"),
+        pytest.param(
+            {"prompt": "p", "good": "a", "bad": "b"}, {"chosen": "good", "rejected": "bad"}, "trl", id="sides"
+        ),
+        pytest.param(ULTRAFEEDBACK, {}, "trl", id="ultrafeedback"),
+        pytest.param(ULTRAFEEDBACK, {**SIDES, "prompt": "prompt"}, "trl", id="ultrafeedback-named"),
+        pytest.param({**ULTRAFEEDBACK, "instruction": _ASKED}, {}, "trl", id="lists-beside-instruction"),
+        pytest.param(SHAREGPT, {}, "sharegpt", id="sharegpt"),
+        pytest.param(SHAREGPT, {**SIDES, "messages": "conversations"}, "sharegpt", id="sharegpt-named"),
+        pytest.param({**SHAREGPT, "sys": "Be brief."}, {"system": "sys"}, "sharegpt", id="sharegpt-system"),
+    ],
+)
+def test_format_is_told_from_columns_and_row(row, columns, formatting):
+    assert detect(row, columns) == formatting
+
+
+def test_orca_pairs_keep_their_system_message():
+    pair = read(ORCA, "alpaca", columns=ORCA_COLUMNS)
+    assert pair.prompt == [system(ORCA["system"]), user(ORCA["question"])]
+    assert (pair.chosen, pair.rejected) == ([bot(ORCA["chosen"])], [bot(ORCA["rejected"])])
+
+
+def test_ultrafeedback_is_a_pair_of_replies():
+    pair = read(ULTRAFEEDBACK, detect(ULTRAFEEDBACK, {}))
+    assert pair == Pair([user(_ASKED)], ULTRAFEEDBACK["chosen"][1:], ULTRAFEEDBACK["rejected"][1:], 8.5, 6.0)
+
+
+def test_named_columns_that_the_format_does_not_read_are_refused():
+    columns = {**SIDES, "messages": "messages"}
+    assert detect(ULTRAFEEDBACK, columns) == "trl"
+    told = refusal(ULTRAFEEDBACK, "trl", columns=columns)
+    assert told.startswith("trl does not read columns.messages: it reads prompt, tools, chosen, rejected,")
+    assert "does not read columns.prompt, columns.system" in refusal(ORCA, "hh_rlhf", columns=ORCA_COLUMNS)
+
+
+def test_formats_ask_for_the_columns_that_they_are_said_to_read():
+    asked: dict[str, set[str]] = {formatting: set() for formatting in FORMATS}
+
+    class Recorded(Columns):
+        def get(self, key, *usual):
+            asked[formatting].add(key)
+            return super().get(key, *usual)
+
+    rows = [(entry["formatting"], row) for name, entry in SAMPLES.items() for row in sample_rows(name)]
+    rows.append(("cvalues", {"prompt": "p", "pos_resp": "c", "neg_resp": "r"}))
+    for formatting, row in rows:
+        FORMATS[formatting](Recorded(row, {}), {})
+    scores = {"chosen_score", "rejected_score"}  # read for every format
+    assert {name: keys | scores for name, keys in asked.items()} == {name: set(keys) for name, keys in READS.items()}
 
 
 def test_any_json_value_is_a_pair_or_refused():
     """Wrong types anywhere in a good row never escape as another exception."""
     rng = random.Random(1)
     junk = [None, 3, 1.5, True, "", "text", [], {}, [None], [[]], [{}], {"role": 1}, [{"role": []}], ["a", "b"]]
-    good = [parse_row(row) for name in SAMPLES for _, row in iter_rows(resolve([name], DATA)[0][0], 3)]
+    good = [row for name in SAMPLES for row in sample_rows(name, 3)]
     formats = [SAMPLES[name]["formatting"] for name in SAMPLES for _ in range(3)]
 
     def spoil(value):

@@ -162,6 +162,27 @@ def test_several_sets_are_joined_in_order_and_cut_to_max_samples(settings, tmp_p
     assert texts(pairs)[0][1:] == ["SELECT 1<|im_end|>", "<|im_end|>"]
 
 
+def test_entry_without_formatting_keeps_its_system_column(settings, tmp_path):
+    row = {"system": "Be brief.", "question": "Name a cat.", "chosen": "Tom", "rejected": " Sure! Tom"}
+    write(tmp_path / "data/orca.jsonl", [row])
+    columns = {"prompt": "question", "chosen": "chosen", "rejected": "rejected", "system": "system"}
+    info = {
+        "orca": {"file_name": "orca.jsonl", "ranking": True, "columns": columns},
+        "lists": {"file_name": "lists.jsonl", "ranking": True, "columns": {"messages": "messages"}},
+    }
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
+    pairs = prepared(settings, dataset=["orca"], template="chatml", max_length=128)
+    assert pairs.manifest["datasets"] == ["orca (alpaca)"]
+    prompt, chosen, _ = texts(pairs)[0]
+    assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nName a cat.<|im_end|>")
+    assert chosen == "Tom<|im_end|>"
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    row = {"messages": talk, "chosen": talk, "rejected": [talk[0], {"role": "assistant", "content": "No."}]}
+    write(tmp_path / "data/lists.jsonl", [row])
+    with pytest.raises(DataError, match=r"1 x trl does not read columns\.messages"):
+        prepared(settings, dataset=["lists"])
+
+
 def test_workers_do_not_change_the_set(settings):
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     one = prepared(settings, cache_dir=settings["output_dir"] + "/one")
