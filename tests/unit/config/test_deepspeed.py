@@ -146,6 +146,7 @@ def test_a_clash_names_both_places(
         {ZERO: {"stage": 2, "cpu_offload": True}},
         {ZERO: {"stage": 3, "zero_quantized_weights": True}},
         {ZERO: {"stage": 3, "offload_optimizer": {**NVME, "pipeline_read": True}}},
+        {ZERO: {"stage": 2, "round_robin_gradients": True}},
         {"pipeline": {"stages": 2}},
         {"sparse_attention": {"mode": "fixed"}},
         {"activation_checkpointing": {"partition_activations": True}},
