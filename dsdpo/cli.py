@@ -133,6 +133,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 def _parser() -> _Parser:
     parser = _Parser(prog="dsdpo", description="Preference tuning of language models with DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"dsdpo {__version__}")
+    _add_local_rank(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     train = _add_task(commands, "train", "train, or go on with a run that was stopped, and export the weights")
     train.add_argument("--fresh", action="store_true", help="begin again; what output_dir holds is moved aside")
@@ -171,8 +172,13 @@ def _add_launch(parser: _Parser) -> None:
     again = "in a SLURM job: back into the queue when the scheduler stopped it, or what failed may pass"
     launch.add_argument("--requeue", action="store_true", help=again)
     launch.add_argument("--supervised", metavar="TOKEN", help=argparse.SUPPRESS)
-    launch.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers add it; LOCAL_RANK says it too
+    _add_local_rank(parser)
     parser.set_defaults(function=_launched_task)
+
+
+def _add_local_rank(parser: _Parser) -> None:
+    """Launchers add it, `deepspeed` before the command; LOCAL_RANK says the same."""
+    parser.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _add_export(commands: Commands) -> None:

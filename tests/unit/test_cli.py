@@ -65,11 +65,15 @@ def test_faults_are_one_report_with_exit_64(tmp_path: Path, command: str) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
-def test_the_main_rank_prints_the_report_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments", [("--local_rank=0", "train", "run.yaml"), ("train", "run.yaml", "--local_rank=0")]
+)
+def test_the_main_rank_prints_the_report_at_once(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """Launchers add --local_rank: `deepspeed` behind the module's name, others at the end."""
     (tmp_path / "run.yaml").write_text(FAULTY)
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    result = dsdpo("train", "run.yaml", "--local_rank=0", cwd=tmp_path, **place)
-    assert result.returncode == 64 and "problems in the run config" in result.stderr
+    result = dsdpo(*arguments, cwd=tmp_path, **place)
+    assert result.returncode == 64 and "4 problems in the run config" in result.stderr
 
 
 @pytest.mark.parametrize(
