@@ -28,10 +28,12 @@ def train(s: Session) -> int:
     batches = s.loader.training_batches(steps, config.train_batch_size, config.seed)
     done = s.first_step
     s.reporter.start()
+    if s.evaluation_is_missing(done):
+        s.evaluate(done)
     engine.train()
+    started = time.perf_counter()
     # ----------------------------------------------------------------------------------------------------------
     for step, batch in zip(steps, batches):
-        started = time.perf_counter()
         learning_rate = s.schedule.learning_rate(step)
         set_learning_rate(engine, learning_rate)
         vector = StepVector(device)
@@ -51,10 +53,10 @@ def train(s: Session) -> int:
             row_losses.append(losses)
             s.watch.beat(step)
 
-        vector.reduce(bool(s.stop_flag), s.saver.is_written, s.saver.has_failed)
-        seconds = time.perf_counter() - started
+        vector.reduce(bool(s.stop_flag), s.saver.is_written, s.saver.has_failed, grad_norm)
+        log.flush()  # of the step before: the device never has more than one step to do
         done = step + 1
-        log.end(StepEnd(done, batch, vector, row_losses, grad_norm, learning_rate, seconds))
+        log.end(StepEnd(done, batch, vector, row_losses, learning_rate, time.perf_counter() - started))
         if s.save_is_due(done):
             log.flush()
             s.save(done)
@@ -62,7 +64,9 @@ def train(s: Session) -> int:
             break
         if s.evaluation_is_due(done):
             log.flush()
-            s.evaluate(done)
+            if not s.evaluate(done):
+                break
+        started = time.perf_counter()
     # ----------------------------------------------------------------------------------------------------------
     log.flush()
     return done

@@ -28,6 +28,7 @@ class StepTotals:
     Attributes:
         means: STATS -> mean over the pairs.
         bad_losses: losses that are not finite.
+        grad_norm: of the step, as given to `reduce`.
         stop: whether a rank wants to stop.
         written: ranks that had written all of their part of the checkpoint in flight.
         failed: those that could not.
@@ -35,6 +36,7 @@ class StepTotals:
 
     means: dict[str, float]
     bad_losses: int
+    grad_norm: float
     stop: bool
     written: int
     failed: int
@@ -59,12 +61,24 @@ class StepVector:
         self._sums[-5] += losses.numel()
         self._sums[-4] += (~torch.isfinite(losses.detach())).sum()
 
-    def reduce(self, stop: bool = False, written: bool = False, failed: bool = False) -> None:
-        """Sum over the ranks, with what this one wants and has done, and start the copy to the host."""
+    def reduce(
+        self,
+        stop: bool = False,
+        written: bool = False,
+        failed: bool = False,
+        grad_norm: torch.Tensor | float = 0.0,
+    ) -> None:
+        """Sum over the ranks, with what this one wants and has done, and start the copy to the host.
+
+        Args:
+            grad_norm: of the step, the same on all ranks. It travels along: reading it from the device by itself would
+                wait for all that has been queued since.
+        """
         for place, flag in zip((-3, -2, -1), (stop, written, failed)):  # numbers: copying a tensor waits for the GPU
             self._sums[place] += float(flag)
         comm.all_reduce(self._sums)
-        self._host = self._sums.to("cpu", non_blocking=True)
+        norm = torch.zeros_like(self._sums[:1]) + grad_norm
+        self._host = torch.cat([self._sums, norm]).to("cpu", non_blocking=True)
         if self._sums.is_cuda:
             self._ready = torch.cuda.Event()
             self._ready.record()
@@ -74,9 +88,9 @@ class StepVector:
         if self._ready is not None:
             self._ready.synchronize()
         assert self._host is not None, "reduce() comes before read()"
-        *sums, pairs, bad, stop, written, failed = self._host.tolist()
+        *sums, pairs, bad, stop, written, failed, grad_norm = self._host.tolist()
         means = {name: value / max(pairs, 1) for name, value in zip(STATS, sums)}
-        return StepTotals(means, int(bad), stop > 0, int(written), int(failed))
+        return StepTotals(means, int(bad), grad_norm, stop > 0, int(written), int(failed))
 
 
 def memory_peak_gb(device: torch.device) -> float:
@@ -202,6 +216,13 @@ class Reporter:
             f"held-out after step {step}: loss {means['loss']:.4f}  accuracy {means['rewards/accuracies']:.3f}  "
             f"margin {means['rewards/margins']:.3f}"
         )
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the main rank has reported one after `step` steps; False on the others."""
+        if not self.is_main:
+            return False
+        lines = Path(self._jsonl.name).read_text().splitlines()
+        return any(record["step"] == step and "eval_loss" in record for record in map(json.loads, lines))
 
     def _write(self, record: dict[str, float]) -> None:
         """A line of metrics.jsonl. Raises IOFailure."""

@@ -15,7 +15,9 @@ from dsdpo.data.loader import PairLoader, PairSource
 from dsdpo.data.order import pairs_of_steps, steps_per_epoch
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.dist import Ranks
+from dsdpo.faults import fault_point
 from dsdpo.objectives.preference import PreferenceObjective
+from dsdpo.train.agree import any_rank, tell_all
 from dsdpo.train.engine import Hardware, build_engine, describe
 from dsdpo.train.evaluate import evaluate
 from dsdpo.train.facts import circumstances, identity
@@ -63,16 +65,30 @@ class Session:
         at_the_end = self.config.save_steps is not None and step == self.schedule.total_steps
         return at_the_end or self._is_due(step, self.config.save_steps)
 
-    def evaluate(self, step: int) -> dict[str, float] | None:
-        """Means over the held-out pairs, reported; None without held-out pairs."""
+    def evaluation_is_missing(self, step: int) -> bool:
+        """Whether an earlier process has saved after `step`, but not evaluated. A collective call."""
+        due = step > 0 and self.evaluation_is_due(step)
+        return due and not tell_all(self.reporter.has_evaluation(step))[0]
+
+    def evaluate(self, step: int) -> bool:
+        """Report means over the held-out pairs, if there are any. False: it was left, as the run is to stop."""
         if self.held_out is None:
-            return None
+            return True
         loader, reference = self.held_out
         batch_size, device = self.config.train_batch_size, self.hardware.device
+
+        def goes_on() -> bool:
+            self.watch.goes_on()
+            fault_point("evaluation:batch")
+            return not any_rank(bool(self.stop_flag), device)
+
         with self.watch.slow("an evaluation"):
-            means = evaluate(self.engine, loader, reference, self.objective, batch_size, device)
+            means = evaluate(self.engine, loader, reference, self.objective, batch_size, device, goes_on)
+        if means is None:
+            self.reporter.say(f"left the evaluation after step {step} to stop; the same command makes up for it")
+            return False
         self.reporter.evaluation(step, means)
-        return means
+        return True
 
     def save(self, step: int) -> None:
         """Make a checkpoint after `step` steps."""

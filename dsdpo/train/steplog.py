@@ -29,16 +29,15 @@ class StepEnd:
         batch: its pairs.
         vector: its sums, reduced but not read.
         row_losses: fp32 [P] for each of this rank's rows.
-        grad_norm: before clipping, of the mean over the step's pairs.
         learning_rate: that the step used.
-        seconds: from its begin until its kernels were queued; on average what a step takes, as the queue is short.
+        seconds: since the step before was queued and the one before that was done, without evaluations and saves: on
+            average what a step takes on the device, the optimizer and the wait for data included.
     """
 
     step: int
     batch: Batch
     vector: StepVector
     row_losses: list[torch.Tensor]
-    grad_norm: torch.Tensor | float
     learning_rate: float
     seconds: float
 
@@ -56,12 +55,12 @@ class StepLog:
         self._held: StepEnd | None = None
 
     def end(self, step_end: StepEnd) -> None:
-        """Hold this step, report the one held before."""
-        self.flush()
+        """Hold this step; the one held before has been flushed."""
         self._held = step_end
 
     def flush(self) -> None:
-        """Report the held step now; before a save, so that no state that is not finite is ever written.
+        """Report the held step, when the device is through with it; before a save, so that no state that is not finite
+        is ever written.
 
         Raises:
             NumericError: on all ranks alike.
@@ -71,7 +70,7 @@ class StepLog:
         if held is None:
             return
         totals = held.vector.read()
-        grad_norm = float(held.grad_norm)
+        grad_norm = totals.grad_norm
         session = self._session
         if totals.bad_losses or not math.isfinite(grad_norm):
             with session.watch.slow("the checkpoint before"), suppress(IOFailure):  # it is finite, and not to be lost

@@ -50,7 +50,13 @@ class StopFlag:
 
     def __bool__(self) -> bool:
         is_late = self._deadline is not None and time.time() >= self._deadline
-        return self._signalled or is_late or (self._looks and self._file.exists())
+        return self._signalled or is_late or (self._looks and self._is_there())
+
+    def _is_there(self) -> bool:
+        try:
+            return self._file.exists()
+        except OSError:  # a file system that is away for a while: a later step sees it
+            return False
 
 
 def read_exit(path: Path) -> tuple[int | None, str]:

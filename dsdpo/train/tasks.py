@@ -23,7 +23,7 @@ from dsdpo.dist import Ranks, launched
 from dsdpo.errors import DataError, DsdpoError, IOFailure, StopRequested
 from dsdpo.files import write_atomically
 from dsdpo.lock import holder
-from dsdpo.train.agree import tell_all
+from dsdpo.train.agree import any_rank, tell_all
 from dsdpo.train.engine import Hardware, build_engine, start_process_group
 from dsdpo.train.evaluate import evaluate
 from dsdpo.train.loop import train
@@ -71,7 +71,7 @@ def run(config: RunConfig, task: str = "train", model: str | None = None, token:
         with closing(watch):
             if task == "eval":
                 assert model is not None, "eval needs the weights to evaluate"
-                _evaluate(config, ranks, hardware, model)
+                _evaluate(config, ranks, hardware, model, stop_flag)
             else:
                 train_set = open_prepared(config, "train")
                 assert train_set is not None, "a run has a training set"
@@ -81,7 +81,7 @@ def run(config: RunConfig, task: str = "train", model: str | None = None, token:
                     _train(session)
                 with watch.slow("the end of the reports"):
                     session.reporter.close()
-            comm.barrier()
+                    comm.barrier()
 
 
 def _deadline(config: RunConfig) -> float | None:
@@ -116,7 +116,7 @@ def _exit_told(config: RunConfig, ranks: Ranks) -> Iterator[None]:
 
 
 def _train(session: Session) -> None:
-    """The run itself, its last evaluation and the export of its weights."""
+    """The run itself, the export of its weights and its last evaluation."""
     config, is_main = session.config, session.ranks.is_main
     output_dir = Path(config.output_dir)
     if is_main:
@@ -132,14 +132,21 @@ def _train(session: Session) -> None:
         raise StopRequested(
             f"stopped on request after step {done} of {total}, with a checkpoint; the same command goes on from there"
         )
-    session.evaluate(total)
     with session.watch.slow("the export of the weights"):
         session.save_final()
+    if not session.evaluate(total):
+        with session.watch.slow("the last checkpoint"):
+            if total not in (session.saver.last_step, session.first_step):
+                session.saver.save(total)
+            session.saver.finish()
+        raise StopRequested(
+            "stopped on request in the last evaluation; the weights are exported, and the same command evaluates them"
+        )
     if is_main:
         write_atomically(output_dir / COMPLETED_FILE, "")
 
 
-def _evaluate(config: RunConfig, ranks: Ranks, hardware: Hardware, model: str) -> None:
+def _evaluate(config: RunConfig, ranks: Ranks, hardware: Hardware, model: str, stop: StopFlag) -> None:
     """Loss, accuracy and margin of trained weights on the held-out pairs, printed as one JSON line."""
     pairs = open_prepared(config, "eval")
     if pairs is None:
@@ -149,15 +156,19 @@ def _evaluate(config: RunConfig, ranks: Ranks, hardware: Hardware, model: str) -
         if ranks.is_main:
             print(line, flush=True)
 
-    ids = np.arange(len(pairs))
+    ids, device = np.arange(len(pairs)), hardware.device
     # without gradients a row takes little: no need to look how much memory there is
     loader = PairLoader(pairs, ranks, config.row_tokens or 4 * config.max_length, config.share_prefix)
     reference: Reference = NoReference()
     if config.reference_kind != "none":
         store = open_store(config, ranks, hardware)
-        reference = reference_for(
-            loader, ids, store, lambda: build_engine(config, ranks, hardware), hardware.device, say
-        )
+        reference = reference_for(loader, ids, store, lambda: build_engine(config, ranks, hardware), device, say, stop)
     engine = build_engine(config, ranks, hardware, weights=model)
-    means = evaluate(engine, loader, reference, objective_of(config), config.train_batch_size, hardware.device)
+
+    def goes_on() -> bool:
+        return not any_rank(bool(stop), device)
+
+    means = evaluate(engine, loader, reference, objective_of(config), config.train_batch_size, device, goes_on)
+    if means is None:
+        raise StopRequested("stopped on request; nothing is kept of an evaluation")
     say(json.dumps({"model": model, "pairs": len(pairs), **{key: round(value, 6) for key, value in means.items()}}))

@@ -27,6 +27,7 @@ from dsdpo.train.stop import wait_for_exit, write_exit
 FOLDER = "ranks"
 _LONG_S = 1800.0  # for first steps, saves and evaluations
 _FIRST_STEPS = 3
+_STOPPED_S = 5.0  # a look that is later than this: the process was stopped in between
 _SILENT_BEATS = 4  # missed renewals after which a rank counts as silent
 
 
@@ -71,9 +72,13 @@ class Watch:
         self._where = f"step {step + 1}"
         self._limit = self._hang_timeout if len(self._steps) > _FIRST_STEPS else max(_LONG_S, self._hang_timeout)
 
+    def goes_on(self) -> None:
+        """This rank makes progress with what is `slow`."""
+        self._beaten = time.monotonic()
+
     @contextmanager
     def slow(self, what: str) -> Iterator[None]:
-        """Inside, half an hour is allowed."""
+        """Inside, half an hour is allowed, after each sign that it `goes_on` anew."""
         limit, where = self._limit, self._where
         self._limit, self._where = max(_LONG_S, self._hang_timeout), what
         self._beaten = time.monotonic()
@@ -91,7 +96,7 @@ class Watch:
 
     def _run(self) -> None:
         renewed, missed = time.monotonic(), 0
-        while not self._closed.wait(min(1.0, self._every)):
+        while not self._wait():
             if os.getppid() != self._parent:
                 os.kill(os.getpid(), signal.SIGKILL)
             if time.monotonic() - renewed >= self._every:
@@ -106,6 +111,16 @@ class Watch:
             limit, waited = self._limit, time.monotonic() - self._beaten
             if limit is not None and waited > limit and not self._closed.is_set():
                 self._end(waited)
+
+    def _wait(self) -> bool:
+        """Sleep until the next look; whether the run has ended well. While this process was stopped, as a job that the
+        scheduler suspends is, it could make no progress: that time does not count."""
+        pause, began = min(1.0, self._every), time.monotonic()
+        closed = self._closed.wait(pause)
+        late = time.monotonic() - began - pause
+        if late > _STOPPED_S:
+            self._beaten += late
+        return closed
 
     def _is_orphan(self) -> bool:
         """Whether the lock's holder has ended or given it back, or another job has it, and may write to output_dir."""

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from dsdpo.checkpoint.commit import checkpoints
-from tests.faults.place import ROOT, Place, Run, losses, same_weights, steps_done
+from tests.faults.place import ROOT, Place, Run, losses, records, same_weights, steps_done
 from tests.helpers.ranks import free_port
 
 pytestmark = pytest.mark.slow
@@ -100,6 +100,29 @@ def test_a_request_during_a_save_of_40_s(place: Place, whole: Callable[[int], Pa
     assert code == 0 and same_weights(run.out, whole(2)), output
 
 
+@pytest.mark.parametrize(
+    ("batch", "done", "save_steps"),
+    [pytest.param(1, 2, "2", id="on the way"), pytest.param(5, 6, "", id="the last one, and no checkpoint")],
+)
+def test_a_request_during_an_evaluation(place: Place, batch: int, done: int, save_steps: str) -> None:
+    """It is left, and made up for; where it is the last one, the weights are exported before."""
+    more = [*zero3(place), "--max_steps", "6", "--save_steps", save_steps, "--eval_steps", "2", "--val_size", "16"]
+    whole = place.folder / "evaluated"
+    if not whole.exists():
+        code, output = place.run(whole.name, *more)
+        assert code == 0, output
+    run = place.start(f"evaluation-{done}", *more, DSDPO_FAULT=f"evaluation:batch@{batch}#0=15")
+    assert run.until_step(done)
+    (run.out / "STOP").touch()
+    code, output = run.wait()
+    assert code == 75 and [c.step for c in checkpoints(run.out)] == [done], output
+    assert (run.out / "final").exists() == (done == 6) and not (run.out / "COMPLETED").exists()
+    code, output = place.run(run.out.name, *more)
+    assert code == 0 and f"resumed after step {done}" in output, output
+    means = [[{k: x[k] for k in x if "loss" in k or k == "step"} for x in records(out)] for out in (run.out, whole)]
+    assert means[0] == means[1] and same_weights(run.out, whole)
+
+
 def test_a_second_interrupt_ends_at_once_without_harm(place: Place, whole: Callable[[int], Path]) -> None:
     more = [*LONG[:2], "--save_steps", "30"]
     run = place.start("twice", *zero3(place), *more, DSDPO_FAULT="save:rank-written@2#1=120")
@@ -149,7 +172,7 @@ def test_a_rank_that_dies_ends_the_run_with_71(place: Place) -> None:
 def with_own_launcher(place: Place, name: str, *more: str) -> Run:
     """`deepspeed … --module dsdpo train …`."""
     out = place.folder / name
-    line = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank"]
+    line = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     line += ["--master_port", str(free_port()), "--module", "dsdpo", "train", str(place.folder / "run.yaml")]
     line += ["--output_dir", str(out), *zero3(place), *more]
     return Run(line, out, {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})

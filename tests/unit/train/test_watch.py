@@ -68,6 +68,7 @@ def test_a_rank_on_this_host_that_has_died_is_known_at_once(tmp_path: Path) -> N
 RANK = """
 import sys, time
 from pathlib import Path
+import dsdpo.train.watch
 from dsdpo.dist import Ranks
 from dsdpo.train.watch import Watch
 out, timeout, token, beats = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] or None, int(sys.argv[4])
@@ -76,6 +77,14 @@ watch.start()
 for step in range(beats):
     watch.beat(step)
 (out / "ready").touch()
+if beats == 8:
+    dsdpo.train.watch._LONG_S = 1.0
+    with watch.slow("an evaluation"):
+        for _ in range(30):
+            time.sleep(0.1)
+            watch.goes_on()
+    watch.close()
+    sys.exit(0)
 if beats == 9:
     with watch.slow("a save"):
         time.sleep(3)
@@ -108,6 +117,21 @@ def test_first_steps_and_saves_may_take_longer(tmp_path: Path, beats: str) -> No
     assert process.poll() in (None, 0)
     process.kill()
     process.communicate()
+
+
+def test_what_is_slow_may_take_any_time_as_long_as_it_goes_on(tmp_path: Path) -> None:
+    process = start(tmp_path, "0.5", "", "8")
+    assert process.wait(30) == 0, process.communicate()[1]
+    process.communicate()
+
+
+def test_the_time_of_a_job_that_is_suspended_does_not_count(tmp_path: Path) -> None:
+    process = start(tmp_path, "3.0", "", "5")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(8)
+    process.send_signal(signal.SIGCONT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 71 and "No progress for 3 s" in said, said
 
 
 def test_a_rank_ends_when_the_holder_of_the_lock_is_gone(tmp_path: Path) -> None:
