@@ -52,12 +52,14 @@ class Checkpoint:
         step: optimizer steps taken.
         manifest: what MANIFEST.json holds; empty when it cannot be used.
         problem: why it does not count, or an empty string.
+        uncertain: whether it may be whole all the same: the file system could not read it this time.
     """
 
     path: Path
     step: int
     manifest: dict[str, Any]
     problem: str
+    uncertain: bool = False
 
     @property
     def size(self) -> int:
@@ -173,11 +175,17 @@ def read(folder: Path) -> Checkpoint:
         step = saved_after
     except FileNotFoundError:
         return Checkpoint(folder, step, {}, f"it has no {MANIFEST}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        return Checkpoint(folder, step, {}, f"{MANIFEST} cannot be read: {error.strerror or error}", uncertain=True)
+    except (ValueError, KeyError, TypeError) as error:
         return Checkpoint(folder, step, {}, f"{MANIFEST} cannot be read: {error!r}")
     for name, record in files.items():
         path = folder / name
-        size = path.stat().st_size if path.is_file() else None
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError as error:
+            problem = f"{name} cannot be read: {error.strerror or error}"
+            return Checkpoint(folder, step, manifest, problem, uncertain=True)
         if size != record["size"]:
             found_size = "is missing" if size is None else f"has {size} bytes instead of {record['size']}"
             return Checkpoint(folder, step, manifest, f"{name} {found_size}")
@@ -222,13 +230,18 @@ def leftovers(output_dir: Path) -> list[Path]:
 def clear_unfinished(output_dir: Path) -> None:
     """Remove what killed saves and removals have left; whoever calls it holds the lock of output_dir.
 
-    A save that was killed after it had removed an earlier checkpoint of the same step is whole: it gets its name.
+    A save that was killed after it had removed an earlier checkpoint of the same step is whole: it gets its name. Where
+    that cannot be told, all of it waits for the next time.
     """
     for folder in leftovers(output_dir):
         final = folder.with_suffix("")
         replaced = final.with_name(final.name + _REMOVED).exists() and not final.exists()
-        if folder.suffix == _STAGED and replaced and not read(folder).problem:
-            os.rename(folder, final)
+        if folder.suffix == _STAGED and replaced:
+            save = read(folder)
+            if save.uncertain:
+                return
+            if not save.problem:
+                os.rename(folder, final)
     for folder in leftovers(output_dir):
         if not folder.suffix.startswith(_ASIDE):
             shutil.rmtree(folder, ignore_errors=True)
@@ -247,13 +260,14 @@ def candidates(config: RunConfig) -> list[Checkpoint]:
     """What a run could go on from, the best first: the newest of its output_dir, or what its config names.
 
     A checkpoint that is named counts until the run that went on from it has saved one itself: so the same command goes
-    on after a kill.
+    on after a kill. What run.json says counts only with the hash that the manifest has for it.
     """
     own = checkpoints(Path(config.output_dir))
     if not config.resume_from_checkpoint:
         return own
     named = Path(config.resume_from_checkpoint)
-    went_on = [c for c in own if not c.problem and read_run(c.path)["resumed_from"] == str(named.resolve())]
+    sound = [checkpoint for checkpoint in own if not verify(checkpoint, [RUN_FILE])]
+    went_on = [checkpoint for checkpoint in sound if read_run(checkpoint.path)["resumed_from"] == str(named.resolve())]
     return [*went_on, read(named)]
 
 
@@ -276,6 +290,8 @@ def none_usable(config: RunConfig, faults: list[str]) -> CheckpointError:
 def retain(output_dir: Path, limit: int | None, every_forever: int | None) -> list[Path]:
     """Remove the oldest checkpoints beyond `limit` sound ones, and unsound ones older than the newest sound one.
 
+    One that the file system could not read neither counts as sound nor is removed.
+
     Args:
         limit: how many sound ones stay, at least 2; None: all.
         every_forever: checkpoints after a multiple of so many steps stay as well.
@@ -291,7 +307,7 @@ def retain(output_dir: Path, limit: int | None, every_forever: int | None) -> li
         if not checkpoint.problem:
             sound += 1
             keep = keep or sound <= max(2, limit)
-        elif sound == 0:
+        elif sound == 0 or checkpoint.uncertain:
             keep = True
         if not keep:
             _remove(checkpoint.path)

@@ -15,10 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsdpo.checkpoint.assemble import assemble
-from dsdpo.checkpoint.commit import MANIFEST, Checkpoint, checkpoints, read, read_run
+from dsdpo.checkpoint.commit import MANIFEST, RUN_FILE, Checkpoint, checkpoints, read, read_run, verify
 from dsdpo.compat import is_partitioned
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.errors import CheckpointError, IOFailure
+from dsdpo.files import fsync_folder, fsync_tree
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -30,7 +31,7 @@ def export_engine(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, f
     """Write the policy as a Hugging Face folder, or a PEFT adapter when it has one. A collective call.
 
     Under ZeRO-3 parameters are gathered one at a time and kept in the main rank's host memory. The folder appears
-    by rename, complete or not at all.
+    by rename, complete or not at all, and survives a power cut once this returns.
 
     Raises:
         IOFailure: the file system refused.
@@ -78,7 +79,7 @@ def _write_folder(
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary neighbour to write into, renamed over `folder` at the end.
+    """A temporary neighbour to write into, fsynced and renamed over `folder` at the end.
 
     Raises:
         IOFailure: the file system refused.
@@ -88,9 +89,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        fsync_tree(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
+        fsync_folder(folder.parent)
     except (OSError, SafetensorError) as error:  # safetensors has an exception of its own for a full disk
         raise IOFailure(f"cannot write {folder}: {error}; free space or choose another folder") from error
     finally:
@@ -125,7 +128,7 @@ def export(output_dir: Path, to: Path, merge: bool, step: int | None = None) -> 
     source = finished_weights(output_dir) if step is None else None
     if source is None:
         checkpoint = _pick(output_dir, step)
-        if merge and not read_run(checkpoint.path)["adapter_config"]:
+        if merge and not verify(checkpoint, [RUN_FILE]) and not read_run(checkpoint.path)["adapter_config"]:
             raise CheckpointError(f"{checkpoint.path} is of a whole model, without an adapter: leave --merge away")
         with new_folder(to) as folder:
             assemble(checkpoint, folder)

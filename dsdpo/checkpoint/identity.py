@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from dsdpo.config.schema import Consentable
+from dsdpo.config.schema import Consentable, RunConfig
 
 # Where things are, how fast they go, what is reported and when: none of it changes what is learnt beyond rounding.
 MAY_CHANGE = frozenset(
@@ -47,17 +47,28 @@ _WITH_CONSENT = get_args(Consentable)
 def differences(saved: dict[str, Any], now: dict[str, Any], consented: Sequence[str]) -> list[str]:
     """Settings of a saved run that another run config changes and may not, a line each.
 
+    An option that is newer than the saved run had its default's meaning then.
+
     Args:
         saved, now: option -> value.
         consented: names of `change_on_resume`.
     """
     lines = []
+    saved = {**_defaults(), **saved}
     for option in sorted(saved.keys() | now.keys()):
         if option in MAY_CHANGE or option in consented or saved.get(option) == now.get(option):
+            continue
+        if option not in RunConfig.model_fields:
+            lines.append(f"{option} was {saved[option]}, this version has no such option (the one that saved it has)")
             continue
         hint = f" (name it in change_on_resume to go on with {now.get(option)})" if option in _WITH_CONSENT else ""
         lines.append(f"{option} was {saved.get(option)}, now it is {now.get(option)}{hint}")
     return lines
+
+
+def _defaults() -> dict[str, Any]:
+    options = RunConfig.model_fields.items()
+    return {option: field.get_default() for option, field in options if not field.is_required()}
 
 
 def refusal(folder: str, lines: list[str]) -> str:

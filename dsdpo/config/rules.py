@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from dsdpo.config.load import LoadResult
 from dsdpo.config.schema import ACROSS_PAIRS, REFERENCE_FREE, RunConfig
@@ -115,7 +117,15 @@ def _across_pairs(config: RunConfig, given: Given) -> str:
 
 
 def _weighting(config: RunConfig, given: Given) -> str:
-    if config.use_weighting and not _has_weighting_kernel():
+    if not config.use_weighting:
+        return ""
+    losses = [loss for loss in config.loss_type if loss in ACROSS_PAIRS]
+    if losses:
+        return (
+            f"use_weighting weighs each pair's loss, but loss_type {', '.join(losses)} sorts what it compares over all "
+            "pairs, so that no loss belongs to one pair; delete use_weighting or change loss_type"
+        )
+    if not _has_weighting_kernel():
         return "use_weighting needs trl 1.15 or newer, which needs Python 3.11; delete it or use a newer Python"
     return ""
 
@@ -174,15 +184,64 @@ def _lora_options(config: RunConfig, given: Given) -> str:
     return ""
 
 
+HEAD = "the output head, whose weights stay frozen here"
+_HEAD_NAMES = ("lm_head", "embed_out")
+
+
+def _reaches_head(modules: str | list[str]) -> bool:
+    """Whether modules as PEFT takes them are to reach the head: the ends of names, or a regular expression."""
+    if isinstance(modules, str):
+        return any(re.fullmatch(modules, name) for name in _HEAD_NAMES)
+    return any(module.split(".")[-1] in _HEAD_NAMES for module in modules)
+
+
 def _lora_target(config: RunConfig, given: Given) -> str:
     targets = config.lora_target
     if not targets:
         return "lora_target is empty; allowed: all, or names of linear layers such as q_proj,v_proj"
     if "all" in targets and len(targets) > 1:
         return f"lora_target is {','.join(targets)}; `all` stands alone"
-    if any(target.split(".")[-1] in ("lm_head", "embed_out") for target in targets):
-        return "lora_target names the output head, whose weights stay frozen here; take it off the list"
+    if _reaches_head(targets):
+        return f"lora_target names {HEAD}; take it off the list"
     return ""
+
+
+# Keys of adapter_config.json under which an adapter is more than LoRA matrices beside frozen weights. It then has parts
+# without a second copy for the reference, or needs PEFT's own forward pass, or whole weights where ZeRO-3 has pieces.
+_BEYOND_LORA = (
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "mica")  # init_lora_weights that loading carries out again
+
+
+def adapter_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Why an adapter with these settings, the content of its adapter_config.json, cannot be trained further."""
+    if settings.get("peft_type") != "LORA":
+        return [f"peft_type is {settings.get('peft_type', 'missing')}; allowed: LORA"]
+    beyond = [key for key in _BEYOND_LORA if settings.get(key)]
+    if settings.get("bias", "none") != "none":
+        beyond.append("bias")
+    if str(settings.get("init_lora_weights")).startswith(_CHANGES_BASE):
+        beyond.append("init_lora_weights")
+    problems = [f"{key} is {settings[key]}; only plain LoRA can be trained further" for key in beyond]
+    try:
+        targets, excluded = (settings.get(key) or [] for key in ("target_modules", "exclude_modules"))
+        if _reaches_head(targets) and not _reaches_head(excluded):
+            problems.append(f"target_modules is {targets}, which reaches {HEAD}")
+    except (re.error, TypeError, AttributeError):
+        problems.append("target_modules or exclude_modules is neither a list of names nor a regular expression")
+    return problems
 
 
 def _trackers(config: RunConfig, given: Given) -> str:
@@ -228,7 +287,7 @@ RULES: list[tuple[tuple[str, ...], Callable[[RunConfig, Given], str]]] = [
     (("ld_alpha", "loss_type"), _ld_alpha),
     (("reference", "loss_type"), _reference),
     (("loss_type", "lora_dropout", "disable_dropout"), _across_pairs),
-    (("use_weighting",), _weighting),
+    (("use_weighting", "loss_type"), _weighting),
     (("eval_dataset", "val_size"), _one_held_out_set),
     (("val_size",), _val_size),
     (("eval_steps", "eval_dataset", "val_size"), _something_to_evaluate),

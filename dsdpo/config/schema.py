@@ -82,10 +82,11 @@ class RunConfig(BaseModel):
     """LoRA scale numerator: updates are scaled by lora_alpha / lora_rank. Empty: 2 * lora_rank."""
 
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Dropout on the LoRA input, a probability."""
+    """Dropout on the LoRA input, a probability; also that of an adapter in adapter_name_or_path."""
 
     adapter_name_or_path: str | None = None
-    """Folder of a LoRA adapter to train further; it is then the reference too. Rank, scale and targets are its own."""
+    """Folder of a LoRA adapter to train further; it is then the reference too. Rank, scale and targets are its own,
+    dropout is `lora_dropout`'s. What is more than LoRA matrices beside frozen weights is refused."""
 
     lora_target: list[str] = ["all"]
     """Module names that get adapters, such as `q_proj,v_proj`. `all`: every linear layer but the output
@@ -178,7 +179,7 @@ class RunConfig(BaseModel):
     """Alpha of `alpha_divergence`."""
 
     use_weighting: bool = False
-    """Weigh each pair by how likely the policy itself is to produce it (WPO)."""
+    """Weigh each pair by how likely the policy itself is to produce it (WPO). Not with `aot` and `aot_unpaired`."""
 
     discopop_tau: float = Field(0.05, gt=0.0)
     """Temperature of `discopop`'s mixing."""

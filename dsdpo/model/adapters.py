@@ -49,20 +49,23 @@ def is_adapter(folder: str) -> bool:
     return (Path(folder) / "adapter_config.json").exists()
 
 
-def load_lora(model: PreTrainedModel, folder: str) -> peft.PeftModel:
-    """Put a trained adapter on `model`, trainable."""
-    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
+def load_lora(model: PreTrainedModel, folder: str, dropout: float = 0.0) -> peft.PeftModel:
+    """Put a trained adapter on `model`, trainable, with `dropout` in place of what its adapter_config.json says."""
+    lora = peft.PeftConfig.from_pretrained(folder)
+    lora.lora_dropout = dropout
+    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=lora, autocast_adapter_dtype=False)
 
 
-def continue_lora(model: PreTrainedModel, folder: str, keep_reference: bool) -> peft.PeftModel:
+def continue_lora(model: PreTrainedModel, folder: str, keep_reference: bool, dropout: float) -> peft.PeftModel:
     """Put a trained adapter on `model` to train it further.
 
     Args:
         model: the base model.
         folder: of the adapter.
-        keep_reference: whether to keep a frozen copy beside it, for `reference_weights`.
+        keep_reference: whether to keep a frozen copy beside it, for `reference_weights`. It computes in eval mode.
+        dropout: on the input of the trained adapter.
     """
-    policy = load_lora(model, folder)
+    policy = load_lora(model, folder, dropout)
     if keep_reference:
         policy.load_adapter(folder, REFERENCE, is_trainable=False, autocast_adapter_dtype=False)
     return policy

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from dsdpo.config.rules import HEAD
 from dsdpo.data.packing import Row
+from dsdpo.errors import ConfigError
 from dsdpo.model.heads import LogProbHead
 from dsdpo.model.layout import RowLayout
 
@@ -40,6 +44,9 @@ class RowModel(nn.Module):
     Args:
         model: a transformers model, or a PEFT model around one, loaded with one of our attention backends.
         weighting: whether to give what `wpo_weights` needs.
+
+    Raises:
+        ConfigError: an adapter tunes the output head, whose base weights alone would be read.
     """
 
     def __init__(self, model: nn.Module, weighting: bool = False) -> None:
@@ -47,7 +54,12 @@ class RowModel(nn.Module):
         self.weighting = weighting
         self.model = model
         causal_lm: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, assignment]
-        self.head = LogProbHead(causal_lm.get_output_embeddings(), causal_lm.config)
+        head = causal_lm.get_output_embeddings()
+        if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            raise ConfigError(
+                f"the adapter tunes {HEAD}: train one that leaves it alone, or merge it into its base first"
+            )
+        self.head = LogProbHead(head, causal_lm.config)
         self.config = causal_lm.config
         # Not registered as a submodule: it is part of `model`, and a parameter shall have one name.
         self._backbone = (causal_lm.base_model,)

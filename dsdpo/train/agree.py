@@ -14,7 +14,10 @@ T = TypeVar("T")
 
 
 def tell_all(value: Any) -> list[Any]:
-    """What each rank gives, in the order of the ranks. A collective call."""
+    """What each rank gives, in the order of the ranks. A collective call.
+
+    For what is small: with NCCL each GPU holds as many times the largest as there are ranks.
+    """
     everyone: list[Any] = [None] * comm.get_world_size()
     comm.all_gather_object(everyone, value)
     return everyone
@@ -46,7 +49,9 @@ def together(work: Callable[[], T]) -> T:
 
 def on_main(is_main: bool, work: Callable[[], T]) -> T:
     """Do some work on the main rank; all ranks get what it gives, or its error. A collective call."""
-    return tell_all(together(work if is_main else lambda: None))[0]
+    result: list[Any] = [together(work if is_main else lambda: None)]
+    comm.broadcast_object_list(result, src=0)
+    return result[0]
 
 
 def any_rank(value: bool, device: torch.device) -> bool:

@@ -85,7 +85,8 @@ def build_engine(config: RunConfig, ranks: Ranks, hardware: Hardware, weights: s
     if adapter:
         model = load_lora(base, adapter)
     elif weights is None and config.adapter_name_or_path:
-        model = continue_lora(base, config.adapter_name_or_path, keep_reference=config.reference_kind != "none")
+        keep_reference = config.reference_kind != "none"
+        model = continue_lora(base, config.adapter_name_or_path, keep_reference, config.lora_dropout)
     elif weights is None and config.finetuning_type == "lora":
         model = add_lora(base, config)
     row_model = RowModel(model, config.use_weighting)

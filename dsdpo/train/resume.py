@@ -16,6 +16,7 @@ from dsdpo.checkpoint.commit import (
     candidates,
     clear_unfinished,
     none_usable,
+    read,
     read_run,
     set_later_aside,
     verify,
@@ -63,7 +64,8 @@ NO_START = Start({}, None, {}, [])
 def find_start(config: RunConfig, ranks: Ranks, identity: dict[str, Any]) -> Start:
     """Find the checkpoint that the config names, or the newest that is whole.
 
-    Every byte is read and hashed, each rank taking its share of the files. A collective call.
+    Every byte is read and hashed, each rank taking its share of the files. Manifests grow with the number of ranks that
+    saved: only those that are tried are sent, one at a time. A collective call.
 
     Args:
         identity: of this run, as `facts.identity` gives it.
@@ -71,9 +73,10 @@ def find_start(config: RunConfig, ranks: Ranks, identity: dict[str, Any]) -> Sta
     Raises:
         CheckpointError: the one that is named, or every one that there is, is damaged; or the run is another one.
     """
-    found: list[Checkpoint] = on_main(ranks.is_main, lambda: _look(config))
+    found = on_main(ranks.is_main, lambda: _look(config))
     faults = []
-    for checkpoint in found:
+    for folder in found:
+        checkpoint = on_main(ranks.is_main, partial(read, folder))
         files = sorted(checkpoint.manifest.get("files", {}))[ranks.rank :: ranks.world_size]
         problems = [problem for problem in tell_all(verify(checkpoint, files)) if problem]
         if problems:
@@ -87,9 +90,9 @@ def find_start(config: RunConfig, ranks: Ranks, identity: dict[str, Any]) -> Sta
     return Start({**identity, "resumed_from": None}, None, {}, [])
 
 
-def _look(config: RunConfig) -> list[Checkpoint]:
+def _look(config: RunConfig) -> list[Path]:
     clear_unfinished(Path(config.output_dir))
-    return candidates(config)
+    return [checkpoint.path for checkpoint in candidates(config)]
 
 
 def _own_run(checkpoint: Checkpoint, config: RunConfig, now: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from dataclasses import dataclass
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import yaml
 
-from dsdpo.checkpoint.commit import candidates, none_usable, read_run
+from dsdpo.checkpoint.commit import RUN_FILE, candidates, none_usable, read_run, verify
 from dsdpo.checkpoint.identity import differences, refusal
 from dsdpo.config.deepspeed import check_deepspeed
 from dsdpo.config.load import LoadResult, load
-from dsdpo.config.rules import check_rules
+from dsdpo.config.rules import adapter_problems, check_rules
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.train.stop import COMPLETED_FILE
@@ -132,9 +133,20 @@ def _check_model(loaded: LoadResult) -> list[str]:
 
 
 def _check_adapter(name: str) -> list[str]:
-    if (Path(name) / "adapter_config.json").is_file() and any(Path(name).glob("adapter_model.*")):
-        return []
-    return [f"adapter_name_or_path: {name} is no folder with adapter_config.json and adapter_model.safetensors"]
+    path = Path(name) / "adapter_config.json"
+    if not path.is_file() or not any(Path(name).glob("adapter_model.*")):
+        return [f"adapter_name_or_path: {name} is no folder with adapter_config.json and adapter_model.safetensors"]
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return [f"adapter_name_or_path: {path} cannot be read: {error}; take an undamaged copy"]
+    if not isinstance(settings, dict):
+        return [f"adapter_name_or_path: {path} holds no JSON object; take an undamaged copy"]
+    return [
+        f"adapter_name_or_path: {path}: {problem}. Name another adapter, or let `dsdpo export {name} --to DIR --merge` "
+        "fold this one into its base and name DIR in model_name_or_path"
+        for problem in adapter_problems(settings)
+    ]
 
 
 def check_weights(name: str, option: str, adapter_allowed: bool = False) -> list[str]:
@@ -213,30 +225,30 @@ def _unwritable(folder: Path, option: str) -> str:
 
 
 def _earlier_run(loaded: LoadResult) -> str:
-    """Why the run in output_dir, or the checkpoint that is named, cannot be continued. No file's content is read."""
+    """Why the run in output_dir, or the checkpoint that is named, cannot be continued; no weights are read."""
     config = loaded.config
     if config is None or loaded.faulty & {"output_dir", "resume_from_checkpoint", "change_on_resume"}:
         return ""
     if (Path(config.output_dir) / COMPLETED_FILE).exists():
         return _finished_run(config)
-    found = candidates(config)
-    sound = next((checkpoint for checkpoint in found if not checkpoint.problem), None)
-    if sound is None:
-        faults = [f"{checkpoint.path.name}: {checkpoint.problem}" for checkpoint in found]
-        return str(none_usable(config, faults)) if found else ""
-    try:
-        saved = read_run(sound.path)["config"]
-    except CheckpointError as error:
-        return str(error)
-    lines = differences(saved, config.model_dump(mode="json"), config.change_on_resume)
-    return refusal(str(sound.path), lines) if lines else ""
+    faults = []
+    for checkpoint in candidates(config):
+        problem = verify(checkpoint, [RUN_FILE])
+        if not problem:
+            saved = read_run(checkpoint.path)["config"]
+            lines = differences(saved, config.model_dump(mode="json"), config.change_on_resume)
+            return refusal(str(checkpoint.path), lines) if lines else ""
+        faults.append(f"{checkpoint.path.name}: {problem}")
+    return str(none_usable(config, faults)) if faults else ""
 
 
 def _finished_run(config: RunConfig) -> str:
     """Whether the finished run in output_dir is another one; where it is this one, there is nothing to do."""
     try:
         saved = yaml.safe_load((Path(config.output_dir) / "run_config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return ""
+    if not isinstance(saved, dict):
         return ""
     lines = differences(saved, config.model_dump(mode="json"), [])
     if not lines and not config.resume_from_checkpoint:

@@ -97,7 +97,7 @@ def loss_cases(model: str) -> dict[str, dict[str, Any]]:
     return {
         "aot": {**common, "loss_type": "aot"},
         "aot_unpaired, live": {**common, "loss_type": "aot_unpaired", "reference": "live"},
-        "mix, ZeRO-3": {**common, "stage": 3, "loss_type": "aot,sigmoid,sft", "ld_alpha": 0.5, "use_weighting": True},
+        "mix, ZeRO-3": {**common, "stage": 3, "loss_type": "aot,sigmoid,sft", "ld_alpha": 0.5},
         "simpo": {**common, "loss_type": "simpo", "beta": 2.0},
         "orpo": {**common, "loss_type": "orpo", "stage": 3},
     }

@@ -79,6 +79,15 @@ def test_a_harmed_shard_is_passed_over(place: Place, whole: Path, run: Path, har
     assert same_weights(run, whole)
 
 
+def test_a_flipped_bit_in_the_description_is_passed_over(place: Place, whole: Path, run: Path) -> None:
+    """Of the settings that it holds, so that it would tell of another run."""
+    path = run / "checkpoints" / "step-00000004" / "run.json"
+    path.write_bytes(path.read_bytes().replace(b'"seed": 42', b'"seed": 43'))
+    code, output = place.run(run.name, "--deepspeed", place.zero(3), *STOPPED)
+    assert code == 0 and "resumed after step 2" in output and "step-00000004: run.json is damaged" in output, output
+    assert same_weights(run, whole)
+
+
 @pytest.mark.parametrize("harm", HARMS)
 def test_nothing_usable_is_66_and_no_fresh_start(place: Place, run: Path, harm: str) -> None:
     for folder in (run / "checkpoints").iterdir():

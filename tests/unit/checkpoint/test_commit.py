@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,11 @@ def save(output_dir: Path, step: int) -> Path:
         records[name] = file.record
     commit(staged, folder, records, {"step": step})
     return folder
+
+
+def refuse(path: Path) -> bytes:
+    """In place of a read."""
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
 
 def newest(output_dir: Path) -> Checkpoint | None:
@@ -114,6 +121,25 @@ def test_retention_keeps_two_sound_ones_and_the_forever_ones(tmp_path: Path) -> 
     assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [70, 50, 30]
 
 
+@pytest.mark.parametrize("reads", ["read_bytes", "stat"])
+def test_retention_leaves_what_could_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: str) -> None:
+    """An I/O error that passes costs no checkpoint: not that one, nor one that counts in its place."""
+    for step in range(10, 60, 10):
+        save(tmp_path, step)
+    sound = getattr(Path, reads)
+    victims = [step_folder(tmp_path, step) / (MANIFEST if reads == "read_bytes" else "run.json") for step in (10, 40)]
+
+    def fail(path: Path, **arguments: bool) -> object:
+        return refuse(path) if path in victims else sound(path, **arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, reads, fail)
+        assert retain(tmp_path, 2, None) == [step_folder(tmp_path, 20)]
+        found = checkpoints(tmp_path)[1]
+        assert found.uncertain and f"{victims[1].name} cannot be read: Input/output error" in found.problem
+    assert [(c.step, verify(c)) for c in checkpoints(tmp_path)] == [(50, ""), (40, ""), (30, ""), (10, "")]
+
+
 def test_a_save_that_replaces_a_checkpoint_is_never_without_one(tmp_path: Path) -> None:
     """Killed when the old one has lost its name and the new one has none yet, the new one gets it."""
     save(tmp_path, 1)
@@ -122,6 +148,10 @@ def test_a_save_that_replaces_a_checkpoint_is_never_without_one(tmp_path: Path) 
     for path in old.iterdir():
         (staged / path.name).write_bytes(path.read_bytes())
     old.rename(old.with_name(old.name + ".removed"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Path, "read_bytes", refuse)
+        clear_unfinished(tmp_path)
+    assert len(leftovers(tmp_path)) == 2, "it could not be told"
     clear_unfinished(tmp_path)
     assert [(c.step, verify(c)) for c in checkpoints(tmp_path)] == [(2, ""), (1, "")] and not leftovers(tmp_path)
 

@@ -46,7 +46,15 @@ def test_every_difference_is_told() -> None:
     assert "in 3 points: beta was" in refusal("out/step-1", found)
 
 
-def test_an_option_that_a_version_adds_counts_as_a_difference() -> None:
+def test_an_option_that_a_version_adds_was_its_default() -> None:
     saved = dump()
-    del saved["beta"]
-    assert differences(saved, dump(), []) == ["beta was None, now it is 0.1"]
+    del saved["beta"], saved["loss_weights"]
+    assert differences(saved, dump(), []) == []
+    assert differences(saved, dump(beta=0.3), []) == ["beta was 0.1, now it is 0.3"]
+
+
+def test_an_option_that_this_version_lacks_counts_where_it_was_set() -> None:
+    saved = dump() | {"old_one": None}
+    assert differences(saved, dump(), []) == []
+    [line] = differences(saved | {"old_one": 3}, dump(), [])
+    assert line.startswith("old_one was 3, this version has no such option")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dsdpo.config.load import load
-from dsdpo.config.rules import check_rules
+from dsdpo.config.rules import adapter_problems, check_rules
 
 MINIMAL = "model_name_or_path: gpt2\ndataset: pairs\noutput_dir: out\n"
 
@@ -61,6 +62,8 @@ def test_sound_configs_pass(tmp_path: Path, text: str) -> None:
         ("reference: none\n", "sigmoid needs one"),
         ("loss_type: [simpo, sft]\nreference: live\n", "reads one; set auto or none"),
         ("loss_type: aot\nlora_dropout: 0.1\n", "which dropout would make differ"),
+        ("loss_type: aot_unpaired\nuse_weighting: true\n", "loss_type aot_unpaired sorts what it compares"),
+        ("loss_type: [aot, sigmoid]\nuse_weighting: true\n", "delete use_weighting or change loss_type"),
         ("adapter_name_or_path: a\nlora_rank: 4\n", "whose adapter has its own"),
         ("adapter_name_or_path: a\nfinetuning_type: full\n", "which has no adapters"),
         ("loss_weights: [1, 2]\n", "loss_weights has 2 number(s) for the 1 loss(es)"),
@@ -94,6 +97,41 @@ def test_a_missing_package_is_told_with_its_extra(tmp_path: Path, option: str, p
 
 def test_a_rule_keeps_silent_about_an_option_that_is_faulty_itself(tmp_path: Path) -> None:
     assert problems(tmp_path, "max_length: much\nmax_tokens_per_row: 100\n") == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"lora_dropout": 0.05, "use_rslora": True, "bias": "none", "modules_to_save": None, "init_lora_weights": "eva"},
+        {"target_modules": r"model\.layers\..*_proj"},
+        {"target_modules": ".*", "exclude_modules": ["lm_head", "embed_out"]},
+        {"target_modules": None},
+    ],
+)
+def test_a_plain_adapter_can_be_trained_further(change: dict[str, Any]) -> None:
+    assert adapter_problems({"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"], **change}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is IA3; allowed: LORA"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save is ['embed_tokens']; only plain LoRA"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices is [3]"),
+        ({"use_dora": True}, "use_dora is True"),
+        ({"bias": "all"}, "bias is all"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is pissa_niter_4"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "the output head"),
+        ({"target_modules": ".*(q_proj|lm_head)"}, "the output head"),
+        ({"target_modules": ".*"}, "the output head"),
+        ({"target_modules": "(q_proj"}, "nor a regular expression"),
+        ({"target_modules": 7}, "neither a list of names"),
+    ],
+)
+def test_an_adapter_that_is_more_than_lora_is_refused(change: dict[str, Any], said: str) -> None:
+    (problem,) = adapter_problems({"peft_type": "LORA", "target_modules": ["q_proj"], **change})
+    assert said in problem
 
 
 def test_lora_options_on_the_command_line_count_as_given(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """The sums that a packed row gives, against stock transformers; tests/parity has every family, and gradients."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, PreTrainedModel
 
 from dsdpo.data.packing import TokenPair, build_row
+from dsdpo.errors import ConfigError
 from dsdpo.model.attention import NAMES
 from dsdpo.model.rows import RowModel, RowTensors
 from tests.helpers.tiny import VOCAB, random_pairs, save_model, tiny_llama_config
@@ -93,3 +96,17 @@ def test_a_stock_call_of_a_packed_model_is_refused(models: tuple[PreTrainedModel
 def test_every_parameter_has_one_name(models: tuple[PreTrainedModel, RowModel]) -> None:
     names = [name for name, _ in models[1].named_parameters()]
     assert all(name.startswith("model.") for name in names)
+
+
+@pytest.mark.parametrize(
+    "tuned",
+    [
+        {"target_modules": ".*(q_proj|lm_head)"},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_an_adapter_of_the_output_head_is_refused(tmp_path: Path, tuned: dict[str, Any]) -> None:
+    """The head reads the base's weight, so that such an adapter would be left out of every log-prob."""
+    model = get_peft_model(save_model(tmp_path, tiny_llama_config(tied=False)), LoraConfig(r=2, **tuned))
+    with pytest.raises(ConfigError, match="tunes the output head, whose weights stay frozen here"):
+        RowModel(model)

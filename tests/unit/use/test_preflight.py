@@ -106,9 +106,37 @@ def test_a_model_folder_must_be_complete(tmp_path: Path, run: dict[str, Any], mi
 
 def test_an_adapter_to_train_further_must_be_one(tmp_path: Path) -> None:
     assert "is no folder with adapter_config.json" in _check_adapter(str(tmp_path))[0]
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+    assert "is no folder with adapter_config.json" in _check_adapter(str(tmp_path))[0]
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     assert _check_adapter(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b'{"peft_type": "LO', "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"[]", "holds no JSON object"),
+        (b"{}", "peft_type is missing"),
+        (b'{"peft_type": "LORA", "target_modules": ["lm_head"]}', "reaches the output head"),
+    ],
+)
+def test_an_adapter_that_cannot_be_trained_further_is_told(
+    tmp_path: Path, run: dict[str, Any], text: bytes, said: str
+) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(text)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    (problem,) = problems(tmp_path, run | {"adapter_name_or_path": str(tmp_path)})
+    assert problem.startswith(f"adapter_name_or_path: {tmp_path}/adapter_config.json") and said in problem
+
+
+def test_each_reason_against_an_adapter_is_listed(tmp_path: Path) -> None:
+    settings = {"peft_type": "LORA", "target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    found = _check_adapter(str(tmp_path))
+    assert len(found) == 2 and all(f"dsdpo export {tmp_path} --to DIR --merge" in problem for problem in found)
 
 
 @pytest.mark.parametrize("change", [{"reference": "live"}, {"loss_type": "simpo"}])
@@ -136,12 +164,12 @@ def test_what_looks_like_a_path_must_exist(tmp_path: Path, monkeypatch: pytest.M
     assert len(check_weights(name, "model_name_or_path")) == 1
 
 
-def save(output_dir: Path, step: int, config: RunConfig) -> Path:
+def save(output_dir: Path, step: int, config: RunConfig, resumed_from: str | None = None) -> Path:
     """A checkpoint by its looks: all that a preflight reads."""
     folder = step_folder(output_dir, step)
     staged = stage(folder)
     with hashed_file(staged / RUN_FILE) as file:
-        file.write(json.dumps({"config": config.model_dump(mode="json"), "resumed_from": None}).encode())
+        file.write(json.dumps({"config": config.model_dump(mode="json"), "resumed_from": resumed_from}).encode())
     commit(staged, folder, {RUN_FILE: file.record}, {"step": step})
     return folder
 
@@ -164,6 +192,24 @@ def test_an_earlier_run_is_continued_or_exit_66(tmp_path: Path, run: dict[str, A
     assert any("cannot be used" in problem for problem in problems(tmp_path, run | {"beta": 0}))
 
 
+@pytest.mark.parametrize(
+    ("was", "becomes"), [(b'"seed": 42', b'"seed": 43'), (b'"config"', b'"confih"'), (b'"config"', b"\0" * 8)]
+)
+def test_a_damaged_description_is_passed_over(tmp_path: Path, run: dict[str, Any], was: bytes, becomes: bytes) -> None:
+    """A flipped bit or a block of zeros; the ranks find it too, and take the checkpoint before."""
+    config = check(tmp_path, run)
+    older, newer = (save(Path(run["output_dir"]), step, config) / RUN_FILE for step in (3, 6))
+    intact = newer.read_bytes()
+    newer.write_bytes(intact.replace(was, becomes))
+    assert newer.stat().st_size == len(intact) and newer.read_bytes() != intact
+    assert check(tmp_path, run)
+    with pytest.raises(CheckpointError, match=r"step-00000003 was .* in 1 point: beta was 0.1, now it is 0.7"):
+        check(tmp_path, run | {"beta": 0.7})
+    older.write_bytes(newer.read_bytes())
+    with pytest.raises(CheckpointError, match=r"6: run\.json is damaged.*; step-00000003: run\.json is damaged"):
+        check(tmp_path, run)
+
+
 def test_a_finished_run_is_done_and_another_one_in_its_place_is_66(tmp_path: Path, run: dict[str, Any]) -> None:
     config = check(tmp_path, run)
     output_dir = Path(run["output_dir"])
@@ -173,6 +219,9 @@ def test_a_finished_run_is_done_and_another_one_in_its_place_is_66(tmp_path: Pat
     assert check(tmp_path, run | {"logging_steps": 7})
     with pytest.raises(CheckpointError, match=r"finished run, and this is another one: seed was 42, now it is 7\."):
         check(tmp_path, run | {"seed": 7})
+    for damaged in (b"", b"\xff", b"\0\0", b"seed"):
+        (output_dir / "run_config.yaml").write_bytes(damaged)
+        assert check(tmp_path, run)
 
 
 def test_a_learning_rate_changes_with_consent_only(tmp_path: Path, run: dict[str, Any]) -> None:
@@ -185,7 +234,12 @@ def test_a_learning_rate_changes_with_consent_only(tmp_path: Path, run: dict[str
 def test_a_checkpoint_that_is_named_counts_until_its_run_has_one(tmp_path: Path, run: dict[str, Any]) -> None:
     config = check(tmp_path, run)
     named = save(tmp_path / "other", 9, config)
-    assert candidates(config.model_copy(update={"resume_from_checkpoint": str(named)}))[0].step == 9
+    on = config.model_copy(update={"resume_from_checkpoint": str(named)})
+    assert candidates(on)[0].step == 9
+    own = [save(Path(run["output_dir"]), step, config, resumed_from=str(named)) for step in (10, 11)]
+    assert [checkpoint.step for checkpoint in candidates(on)] == [11, 10, 9]
+    (own[1] / RUN_FILE).write_bytes((own[1] / RUN_FILE).read_bytes().replace(b'"resumed_from"', b'"resumed_frol"'))
+    assert [checkpoint.step for checkpoint in candidates(on)] == [10, 9]
     with pytest.raises(CheckpointError, match="resume_from_checkpoint cannot be used"):
         check(tmp_path, run | {"resume_from_checkpoint": str(tmp_path / "nowhere")})
 
