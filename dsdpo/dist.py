@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 _INTERACTIVE_STEP = "4294967290"  # SLURM_STEP_ID of the shell that salloc opens on a node
+# Of `gres:gpu:8`, `gres/gpu:a100:4`, `gres/gpu=4`, `gres:gpu:3g.40gb:2,gres:gpu:1g.5gb:1`: types have digits, too.
+_GPUS_OF_TRES = r"(?<![^:/,])gpu(?::[^:=,()]+)?[:=](\d+)(?=[,(]|$)"
 _FIRST_PORT, _PORTS = 20000, 10000  # below the kernel's own range, which starts at 32768
 
 
@@ -36,7 +38,9 @@ class Allocation:
     """The SLURM job that this process was started in, in its batch script or in the shell of salloc.
 
     Attributes:
-        gpus_per_node: as many as the job asked for; None if it asked for none.
+        gpus_per_node: as many as the job asked for; None where SLURM does not say, as on a cluster that gives whole
+            nodes, without a GRES for their GPUs.
+        is_here: whether this process runs on one of the job's nodes.
         restarts: how often the job was put back into the queue.
         name: what SLURM's commands call it: a task of an array has the array's id too, which would mean all of them.
     """
@@ -47,6 +51,7 @@ class Allocation:
     gpus_per_node: int | None
     restarts: int
     name: str
+    is_here: bool
 
     @property
     def address(self) -> str:
@@ -122,25 +127,30 @@ def allocation() -> Allocation | None:
         gpus_per_node=_gpus_per_node(),
         restarts=slurm_restarts(),
         name=f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"],
+        is_here="SLURMD_NODENAME" in environment,
     )
 
 
 def _gpus_per_node() -> int | None:
     """What --gpus-per-node says (`8`, `a100:4`), which a step gets even where --exclusive gives the job more; or how
     many SLURM gave on this node."""
-    asked = os.environ.get("SLURM_GPUS_PER_NODE")
-    if asked:
-        return sum(int(part.rpartition(":")[2]) for part in asked.split(",")) or None
-    if "SLURM_GPUS_ON_NODE" in os.environ or "SLURM_JOB_GPUS" in os.environ or not shutil.which("scontrol"):
-        return int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) or None
+    if asked := os.environ.get("SLURM_GPUS_PER_NODE"):
+        return sum(int(part.rpartition(":")[2]) for part in asked.split(","))
+    if given := os.environ.get("SLURM_GPUS_ON_NODE"):
+        return int(given)
+    if ids := os.environ.get("SLURM_JOB_GPUS"):
+        return len(ids.split(","))
     # The shell of salloc is told less than a batch script.
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     if total := os.environ.get("SLURM_GPUS"):
-        return int(total.rpartition(":")[2]) // nodes or None
+        return int(total.rpartition(":")[2]) // nodes
+    if not shutil.which("scontrol"):
+        return None
     command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"], "--oneliner"]
     said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    found = re.search(r"\bTresPerNode=\S*gpu(?::[A-Za-z]\w*)?:(\d+)", said)
-    return int(found[1]) if found else None
+    found = re.search(r"\bTresPerNode=(\S+)", said)
+    counts = re.findall(_GPUS_OF_TRES, found[1]) if found else []
+    return sum(map(int, counts)) if counts else None
 
 
 def node_rank() -> int:

@@ -104,6 +104,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(_PARAM_SWAP, f"{NO_PARAM_SWAP}; delete the key and set device to cpu"),
     f"{OFFLOAD_OPTIMIZER}.cpuadam_cores_perc": "it is for super_offload, which is not supported; delete the key",
     "aio.use_gds": "GPUDirect Storage is not supported; delete the key",
+    f"{ZERO}.legacy_stage1": "DeepSpeed has no such stage 1 any more; delete the key",
     # _link_all_hp_params of 0.19.8 counts offsets in the order before the reordering that this flag asks for.
     f"{ZERO}.round_robin_gradients": (
         "with it, DeepSpeed's own map from parameters to optimizer state is wrong, and a checkpoint would mix them up; "
@@ -119,7 +120,7 @@ FLAGS = _names("single_submit overlap_events", "aio.") | _names(
     "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions "
     "overlap_comm load_from_fp32_weights elastic_checkpoint stage3_gather_16bit_weights_on_model_save "
     "stage3_gather_fp16_weights_on_model_save stage3_use_all_reduce_for_fetch_params "
-    "stage3_allgather_sequential ignore_unused_parameters legacy_stage1 "
+    "stage3_allgather_sequential ignore_unused_parameters "
     "parameter_alignment memory_efficient_linear pipeline_loading_checkpoint override_module_apply "
     "log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory",
     f"{ZERO}.",

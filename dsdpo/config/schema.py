@@ -286,7 +286,7 @@ class RunConfig(BaseModel):
 
     hang_timeout: float = Field(120.0, gt=0.0)
     """Seconds without progress after which a run ends with exit code 71 and names the rank that is stuck. The first
-    steps, saves and evaluations may take longer."""
+    steps, a save and a batch of an evaluation may take half an hour. While a job is suspended, no time passes."""
 
     start_timeout: float = Field(45.0, gt=0.0)
     """Seconds that the ranks wait for each other at the start. Longer where nodes load Python slowly."""

@@ -31,9 +31,12 @@ def slots(hostfile: str, include: str | None, exclude: str | None) -> dict[str, 
 
     try:
         pool = fetch_hostfile(hostfile)
-        return dict(parse_inclusion_exclusion(pool or {}, include or "", exclude or ""))
+        left = dict(parse_inclusion_exclusion(pool or {}, include or "", exclude or ""))
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"--hostfile {hostfile}: {error}; its lines are `host slots=N`") from error
+    if not left:
+        raise ConfigError(f"--hostfile {hostfile}: --include and --exclude leave no host of {', '.join(pool or {})}")
+    return left
 
 
 def look_at(hosts: list[str], config: str, output_dir: Path) -> None:
@@ -46,8 +49,12 @@ def look_at(hosts: list[str], config: str, output_dir: Path) -> None:
 
     Raises:
         HangError: a host cannot be reached.
-        ConfigError: it lacks this folder, the config, output_dir, this Python or dsdpo; or pdsh is missing here.
+        ConfigError: it lacks this folder, the config, output_dir, this Python or dsdpo; or pdsh is missing here; or
+            this folder or Python has a name that the launcher cannot hand to a shell.
     """
+    for path in (str(Path.cwd()), sys.executable):
+        if shlex.quote(path) != path:
+            raise ConfigError(f"the deepspeed launcher hands {path} to the hosts' shells unquoted; use a plainer path")
     for program in ("ssh", "pdsh"):
         if shutil.which(program) is None:
             raise ConfigError(f"there is no {program} on PATH here, which --hostfile needs; install it")
@@ -129,4 +136,4 @@ def forget_environment(output_dir: Path) -> None:
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """For the launcher itself, which exports some variables on command lines: without those that the file carries."""
-    return {name: value for name, value in environment.items() if not name.startswith(("MLFLOW", "DS_ENV"))}
+    return {name: value for name, value in environment.items() if not name.startswith("MLFLOW")}

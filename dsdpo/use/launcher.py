@@ -6,6 +6,8 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -66,6 +68,7 @@ def launch_command(argv: list[str], cluster: ClusterRequest, devices: int, envir
         command += ["--master_addr", cluster.master_addr]
     if cluster.hostfile:  # one host of many is still another machine, which the launcher would take for this one
         command += ["--hostfile", cluster.hostfile, "--force_multi"]
+        argv = [for_pdsh(argument) for argument in argv]
     if cluster.include:
         command += ["--include", cluster.include]
     elif cluster.exclude:
@@ -73,6 +76,16 @@ def launch_command(argv: list[str], cluster: ClusterRequest, devices: int, envir
     elif cluster.num_accelerators:
         command += ["--num_accelerators", str(cluster.num_accelerators)]
     return [*command, "--module", "dsdpo", *argv]
+
+
+def for_pdsh(argument: str) -> str:
+    """What the launcher must be given for `argument` to arrive on another host.
+
+    It puts double quotes around what has a space, and escapes such quotes in it (PDSHRunner.parse_user_args of 0.19.8);
+    all else reaches pdsh, for which % is special, and the host's shell as it is.
+    """
+    argument = argument.replace("%", "%%")
+    return re.sub(r"([\\$`])", r"\\\1", argument) if " " in argument else shlex.quote(argument)
 
 
 def node_command(

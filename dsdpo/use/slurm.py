@@ -26,7 +26,10 @@ from dsdpo.use.preflight import ClusterRequest
 
 ATTEMPTS_FILE = "attempts.jsonl"
 _MOST = 3  # attempts that fail where they began
-_MOST_STOPPED = 20  # that the scheduler stops there: filling a reference store may take several
+_MOST_STOPPED = 20  # that the scheduler stops or kills there: filling a reference store may take several
+_CONTROLLER_AWAY_S, _CONTROLLER_PAUSE_S = 120.0, 5.0
+# What SLURM's commands say of a controller that is busy or fails over, not of the job.
+_CONTROLLER_AWAY = ("timed out", "unable to contact", "connection refused", "connection reset", "zero bytes", "standby")
 # Ends after which another attempt can do better: a rank died, a file system was away, an error outside of dsdpo.
 _MAY_PASS = (1, HangError.exit_code, IOFailure.exit_code)
 _SCHEDULERS_SIGNAL = "SIGUSR1"
@@ -35,18 +38,19 @@ _SCHEDULERS_SIGNAL = "SIGUSR1"
 # --- the ranks ---
 
 
-def ranks_per_node(job: Allocation, wanted: int | None) -> int:
-    """One for each GPU that SLURM gave, or for each node without any.
+def ranks_per_node(wanted: int | None, gpus: int) -> int:
+    """One for each GPU, or for each node without any.
 
     Args:
         wanted: --num_accelerators.
+        gpus: on each node, of the job.
 
     Raises:
         ConfigError: more than there are GPUs.
     """
-    if wanted and job.gpus_per_node and wanted > job.gpus_per_node:
-        raise ConfigError(f"--num_accelerators is {wanted}, but SLURM gave {job.gpus_per_node} GPUs on each node")
-    return wanted or job.gpus_per_node or 1
+    if wanted and gpus and wanted > gpus:
+        raise ConfigError(f"--num_accelerators is {wanted}, but the job has {gpus} GPUs on each node")
+    return wanted or gpus or 1
 
 
 def srun_command(
@@ -88,7 +92,7 @@ class Attempt:
     Attributes:
         restarts: how often the job was put back into the queue before.
         step: of the newest checkpoint at the start.
-        code: how it ended; None as long as it has not, and where its node died.
+        code: how it ended; None as long as it has not, and where its node died or SLURM killed it.
     """
 
     job: str
@@ -120,7 +124,7 @@ class Attempts:
         """
         step = _newest_step(self._output_dir)
         earlier = self._here(step)
-        if sum(attempt.code != StopRequested.exit_code for attempt in earlier) >= _MOST:
+        if _are_too_many(earlier):
             raise HangError(_given_up(step, len(earlier)))
         now = Attempt(self._job.job, self._job.restarts, step)
         self._write([*self._all(), now])
@@ -140,7 +144,8 @@ class Attempts:
             self._write([ended if attempt == self._now else attempt for attempt in self._all()])
             goes_on, given_up = _can_go_on(self._output_dir, code, received), self._given_up()
         except (OSError, DsdpoError):  # the folder is away: whoever comes back will see
-            goes_on, given_up = code in _MAY_PASS, ""
+            goes_on = code in _MAY_PASS or (code == StopRequested.exit_code and received == _SCHEDULERS_SIGNAL)
+            given_up = ""
         if goes_on and given_up:
             print(given_up, file=sys.stderr, flush=True)
         elif goes_on:
@@ -152,10 +157,7 @@ class Attempts:
         if _newest_step(self._output_dir) != self._now.step:
             return ""
         here = self._here(self._now.step)
-        stopped = sum(attempt.code == StopRequested.exit_code for attempt in here)
-        if len(here) - stopped < _MOST and stopped < _MOST_STOPPED:
-            return ""
-        return _given_up(self._now.step, len(here))
+        return _given_up(self._now.step, len(here)) if _are_too_many(here) else ""
 
     def _here(self, step: int) -> list[Attempt]:
         """The job's attempts in a row that began at `step`, the last ones."""
@@ -173,6 +175,12 @@ class Attempts:
 
     def _write(self, attempts: list[Attempt]) -> None:
         write_atomically(self._file, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))
+
+
+def _are_too_many(attempts: list[Attempt]) -> bool:
+    """Whether so many in a row without a new checkpoint are enough."""
+    by_scheduler = sum(attempt.code in (None, StopRequested.exit_code) for attempt in attempts)
+    return len(attempts) - by_scheduler >= _MOST or by_scheduler >= _MOST_STOPPED
 
 
 def _newest_step(output_dir: Path) -> int:
@@ -197,14 +205,27 @@ def _can_go_on(output_dir: Path, code: int, received: str | None) -> bool:
 
 def _put_back(job: Allocation) -> str:
     """Put the job back into the queue. Returns what became of that."""
-    found = subprocess.run(["scontrol", "show", "job", job.name, "--oneliner"], capture_output=True, text=True)
+    found = _scontrol("show", "job", job.name, "--oneliner")
+    if found.returncode:
+        return f"not put back into the queue: {found.stderr.strip()}"
     record = dict(word.partition("=")[::2] for word in found.stdout.split())
     if record.get("JobState") != "RUNNING" or record.get("Restarts") != str(job.restarts):
         return f"not put back into the queue, as it is {record.get('JobState', 'unknown')} by now"
     for number in (signal.SIGTERM, signal.SIGUSR1):  # SLURM ends this process next: let it end by itself
         signal.signal(number, signal.SIG_IGN)
-    done = subprocess.run(["scontrol", "requeue", "Incomplete", job.name], capture_output=True, text=True)
+    done = _scontrol("requeue", "Incomplete", job.name)
     return "put back into the queue" if done.returncode == 0 else f"cannot be put back: {done.stderr.strip()}"
+
+
+def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run it, again where SLURM's controller is away for a while."""
+    deadline = time.monotonic() + _CONTROLLER_AWAY_S
+    while True:
+        done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False)
+        away = done.returncode != 0 and any(words in done.stderr.lower() for words in _CONTROLLER_AWAY)
+        if not away or time.monotonic() > deadline:
+            return done
+        time.sleep(_CONTROLLER_PAUSE_S)
 
 
 def let_earlier_attempt_end(output_dir: Path, job: Allocation) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Allocation, allocation
 from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError
+from dsdpo.files import write_atomically
 from dsdpo.lock import LOCK_FILE, RunLock
 from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, read_exit
 from dsdpo.use.hosts import forget_environment, leave_environment, look_at, slots, without_secrets
@@ -29,6 +30,7 @@ from dsdpo.use.task import PEER_EXIT_FILE, Task, clear_marks, finish, is_finishe
 
 _TOLD_BY_STATUS = (64, 65, 66, 70, 71, 74, 75)
 _REPLACED = "replaced-"
+_STARTED_OVER = ".started-over"
 
 
 def supervise(task: Task, cluster: ClusterRequest) -> int:
@@ -36,9 +38,10 @@ def supervise(task: Task, cluster: ClusterRequest) -> int:
     job = None if cluster.hostfile or cluster.include or cluster.exclude else _allocation()
     if cluster.requeue and job is None:
         raise ConfigError("--requeue works in a SLURM job that gives the nodes, such as that of slurm/train.sbatch")
-    if job is not None and job.restarts:
-        task = replace(task, fresh=False)  # that was done in the job's first attempt
     config = preflight(task.path, task.overrides, task.name, cluster, task.model, task.fresh)
+    if task.fresh and job is not None and job.restarts and has_started_over(Path(config.output_dir), job.job):
+        task = replace(task, fresh=False)  # this attempt goes on
+        config = preflight(task.path, task.overrides, task.name, cluster, task.model)
     devices = _devices(cluster, job)
     check_device(config, devices > 0 or bool(cluster.hostfile))
     if not task.fresh and is_finished(task, config):
@@ -81,7 +84,7 @@ def _run(
     with RunLock.acquire(output_dir, f"dsdpo {task.name}") as lock:
         end_leftovers(lock.previous)
         if task.fresh:
-            start_over(output_dir, task.confirmed)
+            start_over(output_dir, task.confirmed, job.job if job is not None else None)
         elif is_finished(task, config):  # by the attempt that was waited for
             return 0
         clear_marks(output_dir)
@@ -105,12 +108,15 @@ def _launch(
     """
     argv = task.argv(token)
     if job is not None:
-        ranks = ranks_per_node(job, cluster.num_accelerators)
+        ranks = ranks_per_node(cluster.num_accelerators, devices)
         command = srun_command(argv, job, ranks, output_dir, cluster, os.environ)
         on_nodes = replace(cluster, num_accelerators=ranks)
         nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''} ({job.node_list})"
         where = f"{_ranks(ranks, devices)} on each of {nodes} of job {job.job}"
-        return Launch(command, launch_environment(on_nodes, devices, os.environ), where, ends_nicely=True)
+        environment = launch_environment(on_nodes, devices, os.environ)
+        if job.gpus_per_node is None and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
+            environment["CUDA_VISIBLE_DEVICES"] = visible  # SLURM, which would set it on each node, does not
+        return Launch(command, environment, where, ends_nicely=True)
     command = launch_command(argv, cluster, devices, os.environ)
     environment = launch_environment(cluster, devices, os.environ)
     if not cluster.hostfile:
@@ -138,7 +144,7 @@ def _allocation() -> Allocation | None:
 
 def _devices(cluster: ClusterRequest, job: Allocation | None) -> int:
     """Number of GPUs on each node; 0 without any, and for a hostfile, whose hosts know. Raises ConfigError."""
-    if job is not None:
+    if job is not None and (job.gpus_per_node is not None or not job.is_here):
         return job.gpus_per_node or 0
     if cluster.hostfile:
         return 0
@@ -152,16 +158,30 @@ def _devices(cluster: ClusterRequest, job: Allocation | None) -> int:
     return devices
 
 
-def start_over(output_dir: Path, confirmed: bool) -> None:
+def start_over(output_dir: Path, confirmed: bool, job: str | None = None) -> None:
     """Move what an earlier run has left in output_dir into a folder of its own there; nothing is deleted.
+
+    Args:
+        job: id of the SLURM job that does so, noted for its later attempts.
 
     Raises:
         CheckpointError: there is something, and nobody has confirmed.
     """
     stays = (".", LOCK_FILE, ATTEMPTS_FILE, _REPLACED)
     found = [path for path in sorted(output_dir.iterdir()) if not path.name.startswith(stays)]
-    if not found:
-        return
+    if found:
+        _move_aside(output_dir, found, confirmed)
+    if job is not None:
+        write_atomically(output_dir / _STARTED_OVER, job)
+
+
+def has_started_over(output_dir: Path, job: str) -> bool:
+    """Whether an earlier attempt of a SLURM job has done so; one that ended before, at a held lock, has not."""
+    marker = output_dir / _STARTED_OVER
+    return marker.exists() and marker.read_text() == job
+
+
+def _move_aside(output_dir: Path, found: list[Path], confirmed: bool) -> None:
     names = ", ".join(path.name for path in found[:6])
     if not confirmed and sys.stdin.isatty():
         confirmed = input(f"{output_dir} holds {names}; move that aside and begin again? [yes/no] ") == "yes"

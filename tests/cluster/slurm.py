@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -120,7 +122,7 @@ class Slurm:
         munge += [f"--{part}-file={self.folder}/munge.{part}" for part in ("key", "pid", "seed")]
         self._daemon("munged", *munge, f"--socket={self.folder}/munge.socket")
         until((self.folder / "munge.socket").exists, f"munged (see {self.folder}/log)")
-        self._daemon("slurmctld", "-D")
+        self._controller = self._daemon("slurmctld", "-D")
         until(self._answers, f"slurmctld (see {self.folder}/log)")
         for name in NODES:
             self._start_machine(name)
@@ -132,7 +134,7 @@ class Slurm:
     def _idle(self) -> bool:
         return all(self.node(name)["State"] == "IDLE" for name in NODES)
 
-    def _daemon(self, program: str, *arguments: str) -> None:
+    def _daemon(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         """It ends with this process, or in `stop`; the last one started first."""
         with (self.folder / f"log/{program}.out").open("wb") as log:
             daemon = subprocess.Popen(
@@ -144,6 +146,7 @@ class Slurm:
             )
         self._daemons.callback(daemon.wait, 60)
         self._daemons.callback(daemon.terminate)
+        return daemon
 
     def stop(self) -> None:
         """Ends everything: jobs and nodes by a power cut, then the daemons."""
@@ -218,6 +221,15 @@ class Slurm:
     def requeue(self, job: str) -> None:
         """`scontrol requeue`."""
         self.call("scontrol", "requeue", job)
+
+    @contextmanager
+    def controller_away(self) -> Iterator[None]:
+        """Within, slurmctld answers nobody, as one that is busy or fails over."""
+        self._controller.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._controller.send_signal(signal.SIGCONT)
 
     def kill_node(self, name: str) -> None:
         """The node dies: slurmd, slurmstepd and all processes of its jobs get SIGKILL. SLURM notices by itself."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import yaml
 
 from tests.cluster.hosts import Hosts
 from tests.cluster.machine import programs_in, until
@@ -66,13 +67,26 @@ def train(hosts: Hosts, place: Place, out: str, *arguments: str, **variables: st
 
 
 def test_two_hosts_train_and_secrets_stay_secret(hosts: Hosts, place: Place, whole: Path) -> None:
-    run = train(hosts, place, "two", DSDPO_FAULT="save:staged@2=10", **SECRETS)
+    name = "100%h of $HOME; (beta=0.1) 'a' \"b\" \\ `id` *"
+    run = train(
+        hosts,
+        place,
+        "two",
+        "--run_name",
+        name,
+        "--default_system",
+        "$0.1;%n",
+        DSDPO_FAULT="save:staged@2=10",
+        **SECRETS,
+    )
     staged = place.folder / "two" / "checkpoints" / "step-00000006.tmp"
     until(lambda: staged.exists() or run.process.poll() is not None, "the second save", 300)
     processes = list(psutil.process_iter(["cmdline"]))
     assert run.wait() == 0, run.output
     assert "2 ranks on CPUs, on 2 nodes: h1, h2" in run.output
     np.testing.assert_allclose(losses(place.folder / "two"), losses(whole), rtol=1e-5)
+    said = yaml.safe_load((place.folder / "two" / "run_config.yaml").read_text())
+    assert said["run_name"] == name and said["default_system"] == "$0.1;%n"  # through two shells
     lines = [" ".join(process.info["cmdline"] or ()) for process in processes]
     assert sum("--supervised" in line for line in lines) >= 5  # pdsh, ssh, launchers and ranks were seen
     for secret in SECRETS.values():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from dsdpo.use.slurm import ATTEMPTS_FILE
 from tests.cluster.machine import until
 from tests.cluster.slurm import Slurm
 from tests.faults.place import Place, losses, same_weights, weights
@@ -136,6 +139,42 @@ def test_a_job_that_is_requeued_by_hand_goes_on(
     assert slurm.log(job).count("starting train on 2 GPUs on each of 1 node (n1)") == 2
     [step] = resumed(slurm.log(job))
     assert step >= 6 and same_weights(place.folder / "requeued", whole)
+
+
+def test_a_controller_that_is_away_is_asked_again(
+    slurm: Slurm, place: Place, whole: Path, submit: Callable[..., str]
+) -> None:
+    job = submit("away", DSDPO_FAULT="save:staged@3=15")
+    until_saving(place, "away", 9)
+    slurm.signal(job, "USR1")
+    attempts = place.folder / "away" / ATTEMPTS_FILE
+    with slurm.controller_away():
+        until(lambda: '"code": 75' in attempts.read_text(), "the end of the first attempt")
+        time.sleep(15)  # SLURM's commands wait for 10 s
+    done = slurm.wait(job)
+    assert (done["ExitCode"], done["Restarts"]) == ("0:0", "1"), slurm.log(job)
+    assert same_weights(place.folder / "away", whole)
+
+
+def test_fresh_is_done_once_and_not_forgotten(
+    slurm: Slurm, place: Place, whole: Path, submit: Callable[..., str]
+) -> None:
+    """The first attempt finds output_dir in use; the second begins again; the third goes on with that."""
+    other = place.start("fresh", "--deepspeed", place.zero(3), DSDPO_FAULT="save:staged@2=600")
+    until_saving(place, "fresh", 6)
+    job = submit("fresh", "--fresh", "--yes", DSDPO_FAULT="save:staged@3=15")
+    until(lambda: slurm.job(job)["Restarts"] == "1", "the end of the first attempt")
+    for _ in range(2):
+        other.process.send_signal(signal.SIGINT)
+        time.sleep(1)
+    assert other.wait()[0] == 130
+    until_saving(place, "fresh", 9)
+    slurm.requeue(job)
+    done = slurm.wait(job)
+    log = slurm.log(job)
+    assert done["ExitCode"] == "0:0" and log.count("moved the earlier run to") == 1, log
+    [step] = resumed(log)
+    assert step >= 6 and same_weights(place.folder / "fresh", whole)
 
 
 def test_a_cancelled_job_stays_away(slurm: Slurm, place: Place, submit: Callable[..., str]) -> None:

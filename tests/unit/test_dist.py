@@ -15,7 +15,7 @@ STEP = {
     "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
     "SLURM_STEP_NODELIST": "localhost",
 }
-BATCH = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[3-4]", "SLURM_JOB_NUM_NODES": "2"}
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[3-4]", "SLURM_JOB_NUM_NODES": "2", "SLURMD_NODENAME": "n3"}
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 TASK = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
 
@@ -23,7 +23,7 @@ TASK = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "MASTER_")) or name in (*PLACE, "CUDA_VISIBLE_DEVICES"):
+        if name.startswith(("SLURM", "MASTER_")) or name in (*PLACE, "CUDA_VISIBLE_DEVICES"):
             monkeypatch.delenv(name)
 
 
@@ -56,14 +56,14 @@ def test_a_task_with_a_gpu_of_its_own_takes_that(monkeypatch: pytest.MonkeyPatch
 def test_a_batch_script_is_no_rank_but_has_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, BATCH, TASK, {"SLURM_GPUS_ON_NODE": "8", "SLURM_RESTART_COUNT": "2"})
     assert launched() is None
-    assert allocation() == Allocation("7", 2, "n[3-4]", 8, 2, "7")
+    assert allocation() == Allocation("7", 2, "n[3-4]", 8, 2, "7", True)
     put(monkeypatch, {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"})
-    assert allocation() == Allocation("7", 2, "n[3-4]", 8, 2, "5_3")
+    assert allocation() == Allocation("7", 2, "n[3-4]", 8, 2, "5_3", True)
 
 
 @pytest.mark.parametrize(
     ("asked", "given", "gpus"),
-    [("1", "8", 1), ("a100:2,h100:2", None, 4), (None, "8", 8), ("0", "0", None), (None, "", None)],
+    [("1", "8", 1), ("a100:2,h100:2", None, 4), (None, "8", 8), ("0", "0", 0), (None, "", None), (None, None, None)],
 )
 def test_gpus_of_a_job(monkeypatch: pytest.MonkeyPatch, asked: str | None, given: str | None, gpus: int | None) -> None:
     said = {"SLURM_GPUS_PER_NODE": asked, "SLURM_GPUS_ON_NODE": given}
@@ -74,7 +74,19 @@ def test_gpus_of_a_job(monkeypatch: pytest.MonkeyPatch, asked: str | None, given
 
 @pytest.mark.parametrize(
     ("said", "gpus"),
-    [("", None), ("TresPerNode=gres:gpu:8 X=1", 8), ("TresPerNode=gres/gpu:a100:4", 4), ("TresPerNode=gres:gpu:0", 0)],
+    [
+        ("", None),
+        ("TresPerNode=gres:gpu:8 X=1", 8),
+        ("TresPerNode=gres/gpu:a100:4", 4),
+        ("TresPerNode=gres:gpu:0", 0),
+        ("TresPerNode=gres:gpu:2080ti:4", 4),
+        ("TresPerNode=gres:gpu:3g.40gb:1", 1),
+        ("TresPerNode=gres/gpu:a100-sxm4-80gb=4", 4),
+        ("TresPerNode=gres:shard:7,gres:gpu:nvidia_a100_1g.5gb:2,gres:gpu:3090:1", 3),
+        ("TresPerNode=gres:gpu:8(IDX:0-7)", 8),
+        ("TresPerNode=gres/gpu", None),
+        ("TresPerNode=gres:shard:7", None),
+    ],
 )
 def test_gpus_of_an_interactive_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, gpus: int | None
@@ -86,6 +98,12 @@ def test_gpus_of_an_interactive_job(
     job = allocation()
     assert job is not None and job.gpus_per_node == gpus
     put(monkeypatch, {"SLURM_GPUS": "a100:6"})
+    job = allocation()
+    assert job is not None and job.gpus_per_node == 3
+
+
+def test_gpus_by_their_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, BATCH, {"SLURM_JOB_GPUS": "0,1,5"})
     job = allocation()
     assert job is not None and job.gpus_per_node == 3
 

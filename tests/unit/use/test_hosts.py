@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
 from dsdpo.errors import ConfigError
-from dsdpo.use.hosts import forget_environment, leave_environment, slots, take_environment, without_secrets
+from dsdpo.use.hosts import forget_environment, leave_environment, look_at, slots, take_environment, without_secrets
 
 SHELL = {
     "HF_TOKEN": "secret",
@@ -65,6 +66,20 @@ def test_hosts_and_filters_are_the_launchers(
 ) -> None:
     (tmp_path / "hosts").write_text("# two hosts\nh1 slots=2\nh2 slots=2\n")
     assert slots(str(tmp_path / "hosts"), include, exclude) == expected
+
+
+def test_filters_that_leave_no_host_are_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("h1 slots=2\nh2 slots=2\n")
+    with pytest.raises(ConfigError, match="leave no host of h1, h2"):
+        slots(str(tmp_path / "hosts"), None, "h1@h2")
+
+
+def test_a_folder_that_a_shell_would_split_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    monkeypatch.setattr(shutil, "which", lambda _: "found")
+    with pytest.raises(ConfigError, match="a b to the hosts' shells unquoted"):
+        look_at(["h1"], "run.yaml", tmp_path)
 
 
 @pytest.mark.parametrize(("content", "include"), [("h1 gpus=2\n", None), ("h1 slots=2\n", "h9")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,20 +18,19 @@ from dsdpo.train.stop import STOP_FILE
 from dsdpo.use import slurm
 from dsdpo.use.node import launcher
 from dsdpo.use.preflight import ClusterRequest
-from dsdpo.use.slurm import Attempts, _can_go_on, ranks_per_node, srun_command
+from dsdpo.use.slurm import Attempts, _can_go_on, _put_back, ranks_per_node, srun_command
 
-JOB = Allocation("41", 2, "localhost", 4, 0, "41")
-CPU_JOB = Allocation("41", 2, "localhost", None, 0, "41")
+JOB = Allocation("41", 2, "localhost", 4, 0, "41", True)
 
 
-@pytest.mark.parametrize(("job", "wanted", "ranks"), [(JOB, None, 4), (JOB, 2, 2), (CPU_JOB, None, 1), (CPU_JOB, 3, 3)])
-def test_a_rank_for_each_gpu(job: Allocation, wanted: int | None, ranks: int) -> None:
-    assert ranks_per_node(job, wanted) == ranks
+@pytest.mark.parametrize(("wanted", "gpus", "ranks"), [(None, 4, 4), (2, 4, 2), (None, 0, 1), (3, 0, 3)])
+def test_a_rank_for_each_gpu(wanted: int | None, gpus: int, ranks: int) -> None:
+    assert ranks_per_node(wanted, gpus) == ranks
 
 
 def test_more_ranks_than_gpus_are_refused() -> None:
-    with pytest.raises(ConfigError, match="SLURM gave 4 GPUs on each node"):
-        ranks_per_node(JOB, 5)
+    with pytest.raises(ConfigError, match="the job has 4 GPUs on each node"):
+        ranks_per_node(5, 4)
 
 
 def test_one_task_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
         said = []
         monkeypatch.setattr(slurm, "_put_back", lambda job: said.append(f"again {job.restarts + 1}") or "again")
         for number, (code, step) in enumerate(ends, first):
-            attempt = Attempts(Allocation(job, 2, "localhost", 4, number, job), tmp_path)
+            attempt = Attempts(Allocation(job, 2, "localhost", 4, number, job, True), tmp_path)
             try:
                 attempt.begin()
             except HangError:
@@ -137,8 +137,12 @@ def test_progress_counts_from_the_start_again(queue: Callable[..., list[str]]) -
     assert queue(*ends) == [*(f"again {n}" for n in range(1, 6)), "the end"]
 
 
-def test_dead_nodes_count_as_failures(queue: Callable[..., list[str]]) -> None:
-    assert queue((None, 0), (None, 0), (None, 0), (None, 0)) == ["refused"]
+def test_dead_nodes_and_preemptions_without_a_warning_are_no_failures_but_have_an_end(
+    queue: Callable[..., list[str]],
+) -> None:
+    assert queue(*[(None, 0)] * 5, (75, 0)) == ["again 6"]
+    assert queue(*[(None, 0)] * 21, job="42") == ["refused"]
+    assert queue((71, 0), (None, 0), (71, 0), (None, 0), (71, 0), job="43") == ["again 1", "again 3", "the end"]
 
 
 def test_what_the_scheduler_stops_is_no_failure(queue: Callable[..., list[str]]) -> None:
@@ -152,14 +156,52 @@ def test_mistakes_and_ends_are_the_end(queue: Callable[..., list[str]]) -> None:
         assert queue((code, 0), job=str(number)) == ["the end"]
 
 
-def test_a_folder_that_is_away_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """A `scontrol` that says something on stderr, fails a few times, then succeeds; the file of its calls."""
+
+    def answers(fails: str, says: str) -> Path:
+        calls = tmp_path / "calls"
+        script = f"""#!/bin/bash
+echo "$@" >> {calls}
+if [ "$(wc -l < {calls})" -le {fails} ]; then echo '{says}' >&2; exit 1; fi
+echo 'JobId=41 JobState=RUNNING Restarts=0'
+"""
+        (tmp_path / "scontrol").write_text(script)
+        (tmp_path / "scontrol").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        monkeypatch.setattr(slurm, "_CONTROLLER_PAUSE_S", 0.01)
+        monkeypatch.setattr(signal, "signal", lambda *_: None)  # it ignores SIGTERM from then on
+        return calls
+
+    return answers
+
+
+def test_a_controller_that_is_away_is_asked_again(controller: Callable[[str, str], Path]) -> None:
+    calls = controller("3", "slurm_load_jobs error: Socket timed out on send/recv operation")
+    assert _put_back(JOB) == "put back into the queue"
+    assert calls.read_text().splitlines() == [*["show job 41 --oneliner"] * 4, "requeue Incomplete 41"]
+
+
+def test_what_the_controller_says_of_the_job_stands(controller: Callable[[str, str], Path]) -> None:
+    calls = controller("9", "slurm_load_jobs error: Invalid job id specified")
+    assert _put_back(JOB) == "not put back into the queue: slurm_load_jobs error: Invalid job id specified"
+    assert len(calls.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "received", "again"), [(74, None, True), (75, "SIGUSR1", True), (75, "SIGTERM", False), (75, None, False)]
+)
+def test_a_folder_that_is_away_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, received: str | None, again: bool
+) -> None:
     said = []
     monkeypatch.setattr(slurm, "_put_back", lambda job: said.append(job.name) or "again")
     attempts = Attempts(JOB, tmp_path)
     attempts.begin()
     (tmp_path / slurm.ATTEMPTS_FILE).write_text("{damaged")
-    attempts.end(74, None)
-    assert said == ["41"]
+    attempts.end(code, received)
+    assert said == ["41"] * again
 
 
 @pytest.mark.parametrize("line", ["{damaged", "[1]", '{"job": "41", "at": 3}'])

@@ -11,18 +11,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from dsdpo.config.load import load
-from dsdpo.dist import Ranks
+from dsdpo.dist import Allocation, Ranks
 from dsdpo.errors import HangError, IOFailure, StopRequested
 from dsdpo.lock import RunLock
 from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, STOP_FILE, write_exit
-from dsdpo.use.launcher import Launch, StopRequests, free_port, launch_command, launch_environment, run_launcher
+from dsdpo.use.launcher import (
+    Launch,
+    StopRequests,
+    for_pdsh,
+    free_port,
+    launch_command,
+    launch_environment,
+    run_launcher,
+)
 from dsdpo.use.preflight import ClusterRequest
 from dsdpo.use.rank import _tell_as_peer
-from dsdpo.use.supervisor import judge
+from dsdpo.use.supervisor import _devices, has_started_over, judge, start_over
 from dsdpo.use.task import Task, clear_marks
 
 REPOSITORY = Path(__file__).parents[3]
@@ -281,6 +291,44 @@ def test_the_launchers_command_line_for_chosen_hosts_and_devices(cluster: Cluste
     assert " ".join(command[port + 2 : module]) == expected
     assert command[module:] == ["--module", "dsdpo", *ARGV]
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+
+
+@pytest.mark.parametrize(
+    "argument", ["plain", "", "a b", "$HOME", "`id`", "a;b", "(x)", "it's", 'say "a b"', "\\", "\\ $x `id` 'y'", "*"]
+)
+def test_an_argument_arrives_on_another_host_as_it_was(argument: str) -> None:
+    """Through what the launcher does to it, and a shell."""
+    runner = PDSHRunner(SimpleNamespace(user_args=[for_pdsh(argument)], user_script=""), "")
+    command = " ".join(["printf", "'<%s>'", *runner.user_arguments])
+    said = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert said == f"<{argument}>"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "is_here", "accelerator", "devices"),
+    [
+        (4, True, None, 4),
+        (0, True, None, 0),
+        (None, True, None, 8),  # a cluster without a GRES for GPUs
+        (None, True, "cpu", 0),
+        (None, False, None, 0),  # salloc's shell, on a login node that may have a GPU of its own
+    ],
+)
+def test_gpus_of_a_job_are_those_slurm_gave_or_else_those_seen(
+    monkeypatch: pytest.MonkeyPatch, gpus: int | None, is_here: bool, accelerator: str | None, devices: int
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr(os, "environ", {"DS_ACCELERATOR": accelerator} if accelerator else {})
+    assert _devices(ClusterRequest(), Allocation("41", 2, "n[1-2]", gpus, 0, "41", is_here)) == devices
+
+
+def test_fresh_is_noted_for_the_job_that_began_again(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    assert not has_started_over(tmp_path, "41")
+    start_over(tmp_path, confirmed=True, job="41")
+    assert has_started_over(tmp_path, "41") and not has_started_over(tmp_path, "42")
+    start_over(tmp_path, confirmed=False, job="42")  # there is nothing to move aside now
+    assert has_started_over(tmp_path, "42")
 
 
 def test_a_given_port_is_used_and_else_a_free_one() -> None:
