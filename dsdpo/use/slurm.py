@@ -29,7 +29,7 @@ _MOST = 3  # attempts that fail where they began
 _MOST_STOPPED = 20  # that the scheduler stops or kills there: filling a reference store may take several
 _CONTROLLER_AWAY_S, _CONTROLLER_PAUSE_S = 120.0, 5.0
 # What SLURM's commands say of a controller that is busy or fails over, not of the job.
-_CONTROLLER_AWAY = ("timed out", "unable to contact", "connection refused", "connection reset", "zero bytes", "standby")
+_CONTROLLER_AWAY = ("timed out", "unable to contact", "unexpected message", "connection re", "zero bytes", "standby")
 # Ends after which another attempt can do better: a rank died, a file system was away, an error outside of dsdpo.
 _MAY_PASS = (1, HangError.exit_code, IOFailure.exit_code)
 _SCHEDULERS_SIGNAL = "SIGUSR1"
@@ -204,28 +204,30 @@ def _can_go_on(output_dir: Path, code: int, received: str | None) -> bool:
 
 
 def _put_back(job: Allocation) -> str:
-    """Put the job back into the queue. Returns what became of that."""
-    found = _scontrol("show", "job", job.name, "--oneliner")
-    if found.returncode:
-        return f"not put back into the queue: {found.stderr.strip()}"
-    record = dict(word.partition("=")[::2] for word in found.stdout.split())
-    if record.get("JobState") != "RUNNING" or record.get("Restarts") != str(job.restarts):
-        return f"not put back into the queue, as it is {record.get('JobState', 'unknown')} by now"
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # SLURM ends this process next: let it end by itself
-        signal.signal(number, signal.SIG_IGN)
-    done = _scontrol("requeue", "Incomplete", job.name)
-    return "put back into the queue" if done.returncode == 0 else f"cannot be put back: {done.stderr.strip()}"
+    """Put the job back into the queue; asks again where SLURM's controller is away. Returns what became of that."""
+    deadline, asked = time.monotonic() + _CONTROLLER_AWAY_S, False
+    while True:
+        done = _scontrol("show", "job", job.name, "--oneliner")
+        if done.returncode == 0:
+            record = dict(word.partition("=")[::2] for word in done.stdout.split())
+            if record.get("JobState") != "RUNNING" or record.get("Restarts") != str(job.restarts):
+                if asked:  # it was heard after all
+                    break
+                return f"not put back into the queue, as it is {record.get('JobState', 'unknown')} by now"
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # SLURM ends this process next: let it end by itself
+                signal.signal(number, signal.SIG_IGN)
+            done, asked = _scontrol("requeue", "Incomplete", job.name), True
+            if done.returncode == 0:
+                break
+        is_away = any(words in done.stderr.lower() for words in _CONTROLLER_AWAY)
+        if not is_away or time.monotonic() > deadline:
+            return f"cannot be put back into the queue: {done.stderr.strip()}"
+        time.sleep(_CONTROLLER_PAUSE_S)
+    return "put back into the queue"
 
 
 def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run it, again where SLURM's controller is away for a while."""
-    deadline = time.monotonic() + _CONTROLLER_AWAY_S
-    while True:
-        done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False)
-        away = done.returncode != 0 and any(words in done.stderr.lower() for words in _CONTROLLER_AWAY)
-        if not away or time.monotonic() > deadline:
-            return done
-        time.sleep(_CONTROLLER_PAUSE_S)
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False)
 
 
 def let_earlier_attempt_end(output_dir: Path, job: Allocation) -> None:

@@ -225,9 +225,12 @@ def judge(task: str, output_dir: Path, status: int) -> int:
 
 
 def _told(output_dir: Path) -> tuple[int | None, str]:
-    """Exit code and message that the ranks left, None without any. Losing a peer is no cause: then its word counts."""
+    """Exit code and message that the ranks left, None without any.
+
+    Losing a peer is no cause, be it a call that failed or an end that the watch noticed: then the peer's word counts.
+    """
     code, message = read_exit(output_dir / EXIT_FILE)
-    if code in (None, 1):
+    if code in (None, 1, HangError.exit_code):
         peer_code, peer_message = read_exit(output_dir / PEER_EXIT_FILE)
         return (code, message) if peer_code is None else (peer_code, peer_message)
     return code, message

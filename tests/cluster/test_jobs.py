@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +16,6 @@ import psutil
 import pytest
 import yaml
 
-from dsdpo.use.slurm import ATTEMPTS_FILE
 from tests.cluster.machine import until
 from tests.cluster.slurm import Slurm
 from tests.faults.place import Place, losses, same_weights, weights
@@ -141,19 +141,22 @@ def test_a_job_that_is_requeued_by_hand_goes_on(
     assert step >= 6 and same_weights(place.folder / "requeued", whole)
 
 
-def test_a_controller_that_is_away_is_asked_again(
-    slurm: Slurm, place: Place, whole: Path, submit: Callable[..., str]
-) -> None:
-    job = submit("away", DSDPO_FAULT="save:staged@3=15")
-    until_saving(place, "away", 9)
-    slurm.signal(job, "USR1")
-    attempts = place.folder / "away" / ATTEMPTS_FILE
+def test_a_controller_that_is_away_is_asked_again(slurm: Slurm) -> None:
+    job = slurm.sbatch("--wrap=sleep 600")
+    slurm.wait(job, "RUNNING")
+    put_back = f"print(_put_back(Allocation({job!r}, 1, 'n1', None, 0, {job!r}, True)))"
+    line = [
+        sys.executable,
+        "-c",
+        f"from dsdpo.dist import Allocation; from dsdpo.use.slurm import _put_back; {put_back}",
+    ]
     with slurm.controller_away():
-        until(lambda: '"code": 75' in attempts.read_text(), "the end of the first attempt")
-        time.sleep(15)  # SLURM's commands wait for 10 s
-    done = slurm.wait(job)
-    assert (done["ExitCode"], done["Restarts"]) == ("0:0", "1"), slurm.log(job)
-    assert same_weights(place.folder / "away", whole)
+        asking = subprocess.Popen(line, cwd=ROOT, env=slurm.environment, text=True, stdout=subprocess.PIPE)
+        time.sleep(25)  # `scontrol show job` gives up after 20
+    said, _ = asking.communicate(timeout=200)
+    assert said == "put back into the queue\n"
+    until(lambda: slurm.job(job)["Restarts"] == "1", "its return")
+    slurm.cancel(job)
 
 
 def test_fresh_is_done_once_and_not_forgotten(

@@ -185,7 +185,7 @@ def test_a_controller_that_is_away_is_asked_again(controller: Callable[[str, str
 
 def test_what_the_controller_says_of_the_job_stands(controller: Callable[[str, str], Path]) -> None:
     calls = controller("9", "slurm_load_jobs error: Invalid job id specified")
-    assert _put_back(JOB) == "not put back into the queue: slurm_load_jobs error: Invalid job id specified"
+    assert _put_back(JOB) == "cannot be put back into the queue: slurm_load_jobs error: Invalid job id specified"
     assert len(calls.read_text().splitlines()) == 1
 
 

@@ -194,7 +194,7 @@ def test_a_rank_that_died_is_a_hang(tmp_path: Path, told: int | None, status: in
         judge("train", tmp_path, status)
 
 
-@pytest.mark.parametrize("main", [None, 1])
+@pytest.mark.parametrize("main", [None, 1, 71])
 def test_a_peers_word_counts_when_the_main_rank_knows_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], main: int | None
 ) -> None:
