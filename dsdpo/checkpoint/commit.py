@@ -30,7 +30,7 @@ FOLDER = "checkpoints"
 _FORMAT = 1
 _STAGED = ".tmp"
 _REMOVED = ".removed"
-_ASIDE = ".superseded"
+SUPERSEDED = ".superseded"
 _NAME = re.compile(r"step-(\d{8,})")
 _BLOCK = 1 << 22
 
@@ -224,7 +224,7 @@ def checkpoints(output_dir: Path) -> list[Checkpoint]:
 def leftovers(output_dir: Path) -> list[Path]:
     """Folders beside the checkpoints that are none: of killed saves and removals, and those that were set aside."""
     folders = (output_dir / FOLDER).glob("step-*")
-    return sorted(folder for folder in folders if folder.suffix.startswith((_STAGED, _REMOVED, _ASIDE)))
+    return sorted(folder for folder in folders if folder.suffix.startswith((_STAGED, _REMOVED, SUPERSEDED)))
 
 
 def clear_unfinished(output_dir: Path) -> None:
@@ -243,7 +243,7 @@ def clear_unfinished(output_dir: Path) -> None:
             if not save.problem:
                 os.rename(folder, final)
     for folder in leftovers(output_dir):
-        if not folder.suffix.startswith(_ASIDE):
+        if not folder.suffix.startswith(SUPERSEDED):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -275,7 +275,9 @@ def set_later_aside(output_dir: Path, chosen: Checkpoint) -> None:
     """Rename checkpoints later than the one that a run goes back to: they would be taken next time, or be damaged."""
     for checkpoint in checkpoints(output_dir):
         if checkpoint.step > chosen.step and checkpoint.path.resolve() != chosen.path.resolve():
-            names = (f"{checkpoint.path.name}{_ASIDE}{'-' * (n > 1)}{n if n > 1 else ''}" for n in itertools.count(1))
+            names = (
+                f"{checkpoint.path.name}{SUPERSEDED}{'-' * (n > 1)}{n if n > 1 else ''}" for n in itertools.count(1)
+            )
             os.rename(checkpoint.path, next(p for p in map(checkpoint.path.with_name, names) if not p.exists()))
 
 

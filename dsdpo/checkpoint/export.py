@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsdpo.checkpoint.assemble import assemble
-from dsdpo.checkpoint.commit import MANIFEST, RUN_FILE, Checkpoint, checkpoints, read, read_run, verify
+from dsdpo.checkpoint.commit import MANIFEST, RUN_FILE, SUPERSEDED, Checkpoint, checkpoints, read, read_run, verify
 from dsdpo.compat import is_partitioned
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.errors import CheckpointError, IOFailure
@@ -98,6 +98,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise IOFailure(f"cannot write {folder}: {error}; free space or choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename exported weights that are not those of the run any more; an earlier folder of that name goes."""
+    if folder.exists():
+        aside = folder.with_name(f"{folder.name}{SUPERSEDED}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
 
 
 def finished_weights(output_dir: Path) -> Path | None:

@@ -108,7 +108,7 @@ REFUSED: dict[str, str] = {
     # _link_all_hp_params of 0.19.8 counts offsets in the order before the reordering that this flag asks for.
     f"{ZERO}.round_robin_gradients": (
         "with it, DeepSpeed's own map from parameters to optimizer state is wrong, and a checkpoint would mix them up; "
-        "it changes no result, so delete the key"
+        "it changes no result, so delete the key. What was saved with it cannot go on: begin again with --fresh"
     ),
     **dict.fromkeys(_PIPELINE, "with it, a checkpoint read the optimizer's state back wrong from NVMe; delete the key"),
     **dict.fromkeys(_OLD_OFFLOAD, 'write "offload_optimizer": {"device": "cpu"}, or offload_param, instead'),

@@ -292,9 +292,6 @@ def to_pair(
     """
     if not isinstance(row, dict):
         raise Refused("the row is no JSON object", type(row).__name__)
-    if columns and (left := unread(formatting, columns)):
-        told = f"{formatting} does not read columns.{', columns.'.join(left)}"
-        raise Refused(told, f"it reads {', '.join(READS[formatting])}; change columns or formatting in the entry")
     seen = Columns(row, columns)
     pair = FORMATS[formatting](seen, tags)
     if isinstance(pair.prompt, str):

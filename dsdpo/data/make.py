@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.encode import Limits, RowEncoder
-from dsdpo.data.formats import FORMATS, detect
+from dsdpo.data.formats import FORMATS, READS, detect, unread
 from dsdpo.data.messages import Pair, Refused
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import INFO_FILE, DatasetEntry
@@ -99,6 +99,11 @@ def _with_formatting(entry: DatasetEntry, config: RunConfig) -> DatasetEntry:
         if not isinstance(row, dict):
             continue
         if formatting := detect(row, entry.columns):
+            if left := unread(formatting, entry.columns):
+                raise DataError(
+                    f"{entry.name} looks like {formatting}, which does not read columns.{', columns.'.join(left)}; it "
+                    f"reads {', '.join(READS[formatting])}: change columns, or give the formatting in {INFO_FILE}"
+                )
             return replace(entry, formatting=formatting)
         keys.update(str(key) for key in row)
     found = f"it has the columns {', '.join(sorted(keys))}" if keys else "it holds no JSON object"

@@ -28,8 +28,8 @@ def train(s: Session) -> int:
     batches = s.loader.training_batches(steps, config.train_batch_size, config.seed)
     done = s.first_step
     s.reporter.start()
-    if s.evaluation_is_missing(done):
-        s.evaluate(done)
+    if s.evaluation_is_missing(done) and not s.evaluate(done):
+        return done
     engine.train()
     started = time.perf_counter()
     # ----------------------------------------------------------------------------------------------------------
@@ -56,6 +56,8 @@ def train(s: Session) -> int:
         vector.reduce(bool(s.stop_flag), s.saver.is_written, s.saver.has_failed, grad_norm)
         log.flush()  # of the step before: the device never has more than one step to do
         done = step + 1
+        if s.save_is_due(done) or s.evaluation_is_due(done):
+            vector.read()  # waits for this step as well: its time is its own
         log.end(StepEnd(done, batch, vector, row_losses, learning_rate, time.perf_counter() - started))
         if s.save_is_due(done):
             log.flush()

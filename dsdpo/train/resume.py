@@ -26,7 +26,7 @@ from dsdpo.checkpoint.identity import differences, refusal
 from dsdpo.checkpoint.zero import pieces_at_hand, refresh_weights, set_adam_step, trainable_shapes
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks
-from dsdpo.errors import CheckpointError
+from dsdpo.errors import CheckpointError, IOFailure
 from dsdpo.train.agree import on_main, tell_all, together
 from dsdpo.train.rng import random_keys, seed_anew, set_random_state
 
@@ -72,11 +72,12 @@ def find_start(config: RunConfig, ranks: Ranks, identity: dict[str, Any]) -> Sta
 
     Raises:
         CheckpointError: the one that is named, or every one that there is, is damaged; or the run is another one.
+        IOFailure: the file system could not read one that may be whole: passed over, it would be set aside.
     """
     found = on_main(ranks.is_main, lambda: _look(config))
     faults = []
     for folder in found:
-        checkpoint = on_main(ranks.is_main, partial(read, folder))
+        checkpoint = on_main(ranks.is_main, partial(_read_surely, folder))
         files = sorted(checkpoint.manifest.get("files", {}))[ranks.rank :: ranks.world_size]
         problems = [problem for problem in tell_all(verify(checkpoint, files)) if problem]
         if problems:
@@ -93,6 +94,16 @@ def find_start(config: RunConfig, ranks: Ranks, identity: dict[str, Any]) -> Sta
 def _look(config: RunConfig) -> list[Path]:
     clear_unfinished(Path(config.output_dir))
     return [checkpoint.path for checkpoint in candidates(config)]
+
+
+def _read_surely(folder: Path) -> Checkpoint:
+    checkpoint = read(folder)
+    if checkpoint.uncertain:
+        raise IOFailure(
+            f"{folder}: {checkpoint.problem}; the same command tries again, or goes on from an earlier one where you "
+            "move this one away"
+        )
+    return checkpoint
 
 
 def _own_run(checkpoint: Checkpoint, config: RunConfig, now: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import yaml
 from deepspeed import comm
 from transformers.utils.logging import disable_progress_bar
 
+from dsdpo.checkpoint.export import FINAL, set_aside
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import PairLoader
 from dsdpo.data.prepare import open_prepared
@@ -72,6 +73,7 @@ def run(config: RunConfig, task: str = "train", model: str | None = None, token:
             if task == "eval":
                 assert model is not None, "eval needs the weights to evaluate"
                 _evaluate(config, ranks, hardware, model, stop_flag)
+                comm.barrier()
             else:
                 train_set = open_prepared(config, "train")
                 assert train_set is not None, "a run has a training set"
@@ -122,10 +124,12 @@ def _train(session: Session) -> None:
     if is_main:
         write_atomically(output_dir / "run_config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
         write_atomically(output_dir / STARTED_FILE, "")
+        if session.first_step < session.schedule.total_steps:
+            set_aside(output_dir / FINAL)  # of a run that was to end before, and was given more steps
     comm.barrier()
     done, total = train(session), session.schedule.total_steps
     with session.watch.slow("the last checkpoint"):
-        if done < total and session.saver.last_step != done:
+        if done < total and done not in (session.saver.last_step, session.first_step):
             session.saver.save(done)
         session.saver.finish()
     if done < total:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -53,7 +54,7 @@ def look_at(hosts: list[str], config: str, output_dir: Path) -> None:
             this folder or Python has a name that the launcher cannot hand to a shell.
     """
     for path in (str(Path.cwd()), sys.executable):
-        if shlex.quote(path) != path:
+        if not re.fullmatch(r"[\w@%+=:,./-]+", path):
             raise ConfigError(f"the deepspeed launcher hands {path} to the hosts' shells unquoted; use a plainer path")
     for program in ("ssh", "pdsh"):
         if shutil.which(program) is None:

@@ -233,6 +233,8 @@ def _earlier_run(loaded: LoadResult) -> str:
         return _finished_run(config)
     faults = []
     for checkpoint in candidates(config):
+        if checkpoint.uncertain:  # the ranks look again, and tell
+            return ""
         problem = verify(checkpoint, [RUN_FILE])
         if not problem:
             saved = read_run(checkpoint.path)["config"]

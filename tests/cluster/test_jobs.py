@@ -141,8 +141,8 @@ def test_a_job_that_is_requeued_by_hand_goes_on(
     assert step >= 6 and same_weights(place.folder / "requeued", whole)
 
 
-def test_a_controller_that_is_away_is_asked_again(slurm: Slurm) -> None:
-    job = slurm.sbatch("--wrap=sleep 600")
+def test_a_controller_that_is_away_is_asked_again(slurm: Slurm, tmp_path: Path) -> None:
+    job = slurm.sbatch("--wrap=sleep 600", cwd=tmp_path)
     slurm.wait(job, "RUNNING")
     put_back = f"print(_put_back(Allocation({job!r}, 1, 'n1', None, 0, {job!r}, True)))"
     line = [

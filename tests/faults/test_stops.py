@@ -116,6 +116,11 @@ def test_a_request_during_an_evaluation(place: Place, batch: int, done: int, sav
     (run.out / "STOP").touch()
     code, output = run.wait()
     assert code == 75 and [c.step for c in checkpoints(run.out)] == [done], output
+    again = place.start(run.out.name, *more, DSDPO_FAULT="evaluation:batch@1#0=15")  # in what makes up for it
+    assert again.until(lambda: f"resumed after step {done}" in again.output, "the resumed run")
+    (run.out / "STOP").touch()
+    code, output = again.wait()
+    assert code == 75 and [c.step for c in checkpoints(run.out)] == [done], output
     assert (run.out / "final").exists() == (done == 6) and not (run.out / "COMPLETED").exists()
     code, output = place.run(run.out.name, *more)
     assert code == 0 and f"resumed after step {done}" in output, output

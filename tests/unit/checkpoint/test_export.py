@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsdpo.checkpoint.commit import RUN_FILE, commit, hashed_file, stage, step_folder
-from dsdpo.checkpoint.export import export, new_folder
+from dsdpo.checkpoint.export import export, new_folder, set_aside
 from dsdpo.errors import CheckpointError, IOFailure
 
 
@@ -53,3 +53,15 @@ def test_merging_a_checkpoint_with_a_damaged_description_is_66(tmp_path: Path) -
     (folder / RUN_FILE).write_bytes(b'{"adapter_confih": {"r": 8}}')
     with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
         export(tmp_path, tmp_path / "to", merge=True)
+
+
+def test_weights_of_before_are_set_aside_in_place_of_earlier_ones(tmp_path: Path) -> None:
+    set_aside(tmp_path / "final")
+    for content in ("first", "second"):
+        (tmp_path / "final").mkdir()
+        (tmp_path / "final" / content).touch()
+        set_aside(tmp_path / "final")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [
+        "final.superseded",
+        "final.superseded/second",
+    ]

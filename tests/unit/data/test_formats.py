@@ -399,14 +399,6 @@ def test_ultrafeedback_is_a_pair_of_replies():
     assert pair == Pair([user(_ASKED)], ULTRAFEEDBACK["chosen"][1:], ULTRAFEEDBACK["rejected"][1:], 8.5, 6.0)
 
 
-def test_named_columns_that_the_format_does_not_read_are_refused():
-    columns = {**SIDES, "messages": "messages"}
-    assert detect(ULTRAFEEDBACK, columns) == "trl"
-    told = refusal(ULTRAFEEDBACK, "trl", columns=columns)
-    assert told.startswith("trl does not read columns.messages: it reads prompt, tools, chosen, rejected,")
-    assert "does not read columns.prompt, columns.system" in refusal(ORCA, "hh_rlhf", columns=ORCA_COLUMNS)
-
-
 def test_formats_ask_for_the_columns_that_they_are_said_to_read():
     asked: dict[str, set[str]] = {formatting: set() for formatting in FORMATS}
 

@@ -179,7 +179,7 @@ def test_entry_without_formatting_keeps_its_system_column(settings, tmp_path):
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     row = {"messages": talk, "chosen": talk, "rejected": [talk[0], {"role": "assistant", "content": "No."}]}
     write(tmp_path / "data/lists.jsonl", [row])
-    with pytest.raises(DataError, match=r"1 x trl does not read columns\.messages"):
+    with pytest.raises(DataError, match=r"lists looks like trl, which does not read columns\.messages; it"):
         prepared(settings, dataset=["lists"])
 
 

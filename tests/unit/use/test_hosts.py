@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsdpo.errors import ConfigError
+from dsdpo.use import hosts
 from dsdpo.use.hosts import forget_environment, leave_environment, look_at, slots, take_environment, without_secrets
 
 SHELL = {
@@ -76,8 +77,12 @@ def test_filters_that_leave_no_host_are_a_config_error(tmp_path: Path) -> None:
 
 def test_a_folder_that_a_shell_would_split_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a b").mkdir()
-    monkeypatch.chdir(tmp_path / "a b")
+    (tmp_path / "jürgen").mkdir()
     monkeypatch.setattr(shutil, "which", lambda _: "found")
+    monkeypatch.setattr(hosts, "_look", lambda *_: (0, ""))
+    monkeypatch.chdir(tmp_path / "jürgen")
+    look_at(["h1"], "run.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path / "a b")
     with pytest.raises(ConfigError, match="a b to the hosts' shells unquoted"):
         look_at(["h1"], "run.yaml", tmp_path)
 
