@@ -218,9 +218,7 @@ class Reporter:
         )
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether the main rank has reported one after `step` steps; False on the others."""
-        if not self.is_main:
-            return False
+        """Whether one was reported after `step` steps; for the main rank, which has the file."""
         lines = Path(self._jsonl.name).read_text().splitlines()
         return any(record["step"] == step and "eval_loss" in record for record in map(json.loads, lines))
 

@@ -17,7 +17,7 @@ from dsdpo.data.templates import load_tokenizer
 from dsdpo.dist import Ranks
 from dsdpo.faults import fault_point
 from dsdpo.objectives.preference import PreferenceObjective
-from dsdpo.train.agree import any_rank, tell_all
+from dsdpo.train.agree import any_rank, on_main
 from dsdpo.train.engine import Hardware, build_engine, describe
 from dsdpo.train.evaluate import evaluate
 from dsdpo.train.facts import circumstances, identity
@@ -68,7 +68,7 @@ class Session:
     def evaluation_is_missing(self, step: int) -> bool:
         """Whether an earlier process has saved after `step`, but not evaluated. A collective call."""
         due = step > 0 and self.evaluation_is_due(step)
-        return due and not tell_all(self.reporter.has_evaluation(step))[0]
+        return due and not on_main(self.ranks.is_main, lambda: self.reporter.has_evaluation(step))
 
     def evaluate(self, step: int) -> bool:
         """Report means over the held-out pairs, if there are any. False: it was left, as the run is to stop."""

@@ -26,13 +26,14 @@ from dsdpo.use.preflight import ClusterRequest
 
 ATTEMPTS_FILE = "attempts.jsonl"
 _MOST = 3  # attempts that fail where they began
-_MOST_STOPPED = 20  # that the scheduler stops or kills there: filling a reference store may take several
+_MOST_STOPPED = 20  # that the scheduler stops there: filling a reference store may take several
 _CONTROLLER_AWAY_S, _CONTROLLER_PAUSE_S = 120.0, 5.0
 # What SLURM's commands say of a controller that is busy or fails over, not of the job.
 _CONTROLLER_AWAY = ("timed out", "unable to contact", "unexpected message", "connection re", "zero bytes", "standby")
 # Ends after which another attempt can do better: a rank died, a file system was away, an error outside of dsdpo.
 _MAY_PASS = (1, HangError.exit_code, IOFailure.exit_code)
 _SCHEDULERS_SIGNAL = "SIGUSR1"
+_FROM_SLURM = (_SCHEDULERS_SIGNAL, "SIGTERM")  # what comes before SLURM kills; it puts no job back that scancel ended
 
 
 # --- the ranks ---
@@ -92,7 +93,7 @@ class Attempt:
     Attributes:
         restarts: how often the job was put back into the queue before.
         step: of the newest checkpoint at the start.
-        code: how it ended; None as long as it has not, and where its node died or SLURM killed it.
+        code: how it ended; None as long as it has not, and where its node died.
     """
 
     job: str
@@ -123,12 +124,20 @@ class Attempts:
             IOFailure: it cannot be noted, or earlier ones cannot be read.
         """
         step = _newest_step(self._output_dir)
+        self._judge_killed()
         earlier = self._here(step)
         if _are_too_many(earlier):
             raise HangError(_given_up(step, len(earlier)))
         now = Attempt(self._job.job, self._job.restarts, step)
         self._write([*self._all(), now])
         self._now = now  # what cannot be counted, as on a full disk, does not come back: it would for ever
+
+    def _judge_killed(self) -> None:
+        """Count an attempt that was killed after the scheduler had asked it to stop as stopped: STOP is still there."""
+        attempts, stop = self._all(), self._output_dir / STOP_FILE
+        killed = bool(attempts) and attempts[-1].job == self._job.job and attempts[-1].code is None
+        if killed and stop.exists() and stop.read_text().strip() in _FROM_SLURM:
+            self._write([*attempts[:-1], replace(attempts[-1], code=StopRequested.exit_code)])
 
     def end(self, code: int, received: str | None) -> None:
         """Put the job back into the queue if another attempt of it can go further, and say so.
@@ -179,8 +188,8 @@ class Attempts:
 
 def _are_too_many(attempts: list[Attempt]) -> bool:
     """Whether so many in a row without a new checkpoint are enough."""
-    by_scheduler = sum(attempt.code in (None, StopRequested.exit_code) for attempt in attempts)
-    return len(attempts) - by_scheduler >= _MOST or by_scheduler >= _MOST_STOPPED
+    stopped = sum(attempt.code == StopRequested.exit_code for attempt in attempts)
+    return len(attempts) - stopped >= _MOST or stopped >= _MOST_STOPPED
 
 
 def _newest_step(output_dir: Path) -> int:

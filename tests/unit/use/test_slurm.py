@@ -137,12 +137,18 @@ def test_progress_counts_from_the_start_again(queue: Callable[..., list[str]]) -
     assert queue(*ends) == [*(f"again {n}" for n in range(1, 6)), "the end"]
 
 
-def test_dead_nodes_and_preemptions_without_a_warning_are_no_failures_but_have_an_end(
-    queue: Callable[..., list[str]],
+def test_dead_nodes_count_as_failures(queue: Callable[..., list[str]]) -> None:
+    assert queue((None, 0), (None, 0), (None, 0), (None, 0)) == ["refused"]
+
+
+@pytest.mark.parametrize(("asked", "said"), [("SIGTERM", []), ("SIGUSR1", []), ("", ["refused"])])
+def test_what_the_scheduler_kills_after_it_has_asked_is_no_failure(
+    tmp_path: Path, queue: Callable[..., list[str]], asked: str, said: list[str]
 ) -> None:
-    assert queue(*[(None, 0)] * 5, (75, 0)) == ["again 6"]
-    assert queue(*[(None, 0)] * 21, job="42") == ["refused"]
-    assert queue((71, 0), (None, 0), (71, 0), (None, 0), (71, 0), job="43") == ["again 1", "again 3", "the end"]
+    """A save may take longer than the time SLURM leaves; a STOP without a word is a person's."""
+    (tmp_path / STOP_FILE).write_text(asked)
+    assert queue((None, 0), (None, 0), (None, 0), (None, 0)) == said
+    assert queue(*[(None, 0)] * 17, first=4) == (["refused"] if asked else ["refused"] * 17)
 
 
 def test_what_the_scheduler_stops_is_no_failure(queue: Callable[..., list[str]]) -> None:
