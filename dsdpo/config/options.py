@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from dsdpo.config.schema import RunConfig
+from dsdpo.config.schema import OneOf, RunConfig
 
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -21,15 +21,20 @@ _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 class Option:
     """One field of RunConfig.
 
-    `group` is the ruler it stands under in the schema, `allowed` its type and bounds in words, `default` the
-    default as YAML writes it ("required" when there is none), `doc` its docstring on one line.
+    `group` is the ruler it stands under in the schema, `default` the default as YAML writes it ("required" when there
+    is none), `doc` its docstring on one line.
     """
 
     name: str
     group: str
-    allowed: str
+    field: FieldInfo
     default: str
     doc: str
+
+    @property
+    def allowed(self) -> str:
+        """Type and bounds in words."""
+        return allowed(self.field)
 
 
 @lru_cache(maxsize=1)
@@ -37,7 +42,7 @@ def options() -> dict[str, Option]:
     """name -> Option, in the order of the schema."""
     groups = _groups()
     return {
-        name: Option(name, groups[name], allowed(field), _default(field), " ".join((field.description or "").split()))
+        name: Option(name, groups[name], field, _default(field), " ".join((field.description or "").split()))
         for name, field in RunConfig.model_fields.items()
     }
 
@@ -70,6 +75,9 @@ def _kind_text(kind: Any) -> str:
         item = get_args(kind)[0]
         if get_origin(item) is Literal:
             return f"a list out of {', '.join(get_args(item))}"
+        for mark in getattr(item, "__metadata__", ()):
+            if isinstance(mark, OneOf):
+                return f"a list out of {', '.join(mark.names())}"
         return "a list of numbers" if item is float else "a list of names"
     return _SCALARS[kind]
 

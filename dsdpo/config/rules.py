@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsdpo.config.load import LoadResult
-from dsdpo.config.schema import ACROSS_PAIRS, REFERENCE_FREE, RunConfig
+from dsdpo.config.losses import LOSSES
+from dsdpo.config.schema import RunConfig
 
 Given = Mapping[str, str]  # explicitly set key -> place
 
@@ -39,34 +40,30 @@ def _row_fits_a_pair(config: RunConfig, given: Given) -> str:
 def _losses(config: RunConfig, given: Given) -> str:
     if len(set(config.loss_type)) != len(config.loss_type):
         return f"loss_type names a loss twice: {', '.join(config.loss_type)}; name each once"
-    if set(config.loss_type) <= {"sft"}:
+    if not any(LOSSES[loss].preference for loss in config.loss_type):
         return f"loss_type is {config.loss_type}; stage dpo needs a preference loss in it, such as [sigmoid, sft]"
     return ""
 
 
-# option -> the losses that read it
-_OPTION_OF: dict[str, frozenset[str]] = {
-    "label_smoothing": frozenset(("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "odpo", "simpo", "cpo")),
-    "discopop_tau": frozenset(("discopop",)),
-    "simpo_gamma": frozenset(("simpo",)),
-    "cpo_alpha": frozenset(("cpo",)),
-    "odpo_alpha": frozenset(("odpo",)),
-}
-_WITH_DIVERGENCE = frozenset(
-    ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "odpo", "sft")
-)
-_PER_TOKEN_MEANS = frozenset(("simpo", "orpo"))
+def _readers() -> dict[str, list[str]]:
+    """Option that not all losses read -> the losses that do, by name."""
+    readers: dict[str, list[str]] = {}
+    for loss, spec in sorted(LOSSES.items()):
+        for option in spec.options:
+            readers.setdefault(option, []).append(loss)
+    return readers
 
 
 def _loss_options(config: RunConfig, given: Given) -> str:
-    for option, losses in _OPTION_OF.items():
-        if option in given and getattr(config, option) and not losses.intersection(config.loss_type):
+    for option, losses in _readers().items():
+        if option in given and getattr(config, option) and not set(losses).intersection(config.loss_type):
             return (
                 f"{option} is set, but no loss of loss_type {config.loss_type} reads it (those that do: "
-                f"{', '.join(sorted(losses))}); delete it or change loss_type"
+                f"{', '.join(losses)}); delete it or change loss_type"
             )
-    if "exo_pair" in config.loss_type and config.label_smoothing == 0:
-        return "loss_type exo_pair needs label_smoothing above 0; its paper takes 1e-3"
+    for loss in config.loss_type:
+        if LOSSES[loss].needs_smoothing and config.label_smoothing == 0:
+            return f"loss_type {loss} needs label_smoothing above 0, such as 1e-3"
     return ""
 
 
@@ -79,24 +76,24 @@ def _divergence(config: RunConfig, given: Given) -> str:
             f"f_alpha_divergence_coef is set, but f_divergence_type is {config.f_divergence_type}; delete it or set "
             "alpha_divergence"
         )
-    others = [loss for loss in config.loss_type if loss not in _WITH_DIVERGENCE]
+    others = [loss for loss in config.loss_type if not LOSSES[loss].divergence]
     if others:
         return (
             f"f_divergence_type {config.f_divergence_type} is not defined for {', '.join(others)}; use it with "
-            f"{', '.join(sorted(_WITH_DIVERGENCE))}, or set reverse_kl"
+            f"{', '.join(sorted(loss for loss, spec in LOSSES.items() if spec.divergence))}, or set reverse_kl"
         )
     return ""
 
 
 def _ld_alpha(config: RunConfig, given: Given) -> str:
-    clash = _PER_TOKEN_MEANS.intersection(config.loss_type)
+    clash = sorted(loss for loss in config.loss_type if LOSSES[loss].per_token)
     if config.ld_alpha is not None and clash:
-        return f"ld_alpha weighs log-prob sums, but {', '.join(sorted(clash))} takes means per token; delete ld_alpha"
+        return f"ld_alpha weighs log-prob sums, but {', '.join(clash)} takes means per token; delete ld_alpha"
     return ""
 
 
 def _reference(config: RunConfig, given: Given) -> str:
-    needing = [loss for loss in config.loss_type if loss not in REFERENCE_FREE]
+    needing = [loss for loss in config.loss_type if LOSSES[loss].reference]
     if config.reference == "none" and needing:
         return f"reference is none, but {', '.join(needing)} needs one; set auto, cached or live"
     if config.reference in ("cached", "live") and not needing:
@@ -106,8 +103,8 @@ def _reference(config: RunConfig, given: Given) -> str:
     return ""
 
 
-def _across_pairs(config: RunConfig, given: Given) -> str:
-    losses = [loss for loss in config.loss_type if loss in ACROSS_PAIRS]
+def _spans_batch(config: RunConfig, given: Given) -> str:
+    losses = [loss for loss in config.loss_type if LOSSES[loss].spans_batch]
     if losses and (config.lora_dropout > 0 or not config.disable_dropout):
         return (
             f"loss_type {', '.join(losses)} computes each step's pairs twice, which dropout would make differ; set "
@@ -119,7 +116,7 @@ def _across_pairs(config: RunConfig, given: Given) -> str:
 def _weighting(config: RunConfig, given: Given) -> str:
     if not config.use_weighting:
         return ""
-    losses = [loss for loss in config.loss_type if loss in ACROSS_PAIRS]
+    losses = [loss for loss in config.loss_type if LOSSES[loss].spans_batch]
     if losses:
         return (
             f"use_weighting weighs each pair's loss, but loss_type {', '.join(losses)} sorts what it compares over all "
@@ -282,11 +279,11 @@ RULES: list[tuple[tuple[str, ...], Callable[[RunConfig, Given], str]]] = [
     (("max_tokens_per_row", "max_length"), _row_fits_a_pair),
     (("loss_type",), _losses),
     (("loss_weights", "loss_type"), _loss_weights),
-    (("loss_type", *_OPTION_OF), _loss_options),
+    (("loss_type", *_readers()), _loss_options),
     (("f_divergence_type", "f_alpha_divergence_coef", "loss_type"), _divergence),
     (("ld_alpha", "loss_type"), _ld_alpha),
     (("reference", "loss_type"), _reference),
-    (("loss_type", "lora_dropout", "disable_dropout"), _across_pairs),
+    (("loss_type", "lora_dropout", "disable_dropout"), _spans_batch),
     (("use_weighting", "loss_type"), _weighting),
     (("eval_dataset", "val_size"), _one_held_out_set),
     (("val_size",), _val_size),

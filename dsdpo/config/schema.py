@@ -8,35 +8,33 @@ No torch here: reading a config must cost nothing.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator
+from pydantic_core import CoreSchema, core_schema
 
-LossType = Literal[
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sigmoid_norm",
-    "odpo",
-    "simpo",
-    "cpo",
-    "orpo",
-    "sft",
-]
-REFERENCE_FREE: tuple[LossType, ...] = ("simpo", "cpo", "orpo", "sft")
-ACROSS_PAIRS: tuple[LossType, ...] = ("aot", "aot_unpaired")
+from dsdpo.config.losses import LOSSES
 
+
+@dataclass(frozen=True)
+class OneOf:
+    """Beside a text's type: it is one of `names()`, which are looked up at each validation and for each message."""
+
+    names: Callable[[], Iterable[str]]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: str) -> str:
+        if value not in self.names():
+            raise ValueError(f"must be one of {', '.join(self.names())}")
+        return value
+
+
+LossType = Annotated[str, OneOf(LOSSES.keys)]
 
 # Options that a checkpoint may be continued with other values of, when `change_on_resume` names them.
 Consentable = Literal[
@@ -353,7 +351,7 @@ class RunConfig(BaseModel):
         """`reference`, with `auto` decided."""
         if self.reference != "auto":
             return self.reference
-        return "none" if set(self.loss_type) <= set(REFERENCE_FREE) else "cached"
+        return "cached" if any(LOSSES[loss].reference for loss in self.loss_type) else "none"
 
     @property
     def cache_path(self) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from dsdpo.config.losses import LOSSES
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.fingerprint import set_fingerprint, source_digest, tokenizer_digest
 from dsdpo.data.make import make_set
@@ -47,13 +48,18 @@ def prepare(config: RunConfig, split: Split) -> PreparedSet | None:
                 f"cannot write prepared data to {path.parent}: {error}; free space or set cache_dir"
             ) from error
     prepared = _opened(config, split, path)
-    if "odpo" in config.loss_type:
-        _check_scores(prepared)
+    for loss in config.loss_type:
+        if LOSSES[loss].needs_scores:
+            _check_scores(prepared, loss)
     return prepared
 
 
-def _check_scores(pairs: PreparedSet) -> None:
-    """Refuse pairs without scores, or whose chosen side does not score higher. Raises DataError, naming the first."""
+def _check_scores(pairs: PreparedSet, loss: str) -> None:
+    """Refuse pairs without scores, or whose chosen side does not score higher, for a loss that needs them.
+
+    Raises:
+        DataError: naming the first such pair.
+    """
     for start in range(0, len(pairs), _PAIRS_AT_ONCE):
         ids = np.arange(start, min(start + _PAIRS_AT_ONCE, len(pairs)))
         scores = pairs.scores(ids)
@@ -61,7 +67,7 @@ def _check_scores(pairs: PreparedSet) -> None:
         if len(bad):
             chosen, rejected = scores[bad[0]]
             raise DataError(
-                f"loss_type odpo needs a chosen_score above the rejected_score in every pair; "
+                f"loss_type {loss} needs a chosen_score above the rejected_score in every pair; "
                 f"{pairs.where(int(ids[bad[0]]))} has {chosen} and {rejected} (nan: none): mend the data, or choose "
                 "another loss_type"
             )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from dsdpo.config.losses import LOSSES as SPECS
 from dsdpo.objectives import dpo, reference_free
 from dsdpo.objectives.pairs import LossOptions, PairFacts, PairLogps
 from dsdpo.objectives.sft import sft_loss
@@ -48,7 +49,6 @@ LOSSES: dict[str, Callable[[PairLogps, LossOptions], torch.Tensor]] = {
     "orpo": reference_free.orpo,
     "sft": _sft,
 }
-_PER_TOKEN_REWARDS = ("simpo", "orpo")
 
 
 class PairLosses(NamedTuple):
@@ -65,12 +65,12 @@ class PreferenceObjective:
     Args:
         weights: loss type, a key of LOSSES -> weight.
         options: of the losses.
-        across_pairs: whether a loss compares pairs with each other, so that it needs all pairs of a step at once.
+        spans_batch: whether a loss compares pairs with each other, so that it needs all pairs of a step at once.
     """
 
     weights: dict[str, float]
     options: LossOptions = field(default_factory=LossOptions)
-    across_pairs: bool = False
+    spans_batch: bool = False
 
     def __call__(self, outputs: torch.Tensor, reference: torch.Tensor | None, facts: PairFacts) -> PairLosses:
         """Losses of pairs: of a row, or of a whole step.
@@ -85,7 +85,7 @@ class PreferenceObjective:
         for name, weight in self.weights.items():
             losses = losses + weight * LOSSES[name](pairs, self.options)
         losses = losses * pairs.weights
-        per_token = reference is None and any(name in self.weights for name in _PER_TOKEN_REWARDS)
+        per_token = reference is None and any(SPECS[name].per_token for name in self.weights)
         return PairLosses(losses, self._stats(pairs, losses, per_token))
 
     def _stats(self, pairs: PairLogps, losses: torch.Tensor, per_token: bool) -> torch.Tensor:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine, comm
 
-from dsdpo.config.schema import ACROSS_PAIRS, RunConfig
+from dsdpo.config.losses import LOSSES
+from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import Batch
 from dsdpo.data.packing import Row
 from dsdpo.model.rows import RowTensors
@@ -46,8 +47,8 @@ def objective_of(config: RunConfig) -> PreferenceObjective:
         cpo_alpha=config.cpo_alpha,
         odpo_alpha=config.odpo_alpha,
     )
-    across_pairs = any(loss in ACROSS_PAIRS for loss in config.loss_type)
-    return PreferenceObjective(config.weighted_losses, options, across_pairs)
+    spans_batch = any(LOSSES[loss].spans_batch for loss in config.loss_type)
+    return PreferenceObjective(config.weighted_losses, options, spans_batch)
 
 
 def facts_of(batch: Batch, pairs: np.ndarray, mean_chosen_tokens: float | None, device: torch.device) -> PairFacts:
@@ -154,6 +155,6 @@ def step_objective(
         device: of the engine.
         mean_chosen_tokens: see `facts_of`.
     """
-    if objective.across_pairs:
+    if objective.spans_batch:
         return WholeStep.first_pass(engine, objective, batch, references, mean_chosen_tokens, device)
     return EachRow(objective, batch, mean_chosen_tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from dsdpo.config.schema import LossType, RunConfig
+from dsdpo.config.losses import LOSSES
+from dsdpo.config.schema import RunConfig
 from dsdpo.data.packing import TokenPair, build_row
 from dsdpo.model.attention import NAMES
 from dsdpo.model.rows import RowModel, RowTensors
@@ -24,8 +25,6 @@ from tests.helpers.real import smollm2
 from tests.helpers.tiny import VOCAB, random_pairs, save_model, save_tokenizer, tiny_llama_config
 
 BEYOND_TRL = {"odpo", "simpo", "cpo", "orpo"}
-SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
-WITH_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 DIVERGENCES: list[dict[str, Any]] = [
     {"f_divergence_type": "forward_kl"},
     {"f_divergence_type": "js_divergence"},
@@ -34,16 +33,17 @@ DIVERGENCES: list[dict[str, Any]] = [
 
 
 def _cases() -> Iterator[dict[str, Any]]:
-    for name in get_args(LossType):
+    for name, spec in LOSSES.items():
         if name in BEYOND_TRL:
             continue
-        losses = ["sigmoid", "sft"] if name == "sft" else [name]  # TRL's sft alone is no preference loss
-        smoothing = {"label_smoothing": 0.1} if name in SMOOTHED else {}
+        losses = [name] if spec.preference else ["sigmoid", name]
+        smoothed = "label_smoothing" in spec.options and name != "sigmoid"  # TRL leaves it out there
+        smoothing = {"label_smoothing": 0.1} if smoothed else {}
         yield {"loss_type": losses, **smoothing}
         yield {"loss_type": losses, "ld_alpha": 0.4, **smoothing}
         if name not in ("sft", "hinge"):  # TRL weighs in place, which autograd refuses for these two
             yield {"loss_type": losses, "use_weighting": True, **smoothing}
-        if name in WITH_DIVERGENCE:
+        if spec.divergence and spec.preference:
             yield from ({"loss_type": losses, **smoothing, **divergence} for divergence in DIVERGENCES)
     yield {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
     yield {"loss_type": ["robust"], "label_smoothing": 0.3, "beta": 0.5}
@@ -192,5 +192,5 @@ def test_smollm2(real: Setting, case: dict[str, Any]) -> None:
 
 
 def test_the_cases_have_every_loss() -> None:
-    assert {loss for case in CASES for loss in case["loss_type"]} | BEYOND_TRL == set(get_args(LossType))
+    assert {loss for case in CASES for loss in case["loss_type"]} | BEYOND_TRL == set(LOSSES)
     assert VOCAB < 5000
