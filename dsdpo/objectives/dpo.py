@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from dsdpo.objectives.pairs import LossOptions, PairLogps
+from dsdpo.objectives.registry import loss
 
 _LARGEST_EXPONENT = 80.0  # exp of it fits fp32, with room for products
 
@@ -62,6 +63,7 @@ def smoothed_logistic(logits: torch.Tensor, label_smoothing: float) -> torch.Ten
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
+@loss("sigmoid")
 def sigmoid(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """-log s(beta Delta): equation 7 of Rafailov et al., "Direct preference optimization" (arXiv 2305.18290).
 
@@ -71,6 +73,7 @@ def sigmoid(p: PairLogps, o: LossOptions) -> torch.Tensor:
     return smoothed_logistic(o.beta * _delta(p, o), o.label_smoothing)
 
 
+@loss("hinge")
 def hinge(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """max(0, 1 - beta Delta): the normalized hinge loss of Liu et al., "Statistical rejection sampling improves
     preference optimization" (arXiv 2309.06657), after SLiC (arXiv 2305.10425).
@@ -78,6 +81,7 @@ def hinge(p: PairLogps, o: LossOptions) -> torch.Tensor:
     return torch.relu(1 - o.beta * _delta(p, o))
 
 
+@loss("ipo")
 def ipo(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """(h_w / |y_w| - h_l / |y_l| - 1 / (2 beta))^2: equation 17 of Azar et al., "A general theoretical paradigm to
     understand learning from human preferences" (arXiv 2310.12036), with beta for tau, and log-ratios per token.
@@ -85,6 +89,7 @@ def ipo(p: PairLogps, o: LossOptions) -> torch.Tensor:
     return (_delta_per_token(p, o) - 1 / (2 * o.beta)) ** 2
 
 
+@loss("exo_pair")
 def exo_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """KL from softmax(beta h) over the pair to the labels (1-e, e): equation 16 of Ji et al., "Towards efficient exact
     optimization of language model alignment" (arXiv 2402.00856). e must be above 0.
@@ -94,6 +99,7 @@ def exo_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
     return win.exp() * (win - math.log1p(-e)) + lose.exp() * (lose - math.log(e))
 
 
+@loss("nca_pair")
 def nca_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """-log s(beta h_w) - 1/2 log s(-beta h_w) - 1/2 log s(-beta h_l): two responses in Chen et al., "Noise contrastive
     alignment of language models with explicit rewards" (arXiv 2402.05369).
@@ -102,6 +108,7 @@ def nca_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
+@loss("robust")
 def robust(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """(-(1-e) log s(beta Delta) + e log s(-beta Delta)) / (1 - 2e), unbiased under labels flipped with probability e:
     Chowdhury et al., "Provably robust DPO: aligning language models with noisy feedback" (arXiv 2403.00409).
@@ -110,6 +117,7 @@ def robust(p: PairLogps, o: LossOptions) -> torch.Tensor:
     return (-(1 - e) * F.logsigmoid(logits) + e * F.logsigmoid(-logits)) / (1 - 2 * e)
 
 
+@loss("bco_pair")
 def bco_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """-log s(beta h_w) - log s(-beta h_l): Jung et al., "Binary classifier optimization for large language model
     alignment" (arXiv 2404.04656), without its running reward shift, as TRL computes it.
@@ -117,6 +125,7 @@ def bco_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
     return -F.logsigmoid(o.beta * p.chosen_logratios) - F.logsigmoid(-o.beta * p.rejected_logratios)
 
 
+@loss("sppo_hard")
 def sppo_hard(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """(h_w - 1/(2 beta))^2 + (h_l + 1/(2 beta))^2: equation 4.7 of Wu et al., "Self-play preference optimization for
     language model alignment" (arXiv 2405.00675), with preference probabilities 1 and 0.
@@ -125,6 +134,7 @@ def sppo_hard(p: PairLogps, o: LossOptions) -> torch.Tensor:
     return (p.chosen_logratios - target) ** 2 + (p.rejected_logratios + target) ** 2
 
 
+@loss("aot")
 def aot(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """Logistic loss of beta times sorted (log pi(y_w) - log pi(y_l)) minus sorted (the same under the reference).
 
@@ -136,12 +146,14 @@ def aot(p: PairLogps, o: LossOptions) -> torch.Tensor:
     return smoothed_logistic(o.beta * (policy.sort().values - reference.sort().values), o.label_smoothing)
 
 
+@loss("aot_unpaired")
 def aot_unpaired(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """Logistic loss of beta times sorted h_w minus sorted h_l; see `aot`. Its unpaired form."""
     gaps = p.chosen_logratios.sort().values - p.rejected_logratios.sort().values
     return smoothed_logistic(o.beta * gaps, o.label_smoothing)
 
 
+@loss("apo_zero")
 def apo_zero(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """1 - s(beta h_w) + s(beta h_l): equation 7 of D'Oosterlinck et al., "Anchored preference optimization and
     contrastive revisions" (arXiv 2408.06266). For chosen answers that are better than the model's own.
@@ -149,6 +161,7 @@ def apo_zero(p: PairLogps, o: LossOptions) -> torch.Tensor:
     return 1 - torch.sigmoid(o.beta * p.chosen_logratios) + torch.sigmoid(o.beta * p.rejected_logratios)
 
 
+@loss("apo_down")
 def apo_down(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """s(beta h_w) + 1 - s(beta (h_w - h_l)): equation 8 of D'Oosterlinck et al. (2024). For chosen answers that are
     worse than the model's own.
@@ -157,6 +170,7 @@ def apo_down(p: PairLogps, o: LossOptions) -> torch.Tensor:
     return torch.sigmoid(o.beta * p.chosen_logratios) + 1 - torch.sigmoid(o.beta * gap)
 
 
+@loss("discopop")
 def discopop(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """(1 - m) (-log s(d)) + m exp(-d), d = beta Delta, m = s(d / tau): equation 5 of Lu et al., "Discovering preference
     optimization algorithms with and for large language models" (arXiv 2406.08414).
@@ -166,6 +180,7 @@ def discopop(p: PairLogps, o: LossOptions) -> torch.Tensor:
     return -F.logsigmoid(logits) * (1 - mixing) + torch.exp(-logits) * mixing
 
 
+@loss("sigmoid_norm")
 def sigmoid_norm(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """-log s(beta (h_w / |y_w| - h_l / |y_l|)): length-normalized DPO, as in Lambert et al., "Tulu 3" (arXiv
     2411.15124).
@@ -173,6 +188,7 @@ def sigmoid_norm(p: PairLogps, o: LossOptions) -> torch.Tensor:
     return -F.logsigmoid(o.beta * _delta_per_token(p, o))
 
 
+@loss("odpo")
 def odpo(p: PairLogps, o: LossOptions) -> torch.Tensor:
     """-log s(beta Delta - alpha log(score_w - score_l)): Amini et al., "Direct preference optimization with an
     offset" (arXiv 2402.10571). The scores are the data's own, chosen above rejected.

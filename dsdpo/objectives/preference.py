@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from dsdpo.config.losses import LOSSES as SPECS
-from dsdpo.objectives import dpo, reference_free
+from dsdpo.config.losses import LOSSES
+from dsdpo.objectives import dpo, reference_free, sft  # noqa: F401  their losses register themselves
 from dsdpo.objectives.pairs import LossOptions, PairFacts, PairLogps
-from dsdpo.objectives.sft import sft_loss
+from dsdpo.objectives.registry import LOSS_FUNCTIONS
 
 STATS = (
     "loss",
@@ -22,33 +21,6 @@ STATS = (
     "logps/chosen",
     "logps/rejected",
 )
-
-
-def _sft(p: PairLogps, o: LossOptions) -> torch.Tensor:
-    return sft_loss(p.chosen_sum, p.facts.mean_chosen_tokens)
-
-
-LOSSES: dict[str, Callable[[PairLogps, LossOptions], torch.Tensor]] = {
-    "sigmoid": dpo.sigmoid,
-    "hinge": dpo.hinge,
-    "ipo": dpo.ipo,
-    "exo_pair": dpo.exo_pair,
-    "nca_pair": dpo.nca_pair,
-    "robust": dpo.robust,
-    "bco_pair": dpo.bco_pair,
-    "sppo_hard": dpo.sppo_hard,
-    "aot": dpo.aot,
-    "aot_unpaired": dpo.aot_unpaired,
-    "apo_zero": dpo.apo_zero,
-    "apo_down": dpo.apo_down,
-    "discopop": dpo.discopop,
-    "sigmoid_norm": dpo.sigmoid_norm,
-    "odpo": dpo.odpo,
-    "simpo": reference_free.simpo,
-    "cpo": reference_free.cpo,
-    "orpo": reference_free.orpo,
-    "sft": _sft,
-}
 
 
 class PairLosses(NamedTuple):
@@ -83,9 +55,9 @@ class PreferenceObjective:
         pairs = PairLogps.of(outputs, reference, facts, self.options)
         losses = torch.zeros_like(pairs.weights)
         for name, weight in self.weights.items():
-            losses = losses + weight * LOSSES[name](pairs, self.options)
+            losses = losses + weight * LOSS_FUNCTIONS[name](pairs, self.options)
         losses = losses * pairs.weights
-        per_token = reference is None and any(SPECS[name].per_token for name in self.weights)
+        per_token = reference is None and any(LOSSES[name].per_token for name in self.weights)
         return PairLosses(losses, self._stats(pairs, losses, per_token))
 
     def _stats(self, pairs: PairLogps, losses: torch.Tensor, per_token: bool) -> torch.Tensor:

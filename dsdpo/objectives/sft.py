@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from dsdpo.objectives.pairs import LossOptions, PairLogps
+from dsdpo.objectives.registry import loss
+
 
 def sft_loss(chosen_logps: torch.Tensor, mean_tokens: float) -> torch.Tensor:
     """Per-pair terms whose mean over a step is the mean negative log-likelihood per chosen token.
@@ -19,3 +22,9 @@ def sft_loss(chosen_logps: torch.Tensor, mean_tokens: float) -> torch.Tensor:
         fp32 [P].
     """
     return -chosen_logps / mean_tokens
+
+
+@loss("sft")
+def sft(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    """`sft_loss` of the chosen completions."""
+    return sft_loss(p.chosen_sum, p.facts.mean_chosen_tokens)

@@ -1,17 +1,20 @@
 """The objective as a whole. That each loss is TRL's own is proved in tests/parity."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from dsdpo.config.losses import LOSSES as SPECS
-from dsdpo.config.losses import loss_table
+from dsdpo.config.losses import LOSSES, LossSpec, loss_table
+from dsdpo.config.schema import RunConfig
 from dsdpo.objectives.dpo import divergence_scores, smoothed_logistic
-from dsdpo.objectives.pairs import LossOptions, PairFacts
-from dsdpo.objectives.preference import LOSSES, STATS, PreferenceObjective
+from dsdpo.objectives.pairs import LossOptions, PairFacts, PairLogps
+from dsdpo.objectives.preference import STATS, PreferenceObjective
+from dsdpo.objectives.registry import LOSS_FUNCTIONS, loss
 from dsdpo.objectives.sft import sft_loss
+from dsdpo.train.objective import objective_of
 
 ROOT = Path(__file__).parents[3]
 OPTIONS = LossOptions(beta=0.3, label_smoothing=0.1)
@@ -93,12 +96,12 @@ def test_weights_add_up() -> None:
 def test_a_loss_rewards_the_chosen_side_or_anchors_it(name: str) -> None:
     """Finite, differentiable; and except for aot, whose entries are quantiles, a pair's loss is its own."""
     policy, reference = outputs(6, 1).requires_grad_(), outputs(6, 2)
-    objective = PreferenceObjective({name: 1.0}, OPTIONS, SPECS[name].spans_batch)
+    objective = PreferenceObjective({name: 1.0}, OPTIONS, LOSSES[name].spans_batch)
     losses = objective(policy, reference, facts(6)).losses
     assert losses.shape == (6,) and torch.isfinite(losses).all()
     (gradient,) = torch.autograd.grad(losses.sum(), policy)
     assert torch.isfinite(gradient).all() and gradient[::2].any()
-    if not SPECS[name].spans_batch:
+    if not LOSSES[name].spans_batch:
         part = PairFacts(*(x[2:4] for x in facts(6)[:2]), facts(6).mean_chosen_tokens)
         alone = objective(policy[4:8], reference[4:8], part).losses
         torch.testing.assert_close(alone, losses[2:4])
@@ -108,7 +111,7 @@ def test_a_loss_rewards_the_chosen_side_or_anchors_it(name: str) -> None:
 def test_what_needs_no_reference_is_known(name: str) -> None:
     policy = outputs(4, 1)
     found = [PreferenceObjective({name: 1.0}, OPTIONS)(policy, outputs(4, s), facts(4)).losses for s in (2, 3)]
-    assert torch.equal(*found) != SPECS[name].reference
+    assert torch.equal(*found) != LOSSES[name].reference
 
 
 def test_ld_alpha_weighs_the_tail_of_policy_and_reference() -> None:
@@ -136,7 +139,37 @@ def test_the_docs_have_the_table_of_the_losses() -> None:
 
 
 def test_every_loss_has_a_row_and_a_function() -> None:
-    assert SPECS.keys() == LOSSES.keys()
+    assert LOSSES.keys() == LOSS_FUNCTIONS.keys()
+
+
+@pytest.fixture
+def squared_hinge() -> Iterator[None]:
+    """A loss from outside the package, while a test runs: one row and one function."""
+    LOSSES["squared_hinge"] = LossSpec("`max(0, 1 - b D)^2`", spans_batch=True)
+
+    @loss("squared_hinge")
+    def squared_hinge(p: PairLogps, o: LossOptions) -> torch.Tensor:
+        return torch.relu(1 - o.beta * (p.chosen_logratios - p.rejected_logratios)) ** 2
+
+    yield
+    del LOSSES["squared_hinge"], LOSS_FUNCTIONS["squared_hinge"]
+
+
+def test_a_registered_loss_is_computed(squared_hinge: None) -> None:
+    settings = {"model_name_or_path": "-", "dataset": "-", "output_dir": "-", "beta": 0.3}
+    objective, hinge = (
+        objective_of(RunConfig(**settings, loss_type=loss_type)) for loss_type in ("squared_hinge", "hinge")
+    )
+    found, plain = (o(outputs(4, 1), outputs(4, 2), facts(4)).losses for o in (objective, hinge))
+    assert torch.equal(found, plain**2) and found.any()
+    assert objective.spans_batch and not hinge.spans_batch
+
+
+def test_a_loss_needs_a_row_and_a_name_of_its_own() -> None:
+    with pytest.raises(ValueError, match="no row"):
+        loss("no_such_loss")
+    with pytest.raises(ValueError, match="has a function already"):
+        loss("sigmoid")
 
 
 def test_simpo_and_odpo_margins() -> None:
