@@ -1,9 +1,9 @@
 """Losses of preference optimization with a reference. Each is a pure function, `PairLogps` -> fp32 [P].
 
 Notation: y_w chosen, y_l rejected, h_w = log pi(y_w|x) - log pi_ref(y_w|x) and h_l likewise (the log-ratios), s the
-logistic function, beta and e (label smoothing) from the options. Delta = f'(exp h_w) - f'(exp h_l) is h_w - h_l for
-the reverse KL divergence. All are those of TRL under the same names, except that `sigmoid` honours label smoothing
-(TRL leaves it out there).
+logistic function, beta and e (label smoothing) options of the run config `o`. Delta = f'(exp h_w) - f'(exp h_l) is
+h_w - h_l for the reverse KL divergence. All are those of TRL under the same names, except that `sigmoid` honours label
+smoothing (TRL leaves it out there).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from dsdpo.objectives.pairs import LossOptions, PairLogps
+from dsdpo.config.schema import RunConfig
+from dsdpo.objectives.pairs import PairLogps
 from dsdpo.objectives.registry import loss
 
 _LARGEST_EXPONENT = 80.0  # exp of it fits fp32, with room for products
@@ -40,7 +41,7 @@ def divergence_scores(logratios: torch.Tensor, kind: str, alpha: float) -> torch
     return logratios
 
 
-def _scores(p: PairLogps, o: LossOptions) -> tuple[torch.Tensor, torch.Tensor]:
+def _scores(p: PairLogps, o: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
     kind, alpha = o.f_divergence_type, o.f_alpha_divergence_coef
     return (
         divergence_scores(p.chosen_logratios, kind, alpha),
@@ -48,12 +49,12 @@ def _scores(p: PairLogps, o: LossOptions) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def _delta(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def _delta(p: PairLogps, o: RunConfig) -> torch.Tensor:
     chosen, rejected = _scores(p, o)
     return chosen - rejected
 
 
-def _delta_per_token(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def _delta_per_token(p: PairLogps, o: RunConfig) -> torch.Tensor:
     chosen, rejected = _scores(p, o)
     return chosen / p.facts.tokens[:, 0] - rejected / p.facts.tokens[:, 1]
 
@@ -64,7 +65,7 @@ def smoothed_logistic(logits: torch.Tensor, label_smoothing: float) -> torch.Ten
 
 
 @loss("sigmoid")
-def sigmoid(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def sigmoid(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """-log s(beta Delta): equation 7 of Rafailov et al., "Direct preference optimization" (arXiv 2305.18290).
 
     With label smoothing it is conservative DPO, -(1-e) log s(beta Delta) - e log s(-beta Delta): equation 3 of
@@ -74,7 +75,7 @@ def sigmoid(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("hinge")
-def hinge(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def hinge(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """max(0, 1 - beta Delta): the normalized hinge loss of Liu et al., "Statistical rejection sampling improves
     preference optimization" (arXiv 2309.06657), after SLiC (arXiv 2305.10425).
     """
@@ -82,7 +83,7 @@ def hinge(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("ipo")
-def ipo(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def ipo(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """(h_w / |y_w| - h_l / |y_l| - 1 / (2 beta))^2: equation 17 of Azar et al., "A general theoretical paradigm to
     understand learning from human preferences" (arXiv 2310.12036), with beta for tau, and log-ratios per token.
     """
@@ -90,7 +91,7 @@ def ipo(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("exo_pair")
-def exo_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def exo_pair(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """KL from softmax(beta h) over the pair to the labels (1-e, e): equation 16 of Ji et al., "Towards efficient exact
     optimization of language model alignment" (arXiv 2402.00856). e must be above 0.
     """
@@ -100,7 +101,7 @@ def exo_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("nca_pair")
-def nca_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def nca_pair(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """-log s(beta h_w) - 1/2 log s(-beta h_w) - 1/2 log s(-beta h_l): two responses in Chen et al., "Noise contrastive
     alignment of language models with explicit rewards" (arXiv 2402.05369).
     """
@@ -109,7 +110,7 @@ def nca_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("robust")
-def robust(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def robust(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """(-(1-e) log s(beta Delta) + e log s(-beta Delta)) / (1 - 2e), unbiased under labels flipped with probability e:
     Chowdhury et al., "Provably robust DPO: aligning language models with noisy feedback" (arXiv 2403.00409).
     """
@@ -118,7 +119,7 @@ def robust(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("bco_pair")
-def bco_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def bco_pair(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """-log s(beta h_w) - log s(-beta h_l): Jung et al., "Binary classifier optimization for large language model
     alignment" (arXiv 2404.04656), without its running reward shift, as TRL computes it.
     """
@@ -126,7 +127,7 @@ def bco_pair(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("sppo_hard")
-def sppo_hard(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def sppo_hard(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """(h_w - 1/(2 beta))^2 + (h_l + 1/(2 beta))^2: equation 4.7 of Wu et al., "Self-play preference optimization for
     language model alignment" (arXiv 2405.00675), with preference probabilities 1 and 0.
     """
@@ -135,7 +136,7 @@ def sppo_hard(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("aot")
-def aot(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def aot(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """Logistic loss of beta times sorted (log pi(y_w) - log pi(y_l)) minus sorted (the same under the reference).
 
     Stochastic dominance between whole distributions of pairs, so the vectors must hold all pairs of the step; entry i
@@ -147,14 +148,14 @@ def aot(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("aot_unpaired")
-def aot_unpaired(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def aot_unpaired(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """Logistic loss of beta times sorted h_w minus sorted h_l; see `aot`. Its unpaired form."""
     gaps = p.chosen_logratios.sort().values - p.rejected_logratios.sort().values
     return smoothed_logistic(o.beta * gaps, o.label_smoothing)
 
 
 @loss("apo_zero")
-def apo_zero(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def apo_zero(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """1 - s(beta h_w) + s(beta h_l): equation 7 of D'Oosterlinck et al., "Anchored preference optimization and
     contrastive revisions" (arXiv 2408.06266). For chosen answers that are better than the model's own.
     """
@@ -162,7 +163,7 @@ def apo_zero(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("apo_down")
-def apo_down(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def apo_down(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """s(beta h_w) + 1 - s(beta (h_w - h_l)): equation 8 of D'Oosterlinck et al. (2024). For chosen answers that are
     worse than the model's own.
     """
@@ -171,7 +172,7 @@ def apo_down(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("discopop")
-def discopop(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def discopop(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """(1 - m) (-log s(d)) + m exp(-d), d = beta Delta, m = s(d / tau): equation 5 of Lu et al., "Discovering preference
     optimization algorithms with and for large language models" (arXiv 2406.08414).
     """
@@ -181,7 +182,7 @@ def discopop(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("sigmoid_norm")
-def sigmoid_norm(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def sigmoid_norm(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """-log s(beta (h_w / |y_w| - h_l / |y_l|)): length-normalized DPO, as in Lambert et al., "Tulu 3" (arXiv
     2411.15124).
     """
@@ -189,7 +190,7 @@ def sigmoid_norm(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("odpo")
-def odpo(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def odpo(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """-log s(beta Delta - alpha log(score_w - score_l)): Amini et al., "Direct preference optimization with an
     offset" (arXiv 2402.10571). The scores are the data's own, chosen above rejected.
     """

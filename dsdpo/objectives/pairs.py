@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from dsdpo.config.schema import RunConfig
+
 
 class PairFacts(NamedTuple):
     """What is known of pairs without a model.
@@ -23,22 +25,6 @@ class PairFacts(NamedTuple):
     tokens: torch.Tensor
     score_gaps: torch.Tensor
     mean_chosen_tokens: float
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """Settings of the losses; the run config's options of the same names say what each means."""
-
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    ld_alpha: float | None = None
-    f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    use_weighting: bool = False
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
-    cpo_alpha: float = 1.0
-    odpo_alpha: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +49,7 @@ class PairLogps:
 
     @classmethod
     def of(
-        cls, outputs: torch.Tensor, reference: torch.Tensor | None, facts: PairFacts, options: LossOptions
+        cls, outputs: torch.Tensor, reference: torch.Tensor | None, facts: PairFacts, config: RunConfig
     ) -> PairLogps:
         """From what `RowModel` gives.
 
@@ -71,15 +57,15 @@ class PairLogps:
             outputs: fp32 [2P, 2 or 3], chosen and rejected in turn: see `RowModel.forward`.
             reference: fp32 [2P, 2], the same for the reference; None without one.
             facts: of the same pairs.
-            options: of these, `ld_alpha` and `use_weighting`.
+            config: of its options, `ld_alpha` and `use_weighting`.
         """
         parts = outputs[:, :2]
-        chosen, rejected = _weigh_tail(parts, options.ld_alpha).view(-1, 2).unbind(1)
+        chosen, rejected = _weigh_tail(parts, config.ld_alpha).view(-1, 2).unbind(1)
         none = torch.zeros_like(parts.detach())
-        ref = _weigh_tail(none if reference is None else reference, options.ld_alpha)
+        ref = _weigh_tail(none if reference is None else reference, config.ld_alpha)
         ref_chosen, ref_rejected = ref.view(-1, 2).unbind(1)
         weights = torch.ones_like(ref_chosen)
-        if options.use_weighting:
+        if config.use_weighting:
             weights = wpo_weights(outputs[:, 2].detach().view(-1, 2), facts.tokens)
         return cls(chosen, rejected, ref_chosen, ref_rejected, parts.sum(1)[::2], weights, facts)
 

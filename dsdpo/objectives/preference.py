@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from dsdpo.config.losses import LOSSES
+from dsdpo.config.schema import RunConfig
 from dsdpo.objectives import dpo, reference_free, sft  # noqa: F401  their losses register themselves
-from dsdpo.objectives.pairs import LossOptions, PairFacts, PairLogps
+from dsdpo.objectives.pairs import PairFacts, PairLogps
 from dsdpo.objectives.registry import LOSS_FUNCTIONS
 
 STATS = (
@@ -30,19 +30,19 @@ class PairLosses(NamedTuple):
     stats: torch.Tensor
 
 
-@dataclass(frozen=True)
 class PreferenceObjective:
-    """Weighted losses of pairs.
+    """Weighted losses of pairs, as a run config asks for them.
 
-    Args:
-        weights: loss type, a key of LOSSES -> weight.
-        options: of the losses.
+    Attributes:
+        weights: loss type -> weight.
         spans_batch: whether a loss compares pairs with each other, so that it needs all pairs of a step at once.
     """
 
-    weights: dict[str, float]
-    options: LossOptions = field(default_factory=LossOptions)
-    spans_batch: bool = False
+    def __init__(self, config: RunConfig) -> None:
+        self.weights = config.weighted_losses
+        self.spans_batch = any(LOSSES[name].spans_batch for name in self.weights)
+        self._per_token = any(LOSSES[name].per_token for name in self.weights)
+        self._config = config
 
     def __call__(self, outputs: torch.Tensor, reference: torch.Tensor | None, facts: PairFacts) -> PairLosses:
         """Losses of pairs: of a row, or of a whole step.
@@ -52,12 +52,12 @@ class PreferenceObjective:
             reference: fp32 [2P, 2] from the reference, likewise; None without one.
             facts: of the same pairs.
         """
-        pairs = PairLogps.of(outputs, reference, facts, self.options)
+        pairs = PairLogps.of(outputs, reference, facts, self._config)
         losses = torch.zeros_like(pairs.weights)
         for name, weight in self.weights.items():
-            losses = losses + weight * LOSS_FUNCTIONS[name](pairs, self.options)
+            losses = losses + weight * LOSS_FUNCTIONS[name](pairs, self._config)
         losses = losses * pairs.weights
-        per_token = reference is None and any(LOSSES[name].per_token for name in self.weights)
+        per_token = reference is None and self._per_token
         return PairLosses(losses, self._stats(pairs, losses, per_token))
 
     def _stats(self, pairs: PairLogps, losses: torch.Tensor, per_token: bool) -> torch.Tensor:
@@ -70,7 +70,7 @@ class PreferenceObjective:
         chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
         if per_token:
             chosen, rejected = pairs.mean_logps
-        chosen, rejected = self.options.beta * chosen, self.options.beta * rejected
+        chosen, rejected = self._config.beta * chosen, self._config.beta * rejected
         columns = [
             losses,
             chosen,

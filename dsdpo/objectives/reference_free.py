@@ -8,14 +8,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from dsdpo.config.schema import RunConfig
 from dsdpo.objectives.dpo import smoothed_logistic
-from dsdpo.objectives.pairs import LossOptions, PairLogps
+from dsdpo.objectives.pairs import PairLogps
 from dsdpo.objectives.registry import loss
 from dsdpo.objectives.sft import sft_loss
 
 
 @loss("simpo")
-def simpo(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def simpo(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """-log s(beta m_w - beta m_l - gamma): equation 6 of Meng et al., "SimPO: simple preference optimization with a
     reference-free reward" (arXiv 2405.14734). Their beta lies around 2, gamma around half of it.
     """
@@ -24,7 +25,7 @@ def simpo(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("cpo")
-def cpo(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def cpo(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """-log s(beta (log pi(y_w|x) - log pi(y_l|x))) + alpha NLL(y_w): Xu et al., "Contrastive preference
     optimization" (arXiv 2401.08417). NLL is `sft_loss`: per chosen token of the step, as in TRL.
     """
@@ -33,7 +34,7 @@ def cpo(p: PairLogps, o: LossOptions) -> torch.Tensor:
 
 
 @loss("orpo")
-def orpo(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def orpo(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """NLL(y_w) - beta log s(logit(exp m_w) - logit(exp m_l)): equations 6 and 7 of Hong et al., "ORPO: monolithic
     preference optimization without reference model" (arXiv 2403.07691), with beta for lambda. NLL is `sft_loss`, of the
     completion alone.

@@ -8,9 +8,10 @@ from typing import TypeAlias
 import torch
 
 from dsdpo.config.losses import LOSSES
-from dsdpo.objectives.pairs import LossOptions, PairLogps
+from dsdpo.config.schema import RunConfig
+from dsdpo.objectives.pairs import PairLogps
 
-LossFunction: TypeAlias = Callable[[PairLogps, LossOptions], torch.Tensor]
+LossFunction: TypeAlias = Callable[[PairLogps, RunConfig], torch.Tensor]
 
 LOSS_FUNCTIONS: dict[str, LossFunction] = {}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dsdpo.objectives.pairs import LossOptions, PairLogps
+from dsdpo.config.schema import RunConfig
+from dsdpo.objectives.pairs import PairLogps
 from dsdpo.objectives.registry import loss
 
 
@@ -25,6 +26,6 @@ def sft_loss(chosen_logps: torch.Tensor, mean_tokens: float) -> torch.Tensor:
 
 
 @loss("sft")
-def sft(p: PairLogps, o: LossOptions) -> torch.Tensor:
+def sft(p: PairLogps, o: RunConfig) -> torch.Tensor:
     """`sft_loss` of the chosen completions."""
     return sft_loss(p.chosen_sum, p.facts.mean_chosen_tokens)

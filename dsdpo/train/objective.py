@@ -10,12 +10,10 @@ import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine, comm
 
-from dsdpo.config.losses import LOSSES
-from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import Batch
 from dsdpo.data.packing import Row
 from dsdpo.model.rows import RowTensors
-from dsdpo.objectives.pairs import LossOptions, PairFacts
+from dsdpo.objectives.pairs import PairFacts
 from dsdpo.objectives.preference import PreferenceObjective
 
 
@@ -31,24 +29,6 @@ class RowLosses(NamedTuple):
     total: torch.Tensor
     losses: torch.Tensor
     stats: torch.Tensor
-
-
-def objective_of(config: RunConfig) -> PreferenceObjective:
-    """The objective that a run config asks for."""
-    options = LossOptions(
-        beta=config.beta,
-        label_smoothing=config.label_smoothing,
-        ld_alpha=config.ld_alpha,
-        f_divergence_type=config.f_divergence_type,
-        f_alpha_divergence_coef=config.f_alpha_divergence_coef,
-        use_weighting=config.use_weighting,
-        discopop_tau=config.discopop_tau,
-        simpo_gamma=config.simpo_gamma,
-        cpo_alpha=config.cpo_alpha,
-        odpo_alpha=config.odpo_alpha,
-    )
-    spans_batch = any(LOSSES[loss].spans_batch for loss in config.loss_type)
-    return PreferenceObjective(config.weighted_losses, options, spans_batch)
 
 
 def facts_of(batch: Batch, pairs: np.ndarray, mean_chosen_tokens: float | None, device: torch.device) -> PairFacts:

@@ -23,7 +23,6 @@ from dsdpo.train.evaluate import evaluate
 from dsdpo.train.facts import circumstances, identity
 from dsdpo.train.memory import row_tokens
 from dsdpo.train.metrics import Reporter
-from dsdpo.train.objective import objective_of
 from dsdpo.train.reference import Reference, reference_source
 from dsdpo.train.resume import NO_START, find_start, restore
 from dsdpo.train.saving import Saver
@@ -170,7 +169,7 @@ def build_session(
         hardware=hardware,
         engine=engine,
         tokenizer=load_tokenizer(config.model_name_or_path),
-        objective=objective_of(config),
+        objective=PreferenceObjective(config),
         loader=loader,
         reference=reference,
         held_out=held_out,

@@ -24,11 +24,11 @@ from dsdpo.dist import Ranks, launched
 from dsdpo.errors import DataError, DsdpoError, IOFailure, StopRequested
 from dsdpo.files import write_atomically
 from dsdpo.lock import holder
+from dsdpo.objectives.preference import PreferenceObjective
 from dsdpo.train.agree import any_rank, tell_all
 from dsdpo.train.engine import Hardware, build_engine, start_process_group
 from dsdpo.train.evaluate import evaluate
 from dsdpo.train.loop import train
-from dsdpo.train.objective import objective_of
 from dsdpo.train.reference import NoReference, Reference, open_store, reference_for
 from dsdpo.train.session import Session, build_session
 from dsdpo.train.stop import (
@@ -172,7 +172,7 @@ def _evaluate(config: RunConfig, ranks: Ranks, hardware: Hardware, model: str, s
     def goes_on() -> bool:
         return not any_rank(bool(stop), device)
 
-    means = evaluate(engine, loader, reference, objective_of(config), config.train_batch_size, device, goes_on)
+    means = evaluate(engine, loader, reference, PreferenceObjective(config), config.train_batch_size, device, goes_on)
     if means is None:
         raise StopRequested("stopped on request; nothing is kept of an evaluation")
     say(json.dumps({"model": model, "pairs": len(pairs), **{key: round(value, 6) for key, value in means.items()}}))

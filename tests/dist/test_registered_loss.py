@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dsdpo.config.losses import LOSSES, LossSpec
-from dsdpo.objectives.pairs import LossOptions, PairLogps
+from dsdpo.config.schema import RunConfig
+from dsdpo.objectives.pairs import PairLogps
 from dsdpo.objectives.registry import loss
 from tests.dist.grid import run_cases
 from tests.helpers.ranks import run_ranks
@@ -21,7 +22,7 @@ def train_squared_hinge(case: dict[str, Any]) -> list[dict[str, float]]:
     LOSSES["squared_hinge"] = LossSpec("`max(0, 1 - b D)^2`")
 
     @loss("squared_hinge")
-    def squared_hinge(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    def squared_hinge(p: PairLogps, o: RunConfig) -> torch.Tensor:
         return torch.relu(1 - o.beta * (p.chosen_logratios - p.rejected_logratios)) ** 2
 
     return run_cases([case], 8)[0]["metrics"]

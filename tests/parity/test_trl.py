@@ -20,8 +20,8 @@ from dsdpo.data.packing import TokenPair, build_row
 from dsdpo.data.templates import EncodedPair, PairEncoder
 from dsdpo.model.attention import NAMES
 from dsdpo.model.rows import RowModel, RowTensors
-from dsdpo.objectives.pairs import LossOptions, PairFacts
-from dsdpo.objectives.preference import PreferenceObjective
+from dsdpo.objectives.pairs import PairFacts
+from tests.helpers.objective import preference_objective
 from tests.helpers.real import hh_rows, smollm2
 
 PAIRS = 8
@@ -104,7 +104,7 @@ def ours(request: pytest.FixtureRequest, encoded: list[EncodedPair]) -> Numbers:
     model = smollm2()
     policy = RowModel(load(model, NAMES["sdpa"], perturbed=True))
     reference = RowModel(load(model, NAMES["sdpa"], perturbed=False))
-    objective = PreferenceObjective({"sigmoid": 1.0}, LossOptions(beta=BETA))
+    objective = preference_objective({"sigmoid": 1.0}, beta=BETA)
     token_pairs = [TokenPair(np.array(e.prompt_ids), np.array(e.chosen_ids), np.array(e.rejected_ids)) for e in encoded]
     logps, ref_logps, loss = [], [], 0.0
     for start in range(0, PAIRS, ROW_PAIRS):

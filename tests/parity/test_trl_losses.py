@@ -20,7 +20,7 @@ from dsdpo.data.packing import TokenPair, build_row
 from dsdpo.model.attention import NAMES
 from dsdpo.model.rows import RowModel, RowTensors
 from dsdpo.objectives.pairs import PairFacts
-from dsdpo.train.objective import objective_of
+from dsdpo.objectives.preference import PreferenceObjective
 from tests.helpers.real import smollm2
 from tests.helpers.tiny import VOCAB, random_pairs, save_model, save_tokenizer, tiny_llama_config
 
@@ -116,7 +116,7 @@ class Setting:
         self.packed.zero_grad()
         self.packed.weighting = config.use_weighting
         facts = PairFacts(tokens, torch.full((n,), torch.nan), tokens[:, 0].mean().item())
-        loss = objective_of(config)(self.packed(row), reference, facts).losses.mean()
+        loss = PreferenceObjective(config)(self.packed(row), reference, facts).losses.mean()
         loss.backward()
         return loss.item(), {n: p.grad for n, p in self.packed.model.named_parameters() if p.grad is not None}
 

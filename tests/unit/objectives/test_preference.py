@@ -10,14 +10,14 @@ import torch
 from dsdpo.config.losses import LOSSES, LossSpec, loss_table
 from dsdpo.config.schema import RunConfig
 from dsdpo.objectives.dpo import divergence_scores, smoothed_logistic
-from dsdpo.objectives.pairs import LossOptions, PairFacts, PairLogps
-from dsdpo.objectives.preference import STATS, PreferenceObjective
+from dsdpo.objectives.pairs import PairFacts, PairLogps
+from dsdpo.objectives.preference import STATS
 from dsdpo.objectives.registry import LOSS_FUNCTIONS, loss
 from dsdpo.objectives.sft import sft_loss
-from dsdpo.train.objective import objective_of
+from tests.helpers.objective import preference_objective
 
 ROOT = Path(__file__).parents[3]
-OPTIONS = LossOptions(beta=0.3, label_smoothing=0.1)
+OPTIONS = {"beta": 0.3, "label_smoothing": 0.1}
 
 
 def facts(pairs: int, seed: int = 0) -> PairFacts:
@@ -36,7 +36,7 @@ def named(stats: torch.Tensor) -> dict[str, float]:
 
 def test_no_change_from_the_reference_costs_log_2() -> None:
     policy = outputs(2)
-    losses, stats = PreferenceObjective({"sigmoid": 1.0})(policy, policy, facts(2))
+    losses, stats = preference_objective({"sigmoid": 1.0})(policy, policy, facts(2))
     assert torch.allclose(losses, torch.full((2,), math.log(2)))
     assert named(stats)["rewards/margins"] == 0
 
@@ -87,16 +87,16 @@ def test_alpha_divergence_is_reverse_kl_at_1_and_stays_finite() -> None:
 
 def test_weights_add_up() -> None:
     policy, reference = outputs(5, 1), outputs(5, 2)
-    parts = [PreferenceObjective({name: 1.0}, OPTIONS)(policy, reference, facts(5)).losses for name in ("ipo", "sft")]
-    mixed = PreferenceObjective({"ipo": 2.0, "sft": 0.5}, OPTIONS)(policy, reference, facts(5)).losses
-    torch.testing.assert_close(mixed, 2.0 * parts[0] + 0.5 * parts[1])
+    ipo, sft = (preference_objective({name: 1.0}, **OPTIONS)(policy, reference, facts(5)) for name in ("ipo", "sft"))
+    mixed = preference_objective({"ipo": 2.0, "sft": 0.5}, **OPTIONS)(policy, reference, facts(5)).losses
+    torch.testing.assert_close(mixed, 2.0 * ipo.losses + 0.5 * sft.losses)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_rewards_the_chosen_side_or_anchors_it(name: str) -> None:
     """Finite, differentiable; and except for aot, whose entries are quantiles, a pair's loss is its own."""
     policy, reference = outputs(6, 1).requires_grad_(), outputs(6, 2)
-    objective = PreferenceObjective({name: 1.0}, OPTIONS, LOSSES[name].spans_batch)
+    objective = preference_objective({name: 1.0}, **OPTIONS)
     losses = objective(policy, reference, facts(6)).losses
     assert losses.shape == (6,) and torch.isfinite(losses).all()
     (gradient,) = torch.autograd.grad(losses.sum(), policy)
@@ -110,24 +110,24 @@ def test_a_loss_rewards_the_chosen_side_or_anchors_it(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_needs_no_reference_is_known(name: str) -> None:
     policy = outputs(4, 1)
-    found = [PreferenceObjective({name: 1.0}, OPTIONS)(policy, outputs(4, s), facts(4)).losses for s in (2, 3)]
+    found = [preference_objective({name: 1.0}, **OPTIONS)(policy, outputs(4, s), facts(4)).losses for s in (2, 3)]
     assert torch.equal(*found) != LOSSES[name].reference
 
 
 def test_ld_alpha_weighs_the_tail_of_policy_and_reference() -> None:
     policy, reference = outputs(4, 1), outputs(4, 2)
-    weighed = PreferenceObjective({"sigmoid": 1.0}, LossOptions(ld_alpha=0.25))(policy, reference, facts(4))
+    weighed = preference_objective({"sigmoid": 1.0}, ld_alpha=0.25)(policy, reference, facts(4))
     scale = torch.tensor([1.0, 0.25])
-    plain = PreferenceObjective({"sigmoid": 1.0})(policy * scale, reference * scale, facts(4))
+    plain = preference_objective({"sigmoid": 1.0})(policy * scale, reference * scale, facts(4))
     torch.testing.assert_close(weighed.losses, plain.losses)
-    sft = PreferenceObjective({"sft": 1.0}, LossOptions(ld_alpha=0.25))(policy, reference, facts(4)).losses
-    assert torch.equal(sft, PreferenceObjective({"sft": 1.0})(policy, reference, facts(4)).losses)
+    sft = preference_objective({"sft": 1.0}, ld_alpha=0.25)(policy, reference, facts(4)).losses
+    assert torch.equal(sft, preference_objective({"sft": 1.0})(policy, reference, facts(4)).losses)
 
 
 def test_wpo_weighs_each_pair_without_gradient() -> None:
     policy, reference = outputs(3, 1, columns=3).requires_grad_(), outputs(3, 2)
-    weighed = PreferenceObjective({"hinge": 1.0}, LossOptions(use_weighting=True))(policy, reference, facts(3)).losses
-    plain = PreferenceObjective({"hinge": 1.0})(policy, reference, facts(3)).losses
+    weighed = preference_objective({"hinge": 1.0}, use_weighting=True)(policy, reference, facts(3)).losses
+    plain = preference_objective({"hinge": 1.0})(policy, reference, facts(3)).losses
     weights = (policy[:, 2] / facts(3).tokens.flatten()).exp().view(-1, 2).prod(1)
     torch.testing.assert_close(weighed, plain * weights)
     (gradient,) = torch.autograd.grad(weighed.sum(), policy)
@@ -148,7 +148,7 @@ def squared_hinge() -> Iterator[None]:
     LOSSES["squared_hinge"] = LossSpec("`max(0, 1 - b D)^2`", spans_batch=True)
 
     @loss("squared_hinge")
-    def squared_hinge(p: PairLogps, o: LossOptions) -> torch.Tensor:
+    def squared_hinge(p: PairLogps, o: RunConfig) -> torch.Tensor:
         return torch.relu(1 - o.beta * (p.chosen_logratios - p.rejected_logratios)) ** 2
 
     yield
@@ -156,10 +156,7 @@ def squared_hinge() -> Iterator[None]:
 
 
 def test_a_registered_loss_is_computed(squared_hinge: None) -> None:
-    settings = {"model_name_or_path": "-", "dataset": "-", "output_dir": "-", "beta": 0.3}
-    objective, hinge = (
-        objective_of(RunConfig(**settings, loss_type=loss_type)) for loss_type in ("squared_hinge", "hinge")
-    )
+    objective, hinge = (preference_objective({name: 1.0}, beta=0.3) for name in ("squared_hinge", "hinge"))
     found, plain = (o(outputs(4, 1), outputs(4, 2), facts(4)).losses for o in (objective, hinge))
     assert torch.equal(found, plain**2) and found.any()
     assert objective.spans_batch and not hinge.spans_batch
@@ -177,25 +174,24 @@ def test_simpo_and_odpo_margins() -> None:
     tokens = torch.tensor([[4.0, 8.0]])
     policy = torch.tensor([[-2.0, 0.0], [-8.0, 0.0]])  # per token -0.5 and -1
     known = PairFacts(tokens, torch.tensor([3.0]), 4.0)
-    simpo = PreferenceObjective({"simpo": 1.0}, LossOptions(beta=2.0, simpo_gamma=1.0))(policy, None, known).losses
+    simpo = preference_objective({"simpo": 1.0}, beta=2.0, simpo_gamma=1.0)(policy, None, known).losses
     assert simpo.item() == pytest.approx(math.log(2))
     zero = torch.zeros(2, 2)
-    odpo = PreferenceObjective({"odpo": 1.0}, LossOptions(beta=math.log(3) / 6))(policy, zero, known).losses
+    odpo = preference_objective({"odpo": 1.0}, beta=math.log(3) / 6)(policy, zero, known).losses
     assert odpo.item() == pytest.approx(math.log(2))
 
 
 def test_orpo_compares_odds() -> None:
     tokens = torch.tensor([[1.0, 1.0]])
     policy = torch.log(torch.tensor([[0.8], [0.5]])) * torch.tensor([[1.0, 0.0]])  # odds 4 and 1
-    options = LossOptions(beta=0.7)
-    found = PreferenceObjective({"orpo": 1.0}, options)(policy, None, PairFacts(tokens, tokens[:, 0], 1.0)).losses
+    found = preference_objective({"orpo": 1.0}, beta=0.7)(policy, None, PairFacts(tokens, tokens[:, 0], 1.0)).losses
     assert found.item() == pytest.approx(-math.log(0.8) - 0.7 * math.log(4 / 5))
 
 
 def test_stats() -> None:
     policy = torch.tensor([[-4.0, 0.0], [-6.0, 0.0], [-5.0, 0.0], [-3.0, 0.0]])
     reference = torch.tensor([[-5.0, 0.0], [-5.0, 0.0], [-4.0, 0.0], [-4.0, 0.0]])
-    stats = named(PreferenceObjective({"sigmoid": 1.0}, LossOptions(beta=0.5))(policy, reference, facts(2)).stats)
+    stats = named(preference_objective({"sigmoid": 1.0}, beta=0.5)(policy, reference, facts(2)).stats)
     assert stats["rewards/accuracies"] == 0.5
     assert (stats["rewards/chosen"], stats["rewards/rejected"], stats["rewards/margins"]) == (0.0, 0.0, 0.0)
     assert stats["logps/chosen"] == pytest.approx(-4.5)
@@ -205,19 +201,18 @@ def test_rewards_without_a_reference() -> None:
     """Per token where the loss sees it so; with a reference, for a mix, they are log-ratios as ever."""
     policy, reference, known = outputs(3, 1), outputs(3, 2), facts(3)
     sums, ref_sums = (x.sum(1)[::2] for x in (policy, reference))
-    options = LossOptions(beta=0.5)
     for weights, ref, expected in (
         ({"simpo": 1.0}, None, sums / known.tokens[:, 0]),
         ({"cpo": 1.0}, None, sums),
         ({"simpo": 1.0, "sigmoid": 1.0}, reference, sums - ref_sums),
     ):
-        stats = PreferenceObjective(weights, options)(policy, ref, known).stats
+        stats = preference_objective(weights, beta=0.5)(policy, ref, known).stats
         torch.testing.assert_close(stats[STATS.index("rewards/chosen")], 0.5 * expected)
 
 
 def test_an_empty_row_has_no_loss_but_a_gradient_path() -> None:
     policy = outputs(1).requires_grad_()
-    objective = PreferenceObjective({"sigmoid": 1.0, "sft": 1.0})
+    objective = preference_objective({"sigmoid": 1.0, "sft": 1.0})
     losses, stats = objective(policy[:0], torch.empty(0, 2), facts(0)._replace(mean_chosen_tokens=4.0))
     losses.sum().backward()
     assert losses.shape == (0,) and stats.shape == (len(STATS), 0)
