@@ -224,6 +224,7 @@ def option_help() -> str:
     """Every option of a run config by group, with type, default and meaning."""
     from dsdpo.config.options import options
 
+    resume = {"fixed": "", "free": "; may change on resume", "consent": "; with change_on_resume"}
     lines = ["options of RUN.yaml, each also as --key value:"]
     group = ""
     for option in options().values():
@@ -231,6 +232,6 @@ def option_help() -> str:
             group = option.group
             lines += ["", f"{group}:"]
         default = option.default if option.default == "required" else f"default {option.default}"
-        lines.append(f"  {option.name} ({option.allowed}; {default})")
+        lines.append(f"  {option.name} ({option.allowed}; {default}{resume[option.resume]})")
         lines += textwrap.wrap(option.doc, 104, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines) + "\n"

@@ -3,45 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
-from dsdpo.config.schema import Consentable, RunConfig
-
-# Where things are, how fast they go, what is reported and when: none of it changes what is learnt beyond rounding.
-MAY_CHANGE = frozenset(
-    (
-        "model_name_or_path",  # the weights' content is compared instead
-        "adapter_name_or_path",
-        "attn_implementation",
-        "gradient_checkpointing",
-        "dataset_dir",
-        "eval_dataset",
-        "max_refused",
-        "preprocessing_num_workers",
-        "cache_dir",
-        "max_tokens_per_row",
-        "share_prefix",
-        "reference",
-        "deepspeed",
-        "output_dir",
-        "logging_steps",
-        "save_steps",
-        "save_total_limit",
-        "save_every_forever",
-        "async_save",
-        "resume_from_checkpoint",
-        "change_on_resume",
-        "max_time",
-        "hang_timeout",
-        "start_timeout",
-        "eval_steps",
-        "report_to",
-        "run_name",
-        "plot_loss",
-        "disable_tqdm",
-    )
-)
-_WITH_CONSENT = get_args(Consentable)
+from dsdpo.config.schema import RunConfig, options_with
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], consented: Sequence[str]) -> list[str]:
@@ -55,13 +19,14 @@ def differences(saved: dict[str, Any], now: dict[str, Any], consented: Sequence[
     """
     lines = []
     saved = {**_defaults(), **saved}
+    may_change, with_consent = {*options_with("free"), *consented}, options_with("consent")
     for option in sorted(saved.keys() | now.keys()):
-        if option in MAY_CHANGE or option in consented or saved.get(option) == now.get(option):
+        if option in may_change or saved.get(option) == now.get(option):
             continue
         if option not in RunConfig.model_fields:
             lines.append(f"{option} was {saved[option]}, this version has no such option (the one that saved it has)")
             continue
-        hint = f" (name it in change_on_resume to go on with {now.get(option)})" if option in _WITH_CONSENT else ""
+        hint = f" (name it in change_on_resume to go on with {now.get(option)})" if option in with_consent else ""
         lines.append(f"{option} was {saved.get(option)}, now it is {now.get(option)}{hint}")
     return lines
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from dsdpo.config.schema import OneOf, RunConfig
+from dsdpo.config.schema import OneOf, ResumePolicy, RunConfig, resume_policy
 
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -22,7 +22,7 @@ class Option:
     """One field of RunConfig.
 
     `group` is the ruler it stands under in the schema, `default` the default as YAML writes it ("required" when there
-    is none), `doc` its docstring on one line.
+    is none), `doc` its docstring on one line, `resume` whether a checkpoint may be continued with another value.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Option:
     field: FieldInfo
     default: str
     doc: str
+    resume: ResumePolicy
 
     @property
     def allowed(self) -> str:
@@ -42,7 +43,14 @@ def options() -> dict[str, Option]:
     """name -> Option, in the order of the schema."""
     groups = _groups()
     return {
-        name: Option(name, groups[name], field, _default(field), " ".join((field.description or "").split()))
+        name: Option(
+            name=name,
+            group=groups[name],
+            field=field,
+            default=_default(field),
+            doc=" ".join((field.description or "").split()),
+            resume=resume_policy(field),
+        )
         for name, field in RunConfig.model_fields.items()
     }
 

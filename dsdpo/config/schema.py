@@ -11,9 +11,11 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator
+from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 from dsdpo.config.losses import LOSSES
@@ -21,7 +23,7 @@ from dsdpo.config.losses import LOSSES
 
 @dataclass(frozen=True)
 class OneOf:
-    """Beside a text's type: it is one of `names()`, which are looked up at each validation and for each message."""
+    """In `Annotated[str, OneOf(names)]`: the text is one of `names()`, looked up at each validation and message."""
 
     names: Callable[[], Iterable[str]]
 
@@ -36,17 +38,27 @@ class OneOf:
 
 LossType = Annotated[str, OneOf(LOSSES.keys)]
 
-# Options that a checkpoint may be continued with other values of, when `change_on_resume` names them.
-Consentable = Literal[
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_ratio",
-    "warmup_steps",
-    "num_train_epochs",
-    "max_steps",
-    "weight_decay",
-    "max_grad_norm",
-]
+ResumePolicy = Literal["fixed", "free", "consent"]
+FREE: JsonDict = {"resume": "free"}
+CONSENT: JsonDict = {"resume": "consent"}
+
+
+def resume_policy(field: FieldInfo) -> ResumePolicy:
+    """Whether a checkpoint may be continued with another value of an option than it was saved with.
+
+    `fixed`, where the field does not say: no. `free`: yes, since the option changes nothing that is learnt beyond
+    rounding: paths (their content is compared instead), speed, reports. `consent`: if `change_on_resume` names it.
+    """
+    extra = field.json_schema_extra
+    return cast(ResumePolicy, extra["resume"]) if isinstance(extra, dict) else "fixed"
+
+
+def options_with(policy: ResumePolicy) -> list[str]:
+    """Names of the options of a resume policy."""
+    return [name for name, field in RunConfig.model_fields.items() if resume_policy(field) == policy]
+
+
+Consentable = Annotated[str, OneOf(lambda: options_with("consent"))]
 
 _TIME = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
@@ -64,7 +76,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True)
 
     # --- model ---
-    model_name_or_path: str
+    model_name_or_path: str = Field(json_schema_extra=FREE)
     """Hugging Face model id, or a local folder with `config.json`, weights and tokenizer."""
 
     stage: Literal["dpo"] = "dpo"
@@ -82,7 +94,7 @@ class RunConfig(BaseModel):
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout on the LoRA input, a probability; also that of an adapter in adapter_name_or_path."""
 
-    adapter_name_or_path: str | None = None
+    adapter_name_or_path: str | None = Field(None, json_schema_extra=FREE)
     """Folder of a LoRA adapter to train further; it is then the reference too. Rank, scale and targets are its own,
     dropout is `lora_dropout`'s. What is more than LoRA matrices beside frozen weights is refused."""
 
@@ -92,7 +104,7 @@ class RunConfig(BaseModel):
 
     attn_implementation: Literal[
         "auto", "sdpa", "varlen", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
-    ] = "auto"
+    ] = Field("auto", json_schema_extra=FREE)
     """Attention over packed rows. `sdpa`: one torch SDPA call per segment, runs everywhere. `varlen`: one
     `torch.nn.attention.varlen` call, CUDA in bf16. `flex_attention`: torch's FlexAttention, CUDA.
     `flash_attention_2`, `_3`, `_4`: the packages flash-attn, flash-attn-3, flash-attn-4, CUDA in bf16. `auto`:
@@ -102,7 +114,7 @@ class RunConfig(BaseModel):
     """Precision of weights and activations; gradients and the optimizer stay in fp32. `auto`: bf16 on CUDA,
     fp32 on CPU."""
 
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
     """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
 
     disable_dropout: bool = True
@@ -113,14 +125,14 @@ class RunConfig(BaseModel):
     """Names from dataset_info.json, paths inside dataset_dir, or hub ids; several are joined in this
     order."""
 
-    eval_dataset: list[str] = []
+    eval_dataset: list[str] = Field([], json_schema_extra=FREE)
     """Held-out sets, named like `dataset`."""
 
     val_size: float = Field(0.0, ge=0.0)
     """Held-out share of `dataset` when there is no eval_dataset: below 1 a fraction, from 1 on a number of
     pairs. 0: none."""
 
-    dataset_dir: str = "data"
+    dataset_dir: str = Field("data", json_schema_extra=FREE)
     """Folder that holds dataset_info.json and the data files; a file outside it is refused."""
 
     template: Literal["default", "llama2", "llama3", "chatml", "qwen", "none", "gpt2"] = "default"
@@ -140,13 +152,13 @@ class RunConfig(BaseModel):
     max_samples: int | None = Field(None, ge=1)
     """Use only the first so many rows of each set. Empty: all."""
 
-    max_refused: float = Field(0.01, ge=0.0, le=1.0)
+    max_refused: float = Field(0.01, ge=0.0, le=1.0, json_schema_extra=FREE)
     """Largest share of rows that may be refused before the run stops with exit code 65."""
 
-    preprocessing_num_workers: int = Field(1, ge=1)
+    preprocessing_num_workers: int = Field(1, ge=1, json_schema_extra=FREE)
     """Processes that template and tokenize."""
 
-    cache_dir: str | None = None
+    cache_dir: str | None = Field(None, json_schema_extra=FREE)
     """Folder for prepared data and reference log-probs, shared between runs. Empty: `.dsdpo_cache` beside
     output_dir."""
 
@@ -191,7 +203,7 @@ class RunConfig(BaseModel):
     odpo_alpha: float = Field(1.0, ge=0.0)
     """Weight of `odpo`'s margin, the logarithm of the difference between chosen_score and rejected_score."""
 
-    reference: Literal["auto", "cached", "live", "none"] = "auto"
+    reference: Literal["auto", "cached", "live", "none"] = Field("auto", json_schema_extra=FREE)
     """Where reference log-probs come from. `cached`: one pass of the untrained policy over the data, stored and
     reused while weights, token ids and settings stay the same. `live`: computed in every step, by the policy with its
     adapter switched off, or for full fine-tuning by a frozen copy sharded with ZeRO-3. `none`: for losses without a
@@ -201,34 +213,34 @@ class RunConfig(BaseModel):
     train_batch_size: int = Field(32, ge=1)
     """Pairs per optimizer step over all GPUs together, whatever their number."""
 
-    max_tokens_per_row: int | Literal["auto"] | None = None
+    max_tokens_per_row: int | Literal["auto"] | None = Field(None, json_schema_extra=FREE)
     """Longest packed row, in tokens: what one GPU computes at a time. At least 2 * max_length. `auto`: what the GPU's
     memory allows by an estimate; 8192 on CPU. Empty: 4 * max_length."""
 
-    share_prefix: bool = True
+    share_prefix: bool = Field(True, json_schema_extra=FREE)
     """Compute a pair's prompt once for both completions. False: prompt+chosen and prompt+rejected as two
     sequences of a packed row."""
 
     # --- optimization ---
-    num_train_epochs: float = Field(1.0, gt=0.0)
+    num_train_epochs: float = Field(1.0, gt=0.0, json_schema_extra=CONSENT)
     """Passes over the data."""
 
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1, json_schema_extra=CONSENT)
     """Optimizer steps; wins over num_train_epochs. Empty: by epochs."""
 
-    learning_rate: float = Field(1e-6, gt=0.0)
+    learning_rate: float = Field(1e-6, gt=0.0, json_schema_extra=CONSENT)
     """Peak learning rate of AdamW. LoRA takes 10 times more than full training, or above."""
 
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", json_schema_extra=CONSENT)
     """Course of the learning rate after the warm-up: half a cosine or a line down to 0, or constant."""
 
-    warmup_ratio: float = Field(0.0, ge=0.0, lt=1.0)
+    warmup_ratio: float = Field(0.0, ge=0.0, lt=1.0, json_schema_extra=CONSENT)
     """Share of all steps with a learning rate that rises linearly from 0."""
 
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, json_schema_extra=CONSENT)
     """Warm-up in steps; wins over warmup_ratio when above 0."""
 
-    weight_decay: float = Field(0.0, ge=0.0)
+    weight_decay: float = Field(0.0, ge=0.0, json_schema_extra=CONSENT)
     """Decoupled weight decay on matrices; biases and norms have none."""
 
     adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
@@ -240,68 +252,68 @@ class RunConfig(BaseModel):
     adam_epsilon: float = Field(1e-8, gt=0.0)
     """AdamW's denominator offset."""
 
-    max_grad_norm: float = Field(1.0, ge=0.0)
+    max_grad_norm: float = Field(1.0, ge=0.0, json_schema_extra=CONSENT)
     """Gradients are scaled down to this global L2 norm. 0: no clipping."""
 
     seed: int = Field(42, ge=0)
     """Seed of data order, adapter initialization and dropout."""
 
     # --- running ---
-    deepspeed: str | None = None
+    deepspeed: str | None = Field(None, json_schema_extra=FREE)
     """DeepSpeed JSON, such as ds_configs/zero3.json. Empty: ZeRO stage 0, every GPU holds everything."""
 
-    output_dir: str
+    output_dir: str = Field(json_schema_extra=FREE)
     """Folder for this run's metrics, checkpoints, weights and plots. Where it holds a checkpoint of this run, training
     goes on from there."""
 
-    logging_steps: int = Field(1, ge=1)
+    logging_steps: int = Field(1, ge=1, json_schema_extra=FREE)
     """Steps between lines on the terminal and in TensorBoard or wandb; metrics.jsonl has every step."""
 
-    save_steps: int | None = Field(500, ge=1)
+    save_steps: int | None = Field(500, ge=1, json_schema_extra=FREE)
     """Steps between checkpoints in output_dir/checkpoints; there is one after the last step too. Empty: none, but when
     the run is stopped."""
 
-    save_total_limit: int | None = Field(None, ge=2)
+    save_total_limit: int | None = Field(None, ge=2, json_schema_extra=FREE)
     """Newest checkpoints that are kept, at least 2. Empty: all."""
 
-    save_every_forever: int | None = Field(None, ge=1)
+    save_every_forever: int | None = Field(None, ge=1, json_schema_extra=FREE)
     """Checkpoints after a multiple of so many steps are kept for ever, beyond save_total_limit. Empty: none."""
 
-    async_save: bool = False
+    async_save: bool = Field(False, json_schema_extra=FREE)
     """Write checkpoints beside the training. It stops only while the state is copied to the host's memory, which must
     hold 12 bytes for each trainable parameter, over all ranks."""
 
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: str | None = Field(None, json_schema_extra=FREE)
     """Checkpoint folder to go on from. Empty: the newest of output_dir that is whole, or the beginning."""
 
-    change_on_resume: list[Consentable] = []
+    change_on_resume: list[Consentable] = Field([], json_schema_extra=FREE)
     """Options whose new values count for a checkpoint that was saved with others; without it a difference is an
     error."""
 
-    max_time: str | None = None
+    max_time: str | None = Field(None, json_schema_extra=FREE)
     """Time after which the run saves a checkpoint and ends with exit code 75, such as `3h50m` or `90s`. Counted from
     its start. Empty: no limit."""
 
-    hang_timeout: float = Field(120.0, gt=0.0)
+    hang_timeout: float = Field(120.0, gt=0.0, json_schema_extra=FREE)
     """Seconds without progress after which a run ends with exit code 71 and names the rank that is stuck. The first
     steps, a save and a batch of an evaluation may take half an hour. While a job is suspended, no time passes."""
 
-    start_timeout: float = Field(45.0, gt=0.0)
+    start_timeout: float = Field(45.0, gt=0.0, json_schema_extra=FREE)
     """Seconds that the ranks wait for each other at the start. Longer where nodes load Python slowly."""
 
-    eval_steps: int | None = Field(None, ge=1)
+    eval_steps: int | None = Field(None, ge=1, json_schema_extra=FREE)
     """Steps between evaluations on the held-out pairs. Empty: only at the end."""
 
-    report_to: list[Literal["tensorboard", "wandb"]] = []
+    report_to: list[Literal["tensorboard", "wandb"]] = Field([], json_schema_extra=FREE)
     """Further places for the metrics; needs the `track` extra."""
 
-    run_name: str | None = None
+    run_name: str | None = Field(None, json_schema_extra=FREE)
     """Name of the run in wandb. Empty: the name of output_dir."""
 
-    plot_loss: bool = False
+    plot_loss: bool = Field(False, json_schema_extra=FREE)
     """Write loss.png and the other curves at the end."""
 
-    disable_tqdm: bool = False
+    disable_tqdm: bool = Field(False, json_schema_extra=FREE)
     """No progress bar: a line per logging_steps instead, as when the output is no terminal."""
 
     @field_validator(

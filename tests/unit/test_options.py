@@ -11,7 +11,7 @@ import pytest
 
 from dsdpo.cli import option_help
 from dsdpo.config.options import options
-from dsdpo.config.schema import RunConfig
+from dsdpo.config.schema import RunConfig, options_with
 
 PACKAGE = Path(__file__).parents[2] / "dsdpo"
 # These compare options with each other or with the DeepSpeed JSON: that alone makes no option work.
@@ -56,6 +56,15 @@ def test_every_option_is_in_the_help_with_group_type_and_default(name: str) -> N
     assert f"  {name} ({option.allowed}; " in text
     assert text.index(f"\n{option.group}:\n") < text.index(f"  {name} (")
     assert option.doc.split()[0] in text
+
+
+def test_the_help_tells_what_a_resumed_run_may_change() -> None:
+    text = option_help()
+    assert "  save_steps (a whole number, at least 1, or empty; default 500; may change on resume)\n" in text
+    assert "  learning_rate (a number, above 0; default 1e-06; with change_on_resume)\n" in text
+    assert "  seed (a whole number, at least 0; default 42)\n" in text
+    assert text.count("; may change on resume)\n") == len(options_with("free"))
+    assert text.count("; with change_on_resume)\n") == len(options_with("consent"))
 
 
 def test_the_groups_are_the_rulers_of_the_schema() -> None:

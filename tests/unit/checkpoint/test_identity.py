@@ -6,34 +6,92 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from dsdpo.checkpoint.identity import _WITH_CONSENT, MAY_CHANGE, differences, refusal
-from dsdpo.config.schema import RunConfig
+from dsdpo.checkpoint.identity import differences, refusal
+from dsdpo.config.options import options
+from dsdpo.config.schema import RunConfig, options_with
 
 DOCS = Path(__file__).parents[3] / "docs" / "checkpoints.md"
 FIELDS = set(RunConfig.model_fields)
+PLACES = {"model_name_or_path": "m", "dataset": ["d"], "output_dir": "o"}
 
 
 def dump(**changes: object) -> dict[str, object]:
-    return RunConfig(model_name_or_path="m", dataset=["d"], output_dir="o", **changes).model_dump(mode="json")
+    return RunConfig(**PLACES, **changes).model_dump(mode="json")
 
 
-def test_both_lists_name_options_and_share_none() -> None:
-    assert MAY_CHANGE | set(_WITH_CONSENT) <= FIELDS and not MAY_CHANGE & set(_WITH_CONSENT)
+FREE = {
+    "model_name_or_path",
+    "adapter_name_or_path",
+    "attn_implementation",
+    "gradient_checkpointing",
+    "dataset_dir",
+    "eval_dataset",
+    "max_refused",
+    "preprocessing_num_workers",
+    "cache_dir",
+    "max_tokens_per_row",
+    "share_prefix",
+    "reference",
+    "deepspeed",
+    "output_dir",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "save_every_forever",
+    "async_save",
+    "resume_from_checkpoint",
+    "change_on_resume",
+    "max_time",
+    "hang_timeout",
+    "start_timeout",
+    "eval_steps",
+    "report_to",
+    "run_name",
+    "plot_loss",
+    "disable_tqdm",
+}
+CONSENT = {
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "weight_decay",
+    "max_grad_norm",
+}
+
+
+def test_every_option_has_a_policy() -> None:
+    assert set(options_with("free")) == FREE
+    assert set(options_with("consent")) == CONSENT
+    assert set(options_with("fixed")) == FIELDS - FREE - CONSENT
 
 
 @pytest.mark.parametrize(
     "option", ["seed", "train_batch_size", "max_length", "template", "loss_type", "beta", "lora_rank"]
 )
-def test_what_changes_the_meaning_is_in_neither(option: str) -> None:
-    assert option in FIELDS - MAY_CHANGE - set(_WITH_CONSENT)
+def test_what_changes_the_meaning_is_fixed(option: str) -> None:
+    assert option in options_with("fixed")
 
 
 def test_the_docs_list_the_same() -> None:
     text = DOCS.read_text()
     section = text[text.index("## What may change") : text.index("Anything else (seed")]
-    named = set(re.findall(r"\w+", section)) & FIELDS - {"change_on_resume"}
-    assert named == MAY_CHANGE - {"change_on_resume"} | set(_WITH_CONSENT)
+    free, consent = section.split("These may change if `change_on_resume` names them:")
+    assert set(re.findall(r"\w+", free)) & FIELDS == set(options_with("free"))
+    assert set(re.findall(r"\w+", consent)) & FIELDS == set(options_with("consent"))
+
+
+def test_only_options_that_need_consent_can_be_named() -> None:
+    for option in CONSENT:
+        assert RunConfig(**PLACES, change_on_resume=[option]).change_on_resume == [option]
+    for option in ("seed", "save_steps", "no_such_option"):
+        with pytest.raises(ValidationError):
+            RunConfig(**PLACES, change_on_resume=[option])
+    assert options()["change_on_resume"].allowed == f"a list out of {', '.join(options_with('consent'))}"
 
 
 def test_every_difference_is_told() -> None:
