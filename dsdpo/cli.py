@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeAlias
 from dsdpo import __version__
 from dsdpo.dist import launched
 from dsdpo.errors import CheckpointError, ConfigError, DsdpoError
+from dsdpo.rundir import RunDir
 
 INTERRUPTED = 130
 
@@ -76,7 +77,7 @@ def _export(args: argparse.Namespace, _: list[str]) -> None:
 def _checkpoints(args: argparse.Namespace, _: list[str]) -> int:
     from dsdpo.use.checkpoints import show
 
-    return show(Path(args.output_dir), args.verify, args.prune)
+    return show(RunDir(Path(args.output_dir)), args.verify, args.prune)
 
 
 def _import_checkpoint(args: argparse.Namespace, _: list[str]) -> None:
@@ -102,7 +103,7 @@ def _plot(args: argparse.Namespace, _: list[str]) -> None:
         raise CheckpointError(f"there is no folder {folder}; give the output_dir of a run")
     from dsdpo.use.plots import plot
 
-    for picture in plot(folder):
+    for picture in plot(RunDir(folder)):
         print(picture)
 
 

@@ -25,8 +25,8 @@ from typing import Any
 from dsdpo.dist import slurm_job, slurm_restarts
 from dsdpo.errors import IOFailure
 from dsdpo.files import write_atomically
+from dsdpo.rundir import RunDir
 
-LOCK_FILE = "LOCK"
 HEARTBEAT_S = 15.0  # between two renewals of the file's date
 EXPIRED_S = 120.0  # without a renewal: a holder that cannot be asked, such as one on another host, is gone
 _TRIES, _PAUSE_S = 100, 0.05  # while another job takes the same stale lock over
@@ -42,10 +42,11 @@ class RunLock:
             such as a session, may outlive it.
     """
 
-    def __init__(self, file: Path, content: bytes, previous: dict[str, Any] | None) -> None:
+    def __init__(self, run_dir: RunDir, content: bytes, previous: dict[str, Any] | None) -> None:
         self.token = str(_parse(content)["token"])
         self.previous = previous
-        self._file = file
+        self._run_dir = run_dir
+        self._file = run_dir.lock
         self._content = content
         self._lost = False
         self._pid = os.getpid()
@@ -53,17 +54,17 @@ class RunLock:
         threading.Thread(target=self._renew, name="run lock", daemon=True).start()
 
     @classmethod
-    def acquire(cls, output_dir: Path, what: str) -> RunLock:
-        """Take the lock; a stale one is taken over, and `output_dir` is made if missing.
+    def acquire(cls, run_dir: RunDir, what: str) -> RunLock:
+        """Take the lock; a stale one is taken over, and the folder is made if missing.
 
         Args:
-            output_dir: folder of the run.
+            run_dir: folder of the run.
             what: the program as others are told it, such as "dsdpo train".
 
         Raises:
             IOFailure: another job holds the lock, or the file system refused.
         """
-        file = output_dir / LOCK_FILE
+        file = run_dir.lock
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
         facts = {"token": uuid.uuid4().hex, "what": what, "since": since}
         content = _dump({**facts, **this_process(), "slurm_job": slurm_job(), "slurm_restarts": slurm_restarts()})
@@ -73,7 +74,7 @@ class RunLock:
                 previous = None if found is None else _parse(found)
                 if previous is None or _is_stale(file, previous):
                     if _swap(file, found, content):
-                        return cls(file, content, previous)
+                        return cls(run_dir, content, previous)
                 elif _read(file) == found:  # else its age was another lock's, made since it was read
                     raise IOFailure(_refusal(file, previous))
                 time.sleep(_PAUSE_S)
@@ -110,35 +111,35 @@ class RunLock:
     def _renew(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
             with suppress(OSError, IOFailure):  # a file system that is away for a while: the next beat tries again
-                if not is_held_by(self._file.parent, self.token):
+                if not is_held_by(self._run_dir, self.token):
                     self._lost = not self._stop.is_set()
                     return
                 os.utime(self._file)
 
 
-def holder(output_dir: Path) -> dict[str, Any] | None:
-    """What the lock of `output_dir` says: {} if that cannot be read as facts, None if there is no lock.
+def holder(run_dir: RunDir) -> dict[str, Any] | None:
+    """What the lock of a run says: {} if that cannot be read as facts, None if there is no lock.
 
     Raises:
         IOFailure: the file system refused.
     """
-    file = output_dir / LOCK_FILE
+    file = run_dir.lock
     with _told(file):
         found = _read(file)
     return None if found is None else _parse(found)
 
 
-def living_holder(output_dir: Path) -> dict[str, Any] | None:
-    """What the lock of `output_dir` says, None if there is none or its holder is gone. Raises IOFailure as `holder`."""
-    file = output_dir / LOCK_FILE
-    facts = holder(output_dir)
+def living_holder(run_dir: RunDir) -> dict[str, Any] | None:
+    """What the lock of a run says, None if there is none or its holder is gone. Raises IOFailure as `holder`."""
+    file = run_dir.lock
+    facts = holder(run_dir)
     with _told(file):
         return None if facts is None or _is_stale(file, facts) else facts
 
 
-def is_held_by(output_dir: Path, token: str) -> bool:
-    """Whether the lock of `output_dir` carries `token`: a rank asks before it commits. Raises IOFailure as `holder`."""
-    return (holder(output_dir) or {}).get("token") == token
+def is_held_by(run_dir: RunDir, token: str) -> bool:
+    """Whether the lock of a run carries `token`: a rank asks before it commits. Raises IOFailure as `holder`."""
+    return (holder(run_dir) or {}).get("token") == token
 
 
 @contextmanager
@@ -230,7 +231,7 @@ def _is_stale(file: Path, facts: dict[str, Any]) -> bool:
 
 def _age(file: Path) -> float:
     """Seconds since `file` was renewed, by the file system's clock: that of a new file beside it. 0 if it is gone."""
-    probe = file.with_name(f".{LOCK_FILE}.{uuid.uuid4().hex}")
+    probe = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         probe.touch(exist_ok=False)
         with file.open("rb") as stream:  # opened: NFS answers stat() alone from a cache
@@ -265,7 +266,7 @@ def _read(file: Path) -> bytes | None:
 
 def _swap(file: Path, old: bytes | None, new: bytes | None) -> bool:
     """Put `new` in place of `old` (None: no file), whole at every moment; False if `old` is not what is there."""
-    whole = file.with_name(f".{LOCK_FILE}.{uuid.uuid4().hex}")
+    whole = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         if new is not None:
             write_atomically(whole, new)
@@ -309,7 +310,7 @@ def _claim(file: Path, old: bytes | None) -> Path | None:
     """
     name = hashlib.sha256(old or b"").hexdigest()[:32]
     for number in itertools.count():
-        claim = file.with_name(f".{LOCK_FILE}.{name}.{number}")
+        claim = file.with_name(f".{file.name}.{name}.{number}")
         try:
             claim.touch(exist_ok=False)
             return claim

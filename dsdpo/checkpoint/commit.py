@@ -23,10 +23,10 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, IOFailure
 from dsdpo.faults import fault_point
 from dsdpo.files import fsync_folder, write_atomically
+from dsdpo.rundir import RunDir
 
 MANIFEST = "MANIFEST.json"
 RUN_FILE = "run.json"
-FOLDER = "checkpoints"
 _FORMAT = 1
 _STAGED = ".tmp"
 _REMOVED = ".removed"
@@ -67,9 +67,9 @@ class Checkpoint:
         return sum(record["size"] for record in self.manifest.get("files", {}).values())
 
 
-def step_folder(output_dir: Path, step: int) -> Path:
+def step_folder(run_dir: RunDir, step: int) -> Path:
     """Where the checkpoint after `step` steps stands once it is committed."""
-    return output_dir / FOLDER / f"step-{step:08d}"
+    return run_dir.checkpoints / f"step-{step:08d}"
 
 
 def stage(folder: Path) -> Path:
@@ -214,26 +214,26 @@ def verify(checkpoint: Checkpoint, files: Iterable[str] | None = None) -> str:
     return ""
 
 
-def checkpoints(output_dir: Path) -> list[Checkpoint]:
+def checkpoints(run_dir: RunDir) -> list[Checkpoint]:
     """Every checkpoint of a run, the newest first, with those that do not count; staged ones are none."""
-    folders = (output_dir / FOLDER).glob("step-*")
+    folders = run_dir.checkpoints.glob("step-*")
     named = [folder for folder in folders if folder.is_dir() and _NAME.fullmatch(folder.name)]
     return sorted(map(read, named), key=lambda checkpoint: -checkpoint.step)
 
 
-def leftovers(output_dir: Path) -> list[Path]:
+def leftovers(run_dir: RunDir) -> list[Path]:
     """Folders beside the checkpoints that are none: of killed saves and removals, and those that were set aside."""
-    folders = (output_dir / FOLDER).glob("step-*")
+    folders = run_dir.checkpoints.glob("step-*")
     return sorted(folder for folder in folders if folder.suffix.startswith((_STAGED, _REMOVED, SUPERSEDED)))
 
 
-def clear_unfinished(output_dir: Path) -> None:
+def clear_unfinished(run_dir: RunDir) -> None:
     """Remove what killed saves and removals have left; whoever calls it holds the lock of output_dir.
 
     A save that was killed after it had removed an earlier checkpoint of the same step is whole: it gets its name. Where
     that cannot be told, all of it waits for the next time.
     """
-    for folder in leftovers(output_dir):
+    for folder in leftovers(run_dir):
         final = folder.with_suffix("")
         replaced = final.with_name(final.name + _REMOVED).exists() and not final.exists()
         if folder.suffix == _STAGED and replaced:
@@ -242,7 +242,7 @@ def clear_unfinished(output_dir: Path) -> None:
                 return
             if not save.problem:
                 os.rename(folder, final)
-    for folder in leftovers(output_dir):
+    for folder in leftovers(run_dir):
         if not folder.suffix.startswith(SUPERSEDED):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -262,7 +262,7 @@ def candidates(config: RunConfig) -> list[Checkpoint]:
     A checkpoint that is named counts until the run that went on from it has saved one itself: so the same command goes
     on after a kill. What run.json says counts only with the hash that the manifest has for it.
     """
-    own = checkpoints(Path(config.output_dir))
+    own = checkpoints(RunDir(Path(config.output_dir)))
     if not config.resume_from_checkpoint:
         return own
     named = Path(config.resume_from_checkpoint)
@@ -271,9 +271,9 @@ def candidates(config: RunConfig) -> list[Checkpoint]:
     return [*went_on, read(named)]
 
 
-def set_later_aside(output_dir: Path, chosen: Checkpoint) -> None:
+def set_later_aside(run_dir: RunDir, chosen: Checkpoint) -> None:
     """Rename checkpoints later than the one that a run goes back to: they would be taken next time, or be damaged."""
-    for checkpoint in checkpoints(output_dir):
+    for checkpoint in checkpoints(run_dir):
         if checkpoint.step > chosen.step and checkpoint.path.resolve() != chosen.path.resolve():
             names = (
                 f"{checkpoint.path.name}{SUPERSEDED}{'-' * (n > 1)}{n if n > 1 else ''}" for n in itertools.count(1)
@@ -284,12 +284,12 @@ def set_later_aside(output_dir: Path, chosen: Checkpoint) -> None:
 def none_usable(config: RunConfig, faults: list[str]) -> CheckpointError:
     """The error that says why none of the candidates can be used."""
     named = config.resume_from_checkpoint
-    where = "resume_from_checkpoint" if named else f"every checkpoint in {Path(config.output_dir) / FOLDER}"
+    where = "resume_from_checkpoint" if named else f"every checkpoint in {RunDir(Path(config.output_dir)).checkpoints}"
     remedy = "Name another one" if named else "Restore one of them, name one in resume_from_checkpoint, or add --fresh"
     return CheckpointError(f"{where} cannot be used: {'; '.join(faults)}. {remedy}")
 
 
-def retain(output_dir: Path, limit: int | None, every_forever: int | None) -> list[Path]:
+def retain(run_dir: RunDir, limit: int | None, every_forever: int | None) -> list[Path]:
     """Remove the oldest checkpoints beyond `limit` sound ones, and unsound ones older than the newest sound one.
 
     One that the file system could not read neither counts as sound nor is removed.
@@ -304,7 +304,7 @@ def retain(output_dir: Path, limit: int | None, every_forever: int | None) -> li
     if limit is None:
         return []
     sound, removed = 0, []
-    for checkpoint in checkpoints(output_dir):
+    for checkpoint in checkpoints(run_dir):
         keep = every_forever is not None and checkpoint.step % every_forever == 0 and not checkpoint.problem
         if not checkpoint.problem:
             sound += 1

@@ -15,16 +15,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsdpo.checkpoint.assemble import assemble
-from dsdpo.checkpoint.commit import MANIFEST, RUN_FILE, SUPERSEDED, Checkpoint, checkpoints, read, read_run, verify
+from dsdpo.checkpoint.commit import MANIFEST, RUN_FILE, Checkpoint, checkpoints, read, read_run, verify
 from dsdpo.compat import is_partitioned
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.errors import CheckpointError, IOFailure
 from dsdpo.files import fsync_folder, fsync_tree
+from dsdpo.rundir import RunDir
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-FINAL = "final"
 
 
 def export_engine(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, is_main: bool) -> None:
@@ -100,17 +99,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def set_aside(folder: Path) -> None:
+def set_aside(run_dir: RunDir) -> None:
     """Rename exported weights that are not those of the run any more; an earlier folder of that name goes."""
-    if folder.exists():
-        aside = folder.with_name(f"{folder.name}{SUPERSEDED}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+    if run_dir.final.exists():
+        shutil.rmtree(run_dir.final_superseded, ignore_errors=True)
+        run_dir.final.rename(run_dir.final_superseded)
 
 
 def finished_weights(output_dir: Path) -> Path | None:
     """The weights of a run that has ended, or the folder itself where it holds weights; None where there are none."""
-    for folder in (output_dir / FINAL, output_dir):
+    for folder in (RunDir(output_dir).final, output_dir):
         if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
             return folder
     return None
@@ -156,15 +154,15 @@ def _pick(output_dir: Path, step: int | None) -> Checkpoint:
     """The checkpoint of a step, or the newest that is whole by size. Raises CheckpointError."""
     if (output_dir / MANIFEST).exists():
         return read(output_dir)
-    found = checkpoints(output_dir)
+    found = checkpoints(RunDir(output_dir))
     for checkpoint in found:
         if checkpoint.step == step or (step is None and not checkpoint.problem):
             return checkpoint
     steps = ", ".join(str(checkpoint.step) for checkpoint in found) or "none"
     what = "no weights" if step is None else f"no checkpoint of step {step}"
     raise CheckpointError(
-        f"{output_dir} holds {what}: expected {FINAL}/, a model's own files or checkpoints (there are {steps}); is "
-        "this the output_dir of a run?"
+        f"{output_dir} holds {what}: expected {RunDir(output_dir).final.name}/, a model's own files or checkpoints "
+        f"(there are {steps}); is this the output_dir of a run?"
     )
 
 

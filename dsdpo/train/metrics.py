@@ -19,6 +19,7 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.errors import IOFailure
 from dsdpo.files import write_atomically
 from dsdpo.objectives.preference import STATS
+from dsdpo.rundir import RunDir
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,6 @@ def memory_peak_gb(device: torch.device) -> float:
     return kilobytes / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-METRICS_FILE = "metrics.jsonl"
-
-
 def _drop_after(path: Path, step: int) -> None:
     """Leave only the lines of a metrics file up to a step; of a line that a kill has cut short, nothing."""
     if not path.exists():
@@ -118,9 +116,8 @@ def _drop_after(path: Path, step: int) -> None:
     write_atomically(path, "".join(kept))
 
 
-def _wandb_id(folder: Path, first_step: int) -> str:
+def _wandb_id(path: Path, first_step: int) -> str:
     """The id of a run in wandb, the same for every process that goes on with it."""
-    path = folder / "wandb_id"
     if first_step == 0 or not path.exists():
         write_atomically(path, uuid.uuid4().hex[:12])
     return path.read_text()
@@ -145,11 +142,11 @@ class Reporter:
         self._started = 0.0
         if not is_main:
             return
-        folder = Path(config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        run_dir = RunDir(Path(config.output_dir))
+        run_dir.path.mkdir(parents=True, exist_ok=True)
         if first_step is not None:
-            _drop_after(folder / METRICS_FILE, first_step)
-        self._jsonl = (folder / METRICS_FILE).open("a", buffering=1)
+            _drop_after(run_dir.metrics, first_step)
+        self._jsonl = run_dir.metrics.open("a", buffering=1)
         self._bar = tqdm(
             total=total_steps,
             unit="step",
@@ -162,16 +159,16 @@ class Reporter:
             from torch.utils.tensorboard import SummaryWriter
 
             purge = {"purge_step": first_step + 1} if first_step else {}
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), **purge)
+            self._tensorboard = SummaryWriter(str(run_dir.tensorboard), **purge)
         if "wandb" in config.report_to and first_step is not None:
             import wandb
 
             self._wandb = wandb.init(
                 project="dsdpo",
-                id=_wandb_id(folder, self._first_step),
+                id=_wandb_id(run_dir.wandb_id, self._first_step),
                 resume="allow",
-                name=config.run_name or folder.name,
-                dir=str(folder),
+                name=config.run_name or run_dir.path.name,
+                dir=str(run_dir),
                 config=config.model_dump(),
             )
 

@@ -27,6 +27,7 @@ from dsdpo.checkpoint.zero import pieces_at_hand, refresh_weights, set_adam_step
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks
 from dsdpo.errors import CheckpointError, IOFailure
+from dsdpo.rundir import RunDir
 from dsdpo.train.agree import on_main, tell_all, together
 from dsdpo.train.rng import random_keys, seed_anew, set_random_state
 
@@ -92,7 +93,7 @@ def find_start(config: RunConfig, ranks: Ranks, identity: dict[str, Any]) -> Sta
 
 
 def _look(config: RunConfig) -> list[Path]:
-    clear_unfinished(Path(config.output_dir))
+    clear_unfinished(RunDir(Path(config.output_dir)))
     return [checkpoint.path for checkpoint in candidates(config)]
 
 
@@ -118,7 +119,7 @@ def _own_run(checkpoint: Checkpoint, config: RunConfig, now: dict[str, Any]) -> 
             lines.append(f"the content of {what} was {was}, now it is {is_now}")
     if lines:
         raise CheckpointError(refusal(str(checkpoint.path), lines))
-    set_later_aside(Path(config.output_dir), checkpoint)
+    set_later_aside(RunDir(Path(config.output_dir)), checkpoint)
     if config.resume_from_checkpoint:
         run["resumed_from"] = str(Path(config.resume_from_checkpoint).resolve())
     return run

@@ -22,6 +22,7 @@ from dsdpo.dist import Ranks
 from dsdpo.errors import DsdpoError, IOFailure
 from dsdpo.faults import fault_point
 from dsdpo.lock import is_held_by
+from dsdpo.rundir import RunDir
 from dsdpo.train.agree import on_main, tell_all, together
 from dsdpo.train.rng import random_state
 
@@ -66,7 +67,7 @@ class Saver:
         self._facts = facts
         self._say = say
         self._token = token
-        self._output_dir = Path(config.output_dir)
+        self._run_dir = RunDir(Path(config.output_dir))
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self._in_flight: _InFlight | None = None
         self._host: torch.Tensor | None = None
@@ -111,7 +112,7 @@ class Saver:
         """
         self.finish()
         self.last_step = step
-        folder = step_folder(self._output_dir, step)
+        folder = step_folder(self._run_dir, step)
         staged: Path = on_main(self._ranks.is_main, lambda: stage(folder))
         fault_point("save:staged")
         pieces = owned_pieces(self._engine, self._ranks.rank, self._ranks.world_size)
@@ -160,10 +161,10 @@ class Saver:
 
     def _check_room(self) -> None:
         needed = checkpoint_bytes(self._engine)
-        free = shutil.disk_usage(self._output_dir).free
+        free = shutil.disk_usage(self._run_dir.path).free
         if free < needed:
             raise IOFailure(
-                f"the next checkpoint takes {needed / 2**30:.2f} GiB, but {self._output_dir} has {free / 2**30:.2f} "
+                f"the next checkpoint takes {needed / 2**30:.2f} GiB, but {self._run_dir} has {free / 2**30:.2f} "
                 "GiB free; free space, set save_total_limit, or choose another output_dir. What has been saved is "
                 "whole: the same command goes on from there"
             )
@@ -200,12 +201,12 @@ class Saver:
         return records
 
     def _commit(self, flying: _InFlight, records: list[dict[str, FileRecord]], index: Index) -> None:
-        if self._token is not None and not is_held_by(self._output_dir, self._token):
-            raise IOFailure(f"another job has taken over {self._output_dir}; this one ends without a checkpoint")
+        if self._token is not None and not is_held_by(self._run_dir, self._token):
+            raise IOFailure(f"another job has taken over {self._run_dir}; this one ends without a checkpoint")
         files = {name: record for part in records for name, record in part.items()}
         facts = {"step": flying.step, "world_size": self._ranks.world_size, "parameters": index}
         commit(flying.staged, flying.folder, files, facts)
-        retain(self._output_dir, self._config.save_total_limit, self._config.save_every_forever)
+        retain(self._run_dir, self._config.save_total_limit, self._config.save_every_forever)
 
 
 def checkpoint_bytes(engine: DeepSpeedEngine) -> int:

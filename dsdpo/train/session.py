@@ -9,7 +9,7 @@ import numpy as np
 from deepspeed import DeepSpeedEngine, comm
 from transformers import PreTrainedTokenizerBase
 
-from dsdpo.checkpoint.export import FINAL, export_engine
+from dsdpo.checkpoint.export import export_engine
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import PairLoader, PairSource
 from dsdpo.data.order import pairs_of_steps, steps_per_epoch
@@ -17,6 +17,7 @@ from dsdpo.data.templates import load_tokenizer
 from dsdpo.dist import Ranks
 from dsdpo.faults import fault_point
 from dsdpo.objectives.preference import PreferenceObjective
+from dsdpo.rundir import RunDir
 from dsdpo.train.agree import any_rank, on_main
 from dsdpo.train.engine import Hardware, build_engine, describe
 from dsdpo.train.evaluate import evaluate
@@ -103,7 +104,7 @@ class Session:
 
     def save_final(self) -> Path:
         """Export the trained weights."""
-        folder = Path(self.config.output_dir) / FINAL
+        folder = RunDir(Path(self.config.output_dir)).final
         export_engine(self.engine, self.tokenizer, folder, self.ranks.is_main)
         comm.barrier()
         self.reporter.say(f"weights: {folder}")
@@ -152,7 +153,7 @@ def build_session(
     loader, reference = with_reference(train_set, used)
     held_out = with_reference(eval_set, np.arange(len(eval_set))) if eval_set is not None else None
     facts = {**start.identity, **circumstances(config, ranks, engine, train_set, row_length)}
-    watch = watch or Watch(Path(config.output_dir), ranks, config.hang_timeout, None)
+    watch = watch or Watch(RunDir(Path(config.output_dir)), ranks, config.hang_timeout, None)
     saver = Saver(config, engine, ranks, facts, reporter.say, watch.token)
     if start.checkpoint is not None:  # after the reference, which the untrained policy may have had to compute
         restore(engine, start.checkpoint, config, ranks)

@@ -14,26 +14,24 @@ from pathlib import Path
 
 from dsdpo.errors import HangError, IOFailure
 from dsdpo.files import write_atomically
+from dsdpo.rundir import RunDir
 
-STOP_FILE = "STOP"
-EXIT_FILE = "EXIT"
 STARTED_FILE = "STARTED"
-COMPLETED_FILE = "COMPLETED"
 _NOTICED_S = 5.0
-_RESERVE, _RESERVE_BYTES = ".EXIT.reserve", 4096
+_RESERVE_BYTES = 4096
 
 
 class StopFlag:
     """True once this rank received SIGTERM or SIGUSR1, or found output_dir/STOP, or its time is over.
 
     Args:
-        output_dir: of the run.
+        run_dir: of the run.
         looks: whether this rank looks for the file; one of a run is enough.
         deadline: time.time() at which the run must stop; None: no limit.
     """
 
-    def __init__(self, output_dir: Path, looks: bool = True, deadline: float | None = None) -> None:
-        self._file = output_dir / STOP_FILE
+    def __init__(self, run_dir: RunDir, looks: bool = True, deadline: float | None = None) -> None:
+        self._file = run_dir.stop
         self._looks = looks
         self._deadline = deadline
         self._signalled = False
@@ -68,10 +66,10 @@ def read_exit(path: Path) -> tuple[int | None, str]:
         return None, ""
 
 
-def wait_for_exit(output_dir: Path, seconds: float = 10.0) -> None:
+def wait_for_exit(run_dir: RunDir, seconds: float = 10.0) -> None:
     """Wait until another rank has said how the run ended, but no longer than `seconds`."""
     deadline = time.monotonic() + seconds
-    while not (output_dir / EXIT_FILE).exists() and time.monotonic() < deadline:
+    while not run_dir.exit.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
@@ -84,12 +82,12 @@ def outlive_the_cause() -> None:
     time.sleep(_NOTICED_S)
 
 
-def reserve_exit(output_dir: Path) -> None:
+def reserve_exit(run_dir: RunDir) -> None:
     """Take the room that `write_exit` needs when the disk is full. Raises IOFailure."""
-    write_atomically(output_dir / _RESERVE, " " * _RESERVE_BYTES)
+    write_atomically(run_dir.exit_reserve, " " * _RESERVE_BYTES)
 
 
-def write_exit(output_dir: Path, code: int, message: str) -> None:
+def write_exit(run_dir: RunDir, code: int, message: str) -> None:
     """Tell the supervisor how the run ended; a launcher's own exit code does not.
 
     That a peer hangs goes before what its loss did to this rank.
@@ -97,12 +95,12 @@ def write_exit(output_dir: Path, code: int, message: str) -> None:
     Raises:
         IOFailure: it cannot be written, not even into the room that `reserve_exit` took.
     """
-    if code == 1 and read_exit(output_dir / EXIT_FILE)[0] == HangError.exit_code:
+    if code == 1 and read_exit(run_dir.exit)[0] == HangError.exit_code:
         return
     told = json.dumps({"code": code, "message": message})
-    reserve = output_dir / _RESERVE
+    reserve = run_dir.exit_reserve
     try:
-        write_atomically(output_dir / EXIT_FILE, told)
+        write_atomically(run_dir.exit, told)
         reserve.unlink(missing_ok=True)
     except IOFailure:
         if not reserve.exists():
@@ -110,4 +108,4 @@ def write_exit(output_dir: Path, code: int, message: str) -> None:
         short = told if len(told) <= _RESERVE_BYTES else json.dumps({"code": code, "message": message[:500]})
         with reserve.open("r+") as stream:
             stream.write(short.ljust(_RESERVE_BYTES))
-        os.replace(reserve, output_dir / EXIT_FILE)
+        os.replace(reserve, run_dir.exit)

@@ -16,7 +16,7 @@ import yaml
 from deepspeed import comm
 from transformers.utils.logging import disable_progress_bar
 
-from dsdpo.checkpoint.export import FINAL, set_aside
+from dsdpo.checkpoint.export import set_aside
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import PairLoader
 from dsdpo.data.prepare import open_prepared
@@ -25,6 +25,7 @@ from dsdpo.errors import DataError, DsdpoError, IOFailure, StopRequested
 from dsdpo.files import write_atomically
 from dsdpo.lock import holder
 from dsdpo.objectives.preference import PreferenceObjective
+from dsdpo.rundir import RunDir
 from dsdpo.train.agree import any_rank, tell_all
 from dsdpo.train.engine import Hardware, build_engine, start_process_group
 from dsdpo.train.evaluate import evaluate
@@ -32,7 +33,6 @@ from dsdpo.train.loop import train
 from dsdpo.train.reference import NoReference, Reference, open_store, reference_for
 from dsdpo.train.session import Session, build_session
 from dsdpo.train.stop import (
-    COMPLETED_FILE,
     STARTED_FILE,
     StopFlag,
     outlive_the_cause,
@@ -60,14 +60,14 @@ def run(config: RunConfig, task: str = "train", model: str | None = None, token:
     """
     ranks = launched() or Ranks(0, 1, 0)
     disable_progress_bar()  # transformers' bars for loading and saving, one per rank
-    output_dir = Path(config.output_dir)
-    stop_flag = StopFlag(output_dir, ranks.is_main, _deadline(config) if ranks.is_main else None)
+    run_dir = RunDir(Path(config.output_dir))
+    stop_flag = StopFlag(run_dir, ranks.is_main, _deadline(config, run_dir) if ranks.is_main else None)
     stop_flag.install()
     if ranks.is_main:
-        reserve_exit(output_dir)
-    with _exit_told(config, ranks), swap_removed(config, ranks):
+        reserve_exit(run_dir)
+    with _exit_told(run_dir, ranks), swap_removed(config, ranks):
         hardware = start_process_group(config, ranks)
-        watch = Watch(output_dir, ranks, config.hang_timeout, tell_all(token)[0])
+        watch = Watch(run_dir, ranks, config.hang_timeout, tell_all(token)[0])
         watch.start()
         with closing(watch):
             if task == "eval":
@@ -80,52 +80,50 @@ def run(config: RunConfig, task: str = "train", model: str | None = None, token:
                 eval_set = open_prepared(config, "eval")
                 session = build_session(config, ranks, hardware, train_set, eval_set, stop_flag, watch, task == "train")
                 if task == "train":
-                    _train(session)
+                    _train(session, run_dir)
                 with watch.slow("the end of the reports"):
                     session.reporter.close()
                     comm.barrier()
 
 
-def _deadline(config: RunConfig) -> float | None:
+def _deadline(config: RunConfig, run_dir: RunDir) -> float | None:
     """When max_time is over, by time.time(): counted from when the lock was taken."""
     if config.max_seconds is None:
         return None
-    since = (holder(Path(config.output_dir)) or {}).get("since")
+    since = (holder(run_dir) or {}).get("since")
     return (datetime.fromisoformat(since).timestamp() if since else time.time()) + config.max_seconds
 
 
 @contextmanager
-def _exit_told(config: RunConfig, ranks: Ranks) -> Iterator[None]:
+def _exit_told(run_dir: RunDir, ranks: Ranks) -> Iterator[None]:
     """Write output_dir/EXIT on the main rank, however the body ends."""
-    output_dir = Path(config.output_dir)
     try:
         yield
     except DsdpoError as error:
         if ranks.is_main:
-            write_exit(output_dir, error.exit_code, str(error))
+            write_exit(run_dir, error.exit_code, str(error))
         elif isinstance(error, StopRequested):
-            wait_for_exit(output_dir)  # a launcher ends the others as soon as one has ended
+            wait_for_exit(run_dir)  # a launcher ends the others as soon as one has ended
         raise
     except BaseException as error:
         if ranks.is_main:
             is_full = isinstance(error, OSError) and error.errno in _REFUSED
-            write_exit(output_dir, IOFailure.exit_code if is_full else 1, traceback.format_exc())
+            write_exit(run_dir, IOFailure.exit_code if is_full else 1, traceback.format_exc())
         if isinstance(error, Exception) and ranks.world_size > 1:
             outlive_the_cause()
         raise
     if ranks.is_main:
-        write_exit(output_dir, 0, "done")
+        write_exit(run_dir, 0, "done")
 
 
-def _train(session: Session) -> None:
+def _train(session: Session, run_dir: RunDir) -> None:
     """The run itself, the export of its weights and its last evaluation."""
     config, is_main = session.config, session.ranks.is_main
-    output_dir = Path(config.output_dir)
     if is_main:
-        write_atomically(output_dir / "run_config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
-        write_atomically(output_dir / STARTED_FILE, "")
+        write_atomically(run_dir.run_config, yaml.safe_dump(config.model_dump(), sort_keys=False))
+        write_atomically(run_dir.path / STARTED_FILE, "")
         if session.first_step < session.schedule.total_steps:
-            set_aside(output_dir / FINAL)  # of a run that was to end before, and was given more steps
+            set_aside(run_dir)  # of a run that was to end before, and was given more steps
     comm.barrier()
     done, total = train(session), session.schedule.total_steps
     with session.watch.slow("the last checkpoint"):
@@ -147,7 +145,7 @@ def _train(session: Session) -> None:
             "stopped on request in the last evaluation; the weights are exported, and the same command evaluates them"
         )
     if is_main:
-        write_atomically(output_dir / COMPLETED_FILE, "")
+        write_atomically(run_dir.completed, "")
 
 
 def _evaluate(config: RunConfig, ranks: Ranks, hardware: Hardware, model: str, stop: StopFlag) -> None:

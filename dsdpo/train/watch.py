@@ -16,15 +16,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from dsdpo.dist import Ranks
 from dsdpo.errors import HangError
 from dsdpo.lock import holder, holder_is_gone, this_process
+from dsdpo.rundir import RunDir
 from dsdpo.train.stop import wait_for_exit, write_exit
 
-FOLDER = "ranks"
 _LONG_S = 1800.0  # for first steps, saves and evaluations
 _FIRST_STEPS = 3
 _STOPPED_S = 5.0  # a look that is later than this: the process was stopped in between
@@ -35,14 +34,14 @@ class Watch:
     """Watches over this rank from a thread. Without `limit`, as before the first step, it only looks for orphans.
 
     Args:
-        output_dir: of the run; the ranks share it.
+        run_dir: of the run; the ranks share it.
         ranks: this rank's place.
         hang_timeout: seconds without a beat that are allowed, in the steps after the first ones.
         token: of the lock that this run holds: without its holder a rank ends at once. None: there is no lock.
     """
 
-    def __init__(self, output_dir: Path, ranks: Ranks, hang_timeout: float, token: str | None) -> None:
-        self._output_dir = output_dir
+    def __init__(self, run_dir: RunDir, ranks: Ranks, hang_timeout: float, token: str | None) -> None:
+        self._run_dir = run_dir
         self._ranks = ranks
         self._hang_timeout = hang_timeout
         self.token = token
@@ -125,7 +124,7 @@ class Watch:
     def _is_orphan(self) -> bool:
         """Whether the lock's holder has ended or given it back, or another job has it, and may write to output_dir."""
         with suppress(Exception):
-            facts = holder(self._output_dir)
+            facts = holder(self._run_dir)
             # A supervisor on another host gives the lock back at its end; once may be a slow file system.
             self._unheld = self._unheld + 1 if facts is None else 0
             if facts and self.token is not None:
@@ -142,12 +141,9 @@ class Watch:
     def _has_died(self, facts: dict[str, Any]) -> bool:
         return facts.get("token") == self.token and holder_is_gone(facts)
 
-    def _file(self, rank: int) -> Path:
-        return self._output_dir / FOLDER / f"rank-{rank:05d}.json"
-
     def _renew(self) -> None:
         """Say that this rank lives, and how far it is. Not atomic by fsync: nothing depends on it after a crash."""
-        path = self._file(self._ranks.rank)
+        path = self._run_dir.heartbeat(self._ranks.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {"token": self.token, "beats": self._beats, **self._me}
         temporary = path.with_suffix(".tmp")
@@ -162,16 +158,15 @@ class Watch:
             told, first = self.diagnose(waited)
         except OSError as error:
             told, first = f"rank {self._ranks.rank} cannot see the other ranks: {error}", self._ranks.rank
-        stacks = self._output_dir / FOLDER / f"stacks-{self._ranks.rank:05d}.txt"
-        with suppress(OSError), stacks.open("w") as stream:
+        with suppress(OSError), self._run_dir.stacks(self._ranks.rank).open("w") as stream:
             faulthandler.dump_traceback(stream, all_threads=True)
         if self._ranks.rank == first:
             faulthandler.dump_traceback(all_threads=True)
             print(told, file=sys.stderr, flush=True)
             with suppress(Exception):
-                write_exit(self._output_dir, HangError.exit_code, told)
+                write_exit(self._run_dir, HangError.exit_code, told)
         else:  # whoever ends first cuts the others' connections: let that one say first what happened
-            wait_for_exit(self._output_dir)
+            wait_for_exit(self._run_dir)
         os._exit(HangError.exit_code)
 
     def diagnose(self, waited: float) -> tuple[str, int]:
@@ -180,7 +175,7 @@ class Watch:
         Args:
             waited: seconds since this rank's last beat.
         """
-        now = self._file(self._ranks.rank).stat().st_mtime
+        now = self._run_dir.heartbeat(self._ranks.rank).stat().st_mtime
         alive: dict[int, dict[str, Any]] = {}
         silent: list[str] = []
         for rank in range(self._ranks.world_size):
@@ -200,15 +195,15 @@ class Watch:
             who = f"{', '.join(behind)} is behind the others"
         else:
             who = f"rank {self._ranks.rank} and all others have come equally far: a collective call hangs"
-        folder = self._output_dir / FOLDER
         return (
             f"{who}. No progress for {waited:.0f} s in {self._where} (hang_timeout is {self._hang_timeout:g} s); the "
-            f"stacks of the ranks that wait are in {folder}. The same command goes on from the newest checkpoint"
+            f"stacks of the ranks that wait are in {self._run_dir.ranks}. The same command goes on from the newest "
+            "checkpoint"
         ), min(alive, default=self._ranks.rank)
 
     def _seen(self, rank: int, now: float) -> tuple[dict[str, Any], float]:
         """What a rank's file says, and its age in seconds of the file system's clock."""
-        path = self._file(rank)
+        path = self._run_dir.heartbeat(rank)
         try:
             return dict(json.loads(path.read_bytes())), max(0.0, now - path.stat().st_mtime)
         except (OSError, ValueError):

@@ -20,6 +20,7 @@ from dsdpo.data.formats import SQL_PROMPT
 from dsdpo.data.messages import Message, Refused, check_prompt, read_message
 from dsdpo.data.templates import PairEncoder, load_tokenizer
 from dsdpo.errors import CheckpointError, ConfigError, DataError
+from dsdpo.rundir import RunDir
 from dsdpo.use.screen import Screen
 
 BATCH_SIZE = 8
@@ -152,8 +153,8 @@ def _weights(name: str) -> str:
     weights = finished_weights(Path(name))
     if weights is None:
         raise CheckpointError(
-            f"{name} holds no weights: expected final/ or a model's own files; `dsdpo export` makes them of a "
-            "checkpoint"
+            f"{name} holds no weights: expected {RunDir(Path(name)).final.name}/ or a model's own files; "
+            "`dsdpo export` makes them of a checkpoint"
         )
     return str(weights)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shutil
 import time
-from pathlib import Path
 
-from dsdpo.checkpoint.commit import FOLDER, MANIFEST, Checkpoint, checkpoints, leftovers, retain, verify
+from dsdpo.checkpoint.commit import MANIFEST, Checkpoint, checkpoints, leftovers, retain, verify
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.lock import RunLock
+from dsdpo.rundir import RunDir
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def show(output_dir: Path, verify_all: bool, prune: int | None) -> int:
+def show(run_dir: RunDir, verify_all: bool, prune: int | None) -> int:
     """Print a run's checkpoints, the newest first.
 
     Args:
@@ -30,23 +30,23 @@ def show(output_dir: Path, verify_all: bool, prune: int | None) -> int:
     if prune is not None and prune < 2:
         raise ConfigError(f"--prune is {prune}; allowed: at least 2, so that one damaged checkpoint ends no run")
     if prune is not None:
-        _prune(output_dir, prune)
-    found = checkpoints(output_dir)
-    if not found and not leftovers(output_dir):
-        raise CheckpointError(f"there are no checkpoints in {output_dir / FOLDER}; give the output_dir of a run")
+        _prune(run_dir, prune)
+    found = checkpoints(run_dir)
+    if not found and not leftovers(run_dir):
+        raise CheckpointError(f"there are no checkpoints in {run_dir.checkpoints}; give the output_dir of a run")
     problems = {checkpoint.path: verify(checkpoint) if verify_all else checkpoint.problem for checkpoint in found}
     for checkpoint in found:
         print(_line(checkpoint, problems[checkpoint.path], "verified" if verify_all else "whole by size"))
-    for path in leftovers(output_dir):
+    for path in leftovers(run_dir):
         print(f"{path.name}: not a checkpoint; --prune removes it")
     return CheckpointError.exit_code if any(problems.values()) else 0
 
 
-def _prune(output_dir: Path, keep: int) -> None:
-    with RunLock.acquire(output_dir, "dsdpo checkpoints --prune"):
-        for path in retain(output_dir, keep, None):
+def _prune(run_dir: RunDir, keep: int) -> None:
+    with RunLock.acquire(run_dir, "dsdpo checkpoints --prune"):
+        for path in retain(run_dir, keep, None):
             print(f"removed {path}")
-        for path in leftovers(output_dir):
+        for path in leftovers(run_dir):
             shutil.rmtree(path, ignore_errors=True)
             print(f"removed {path}")
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from dsdpo.errors import ConfigError, HangError
 from dsdpo.files import write_atomically
+from dsdpo.rundir import RunDir
 
 _CONNECT_S, _LOOK_S = 15, 45
 # Of this shell's environment, for ranks on other hosts. What else a login shell sets there stands.
@@ -98,40 +99,36 @@ def _look(host: str, config: str, output_dir: Path) -> tuple[int, str]:
 # --- the environment ---
 
 
-def _file(output_dir: Path, token: str) -> Path:
-    return output_dir / f".environment-{token}"
-
-
-def leave_environment(output_dir: Path, token: str, environment: Mapping[str, str]) -> None:
+def leave_environment(run_dir: RunDir, token: str, environment: Mapping[str, str]) -> None:
     """Write what ranks on other hosts need of this environment to a file that only its owner can read.
 
     The launcher would put it on ssh's command line, where every user of the hosts can read tokens.
     """
-    forget_environment(output_dir)  # of a run that was killed
+    forget_environment(run_dir)  # of a run that was killed
     wanted = [name for name in environment if name.startswith(_OF_LIBRARIES + _OF_TORCH) and name not in _NOT]
     chosen = {name: environment[name] for name in wanted}
     before = os.umask(0o077)
     try:
-        write_atomically(_file(output_dir, token), json.dumps(chosen))
+        write_atomically(run_dir.environment(token), json.dumps(chosen))
     finally:
         os.umask(before)
 
 
-def take_environment(output_dir: Path, token: str) -> None:
+def take_environment(run_dir: RunDir, token: str) -> None:
     """Set what `leave_environment` wrote, on a rank, where this host has not set it already.
 
     A shell over ssh has the system's PATH, without this interpreter's ninja.
     """
     with suppress(FileNotFoundError):
-        chosen: dict[str, Any] = json.loads(_file(output_dir, token).read_text())
+        chosen: dict[str, Any] = json.loads(run_dir.environment(token).read_text())
         for name, value in chosen.items():
             os.environ.setdefault(name, value)
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
-def forget_environment(output_dir: Path) -> None:
+def forget_environment(run_dir: RunDir) -> None:
     """Remove the file again."""
-    for path in output_dir.glob(".environment-*"):
+    for path in run_dir.environments():
         path.unlink(missing_ok=True)
 
 

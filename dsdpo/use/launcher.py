@@ -21,7 +21,8 @@ from typing import Any
 from dsdpo.errors import HangError, StopRequested
 from dsdpo.files import write_atomically
 from dsdpo.lock import RunLock, holder_is_gone
-from dsdpo.train.stop import EXIT_FILE, STOP_FILE, read_exit
+from dsdpo.rundir import RunDir
+from dsdpo.train.stop import read_exit
 from dsdpo.use.preflight import ClusterRequest
 
 # Activations are freed and allocated anew in every step. By default glibc hands them back to the kernel, and a tenth of
@@ -137,7 +138,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_launcher(launch: Launch, output_dir: Path, requests: StopRequests, lock: RunLock) -> int:
+def run_launcher(launch: Launch, run_dir: RunDir, requests: StopRequests, lock: RunLock) -> int:
     """Start the launcher in its own session, wait, and end whatever it left behind.
 
     Returns:
@@ -151,7 +152,7 @@ def run_launcher(launch: Launch, output_dir: Path, requests: StopRequests, lock:
     try:
         requests.launched = True
         lock.note(session=launcher.pid)
-        return _wait(launcher, output_dir)
+        return _wait(launcher, run_dir)
     finally:
         if launch.ends_nicely and launcher.poll() is None:
             launcher.terminate()
@@ -161,13 +162,13 @@ def run_launcher(launch: Launch, output_dir: Path, requests: StopRequests, lock:
         launcher.wait()
 
 
-def _wait(launcher: subprocess.Popen[bytes], output_dir: Path) -> int:
+def _wait(launcher: subprocess.Popen[bytes], run_dir: RunDir) -> int:
     """The launcher's status; after a hang it is not waited for long, as it waits for the rank that hangs."""
     while True:
         try:
             return launcher.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            if read_exit(output_dir / EXIT_FILE)[0] == HangError.exit_code:
+            if read_exit(run_dir.exit)[0] == HangError.exit_code:
                 with suppress(subprocess.TimeoutExpired):
                     return launcher.wait(timeout=_AFTER_HANG_S)
                 return HangError.exit_code
@@ -181,10 +182,10 @@ class StopRequests:
         received: name of the first signal.
     """
 
-    def __init__(self, output_dir: Path) -> None:
+    def __init__(self, run_dir: RunDir) -> None:
         self.launched = False
         self.received: str | None = None
-        self._output_dir = output_dir
+        self._stop = run_dir.stop
         self._interrupts = 0
         self._before: dict[int, Any] = {}
 
@@ -206,8 +207,8 @@ class StopRequests:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
-        if not (self._output_dir / STOP_FILE).exists():  # its content says who was first to ask
-            write_atomically(self._output_dir / STOP_FILE, self.received)
+        if not self._stop.exists():  # its content says who was first to ask
+            write_atomically(self._stop, self.received)
         with suppress(OSError):  # the terminal may be gone
             print("stopping after this step; press Ctrl-C again to end at once", file=sys.stderr, flush=True)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dsdpo.dist import node_rank, slurm_job
 from dsdpo.errors import ConfigError
+from dsdpo.rundir import RunDir
 from dsdpo.use.launcher import node_command
 
 
@@ -25,14 +26,14 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, required=True, help="on each node")
     parser.add_argument("--master_addr", required=True)
     parser.add_argument("--master_port", required=True)
-    parser.add_argument("--logs", type=Path, required=True, help="folder for the output of all nodes but the first")
+    parser.add_argument("--output_dir", type=Path, required=True, help="of the run")
     parser.add_argument("argv", nargs="+", help="of dsdpo on each rank")
     args = parser.parse_args()
     # A warning of the scheduler's that is sent to the steps too must not end the launcher; ranks handle it.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     rank = node_rank()
     if rank > 0:
-        _log_to(args.logs / f"{slurm_job()}-{socket.gethostname()}.log")
+        _log_to(RunDir(args.output_dir).node_log(str(slurm_job()), socket.gethostname()))
     os.execv(sys.executable, launcher(args, rank, os.environ.get("CUDA_VISIBLE_DEVICES", "")))
 
 

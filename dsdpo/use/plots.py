@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dsdpo.errors import DataError, IOFailure
+from dsdpo.rundir import RunDir
 
-METRICS = "metrics.jsonl"
 SMOOTHED_STEPS = 20
 _EVAL = "eval_"
 _BLUE, _RED, _GREEN = "#1f5fa8", "#c0392b", "#2e8b57"
@@ -20,11 +20,11 @@ _BLUE, _RED, _GREEN = "#1f5fa8", "#c0392b", "#2e8b57"
 Points = tuple[list[float], list[float]]
 
 
-def plot(output_dir: Path) -> list[Path]:
+def plot(run_dir: RunDir) -> list[Path]:
     """Draw loss.png, rewards.png and accuracy.png into a run's folder.
 
     Args:
-        output_dir: holds metrics.jsonl.
+        run_dir: holds metrics.jsonl.
 
     Returns:
         The files written, in this order; a picture without any values is left out.
@@ -33,10 +33,10 @@ def plot(output_dir: Path) -> list[Path]:
         DataError: no metrics.jsonl, one that is damaged before its last line, or one without a step.
         IOFailure: the folder cannot be written.
     """
-    records = read_metrics(output_dir / METRICS)
+    records = read_metrics(run_dir.metrics)
     pictures = {
-        "loss.png": ("Loss", "loss", [("loss", "loss", _BLUE)]),
-        "rewards.png": (
+        run_dir.loss_plot: ("Loss", "loss", [("loss", "loss", _BLUE)]),
+        run_dir.rewards_plot: (
             "Rewards: beta * (log-prob of the policy - of the reference)",
             "reward",
             [
@@ -45,17 +45,17 @@ def plot(output_dir: Path) -> list[Path]:
                 ("rewards/margins", "margin", _GREEN),
             ],
         ),
-        "accuracy.png": (
+        run_dir.accuracy_plot: (
             "Reward accuracy: share of pairs with chosen above rejected",
             "accuracy",
             [("rewards/accuracies", "accuracy", _BLUE)],
         ),
     }
     written = []
-    for name, (title, unit, curves) in pictures.items():
+    for path, (title, unit, curves) in pictures.items():
         if any(_points(records, prefix + key)[0] for key, _, _ in curves for prefix in ("", _EVAL)):
-            _draw(output_dir / name, records, title, unit, curves)
-            written.append(output_dir / name)
+            _draw(path, records, title, unit, curves)
+            written.append(path)
     return written
 
 

@@ -17,7 +17,7 @@ from dsdpo.config.load import LoadResult, load
 from dsdpo.config.rules import adapter_problems, check_rules
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, ConfigError
-from dsdpo.train.stop import COMPLETED_FILE
+from dsdpo.rundir import RunDir
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
@@ -229,7 +229,7 @@ def _earlier_run(loaded: LoadResult) -> str:
     config = loaded.config
     if config is None or loaded.faulty & {"output_dir", "resume_from_checkpoint", "change_on_resume"}:
         return ""
-    if (Path(config.output_dir) / COMPLETED_FILE).exists():
+    if RunDir(Path(config.output_dir)).completed.exists():
         return _finished_run(config)
     faults = []
     for checkpoint in candidates(config):
@@ -247,7 +247,7 @@ def _earlier_run(loaded: LoadResult) -> str:
 def _finished_run(config: RunConfig) -> str:
     """Whether the finished run in output_dir is another one; where it is this one, there is nothing to do."""
     try:
-        saved = yaml.safe_load((Path(config.output_dir) / "run_config.yaml").read_text())
+        saved = yaml.safe_load(RunDir(Path(config.output_dir)).run_config.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return ""
     if not isinstance(saved, dict):

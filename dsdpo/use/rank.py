@@ -13,11 +13,12 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks
 from dsdpo.errors import ConfigError, DsdpoError, IOFailure
 from dsdpo.lock import RunLock
-from dsdpo.train.stop import EXIT_FILE, write_exit
+from dsdpo.rundir import RunDir
+from dsdpo.train.stop import write_exit
 from dsdpo.use.hosts import take_environment
 from dsdpo.use.preflight import preflight, reload
 from dsdpo.use.rendezvous import meet
-from dsdpo.use.task import PEER_EXIT_FILE, Task, clear_marks, finish, is_finished, prepare_data
+from dsdpo.use.task import Task, clear_marks, finish, is_finished, prepare_data
 
 
 def join(task: Task, ranks: Ranks, token: str | None) -> int:
@@ -31,11 +32,11 @@ def join(task: Task, ranks: Ranks, token: str | None) -> int:
         warnings.simplefilter("ignore", FutureWarning)  # of libraries, to libraries, once per rank
     config, trouble = _read(task, ranks, supervised)
     if config is not None and token is not None:
-        take_environment(Path(config.output_dir), token)
+        take_environment(RunDir(Path(config.output_dir)), token)
     if config is not None and not supervised and is_finished(task, config):
         return 0
     if config is not None and not supervised and ranks.is_main:
-        token = _take_lock(task, Path(config.output_dir))
+        token = _take_lock(task, RunDir(Path(config.output_dir)))
     try:
         meeting = meet(ranks, config, trouble, token)
         assert config is not None, "a rank without a config has raised its trouble"
@@ -47,7 +48,7 @@ def join(task: Task, ranks: Ranks, token: str | None) -> int:
         del meeting
     except DsdpoError as error:
         if config is not None:
-            _tell(Path(config.output_dir), ranks, error)
+            _tell(RunDir(Path(config.output_dir)), ranks, error)
         raise
     if ranks.is_main and not supervised:
         finish(task, config)
@@ -72,26 +73,26 @@ def _read(task: Task, ranks: Ranks, supervised: bool) -> tuple[RunConfig | None,
         return None, error
 
 
-def _take_lock(task: Task, output_dir: Path) -> str:
+def _take_lock(task: Task, run_dir: RunDir) -> str:
     """Without a supervisor the main rank holds the lock, until the process ends. Returns its token."""
-    lock = RunLock.acquire(output_dir, f"dsdpo {task.name}")
+    lock = RunLock.acquire(run_dir, f"dsdpo {task.name}")
     atexit.register(lock.release)
-    clear_marks(output_dir)
+    clear_marks(run_dir)
     return lock.token
 
 
-def _tell(output_dir: Path, ranks: Ranks, error: DsdpoError) -> None:
+def _tell(run_dir: RunDir, ranks: Ranks, error: DsdpoError) -> None:
     """Leave a word for the supervisor: where `run` was not reached yet, nobody else does."""
     if not ranks.is_main:
-        _tell_as_peer(output_dir, ranks, error)
-    elif not (output_dir / EXIT_FILE).exists():
+        _tell_as_peer(run_dir, ranks, error)
+    elif not run_dir.exit.exists():
         with suppress(IOFailure):
-            write_exit(output_dir, error.exit_code, str(error))
+            write_exit(run_dir, error.exit_code, str(error))
 
 
-def _tell_as_peer(output_dir: Path, ranks: Ranks, error: DsdpoError) -> None:
+def _tell_as_peer(run_dir: RunDir, ranks: Ranks, error: DsdpoError) -> None:
     """Leave what happened to this rank alone, such as a full disk; the first of several ranks to do so wins."""
-    with suppress(OSError), (output_dir / PEER_EXIT_FILE).open("x") as stream:
+    with suppress(OSError), run_dir.peer_exit.open("x") as stream:
         json.dump({"code": error.exit_code, "message": f"rank {ranks.rank}: {error}"}, stream)
 
 

@@ -17,6 +17,7 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Ranks, elastic_agent, take_place
 from dsdpo.errors import ConfigError, DsdpoError, HangError, IOFailure
 from dsdpo.lock import is_held_by
+from dsdpo.rundir import RunDir
 from dsdpo.use.nodes import NodesDiffer, differences, facts, missing, remarks, summary, troubles
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _other_folder(config: RunConfig | None, token: str) -> ConfigError | None:
     if config is None or not token:
         return None
     folder = Path(config.output_dir)
-    if _until(lambda: is_held_by(folder, token), min(_FOLDER_PATIENCE_S, config.start_timeout * 2 / 3)):
+    if _until(lambda: is_held_by(RunDir(folder), token), min(_FOLDER_PATIENCE_S, config.start_timeout * 2 / 3)):
         return None
     return ConfigError(
         f"output_dir {folder.absolute()} is not the folder that rank 0 writes to; all nodes need one shared file system"

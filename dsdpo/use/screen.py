@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from dsdpo.checkpoint.export import FINAL
 from dsdpo.data.messages import Message
+from dsdpo.rundir import RunDir
 
 NARROWEST_COLUMN = 28
 _SEPARATOR = " | "
@@ -78,7 +78,7 @@ def _heading(name: str) -> str:
     if not path.is_dir():
         return name
     path = path.resolve()
-    return path.parent.name if path.name == FINAL else path.name
+    return path.parent.name if path == RunDir(path.parent).final else path.name
 
 
 class Screen:

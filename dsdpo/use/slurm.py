@@ -14,17 +14,15 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from dsdpo.checkpoint.commit import checkpoints
 from dsdpo.dist import Allocation
 from dsdpo.errors import ConfigError, DsdpoError, HangError, IOFailure, StopRequested
 from dsdpo.files import write_atomically
 from dsdpo.lock import EXPIRED_S, living_holder
-from dsdpo.train.stop import STOP_FILE
+from dsdpo.rundir import RunDir
 from dsdpo.use.preflight import ClusterRequest
 
-ATTEMPTS_FILE = "attempts.jsonl"
 _MOST = 3  # attempts that fail where they began
 _MOST_STOPPED = 20  # that the scheduler stops there: filling a reference store may take several
 _CONTROLLER_AWAY_S, _CONTROLLER_PAUSE_S = 120.0, 5.0
@@ -58,7 +56,7 @@ def srun_command(
     argv: list[str],
     job: Allocation,
     ranks: int,
-    output_dir: Path,
+    run_dir: RunDir,
     cluster: ClusterRequest,
     environment: Mapping[str, str],
 ) -> list[str]:
@@ -80,7 +78,7 @@ def srun_command(
     command += ["--nodes", str(job.nodes), "--ranks", str(ranks)]
     command += ["--master_addr", cluster.master_addr or job.address]
     command += ["--master_port", str(cluster.master_port or job.port)]
-    return [*command, "--logs", str((output_dir / "logs").absolute()), "--", *argv]
+    return [*command, "--output_dir", str(run_dir.path.absolute()), "--", *argv]
 
 
 # --- the queue ---
@@ -107,13 +105,13 @@ class Attempts:
 
     Args:
         job: of this attempt.
-        output_dir: of the run.
+        run_dir: of the run.
     """
 
-    def __init__(self, job: Allocation, output_dir: Path) -> None:
+    def __init__(self, job: Allocation, run_dir: RunDir) -> None:
         self._job = job
-        self._output_dir = output_dir
-        self._file = output_dir / ATTEMPTS_FILE
+        self._run_dir = run_dir
+        self._file = run_dir.attempts
         self._now: Attempt | None = None
 
     def begin(self) -> None:
@@ -123,18 +121,18 @@ class Attempts:
             HangError: too many have failed here; SLURM itself puts a job back after the failure of a node.
             IOFailure: it cannot be noted, or earlier ones cannot be read.
         """
-        step = _newest_step(self._output_dir)
+        step = _newest_step(self._run_dir)
         self._judge_killed()
         earlier = self._here(step)
         if _are_too_many(earlier):
-            raise HangError(_given_up(step, len(earlier)))
+            raise HangError(_given_up(self._run_dir, step, len(earlier)))
         now = Attempt(self._job.job, self._job.restarts, step)
         self._write([*self._all(), now])
         self._now = now  # what cannot be counted, as on a full disk, does not come back: it would for ever
 
     def _judge_killed(self) -> None:
         """Count an attempt that was killed after the scheduler had asked it to stop as stopped: STOP is still there."""
-        attempts, stop = self._all(), self._output_dir / STOP_FILE
+        attempts, stop = self._all(), self._run_dir.stop
         killed = bool(attempts) and attempts[-1].job == self._job.job and attempts[-1].code is None
         if killed and stop.exists() and stop.read_text().strip() in _FROM_SLURM:
             self._write([*attempts[:-1], replace(attempts[-1], code=StopRequested.exit_code)])
@@ -151,7 +149,7 @@ class Attempts:
         try:
             ended = replace(self._now, code=code)
             self._write([ended if attempt == self._now else attempt for attempt in self._all()])
-            goes_on, given_up = _can_go_on(self._output_dir, code, received), self._given_up()
+            goes_on, given_up = _can_go_on(self._run_dir, code, received), self._given_up()
         except (OSError, DsdpoError):  # the folder is away: whoever comes back will see
             goes_on = code in _MAY_PASS or (code == StopRequested.exit_code and received == _SCHEDULERS_SIGNAL)
             given_up = ""
@@ -163,10 +161,10 @@ class Attempts:
     def _given_up(self) -> str:
         """Why there is no other attempt after this one; empty: there is."""
         assert self._now is not None
-        if _newest_step(self._output_dir) != self._now.step:
+        if _newest_step(self._run_dir) != self._now.step:
             return ""
         here = self._here(self._now.step)
-        return _given_up(self._now.step, len(here)) if _are_too_many(here) else ""
+        return _given_up(self._run_dir, self._now.step, len(here)) if _are_too_many(here) else ""
 
     def _here(self, step: int) -> list[Attempt]:
         """The job's attempts in a row that began at `step`, the last ones."""
@@ -192,23 +190,23 @@ def _are_too_many(attempts: list[Attempt]) -> bool:
     return len(attempts) - stopped >= _MOST or stopped >= _MOST_STOPPED
 
 
-def _newest_step(output_dir: Path) -> int:
-    return max((found.step for found in checkpoints(output_dir) if not found.problem), default=0)
+def _newest_step(run_dir: RunDir) -> int:
+    return max((found.step for found in checkpoints(run_dir) if not found.problem), default=0)
 
 
-def _given_up(step: int, count: int) -> str:
+def _given_up(run_dir: RunDir, step: int, count: int) -> str:
     where = f"after step {step}" if step else "at the beginning"
     return (
         f"{count} attempts of this job began {where} and ended without a new checkpoint: not put back into the queue. "
-        "See their messages above, and in logs/ in output_dir; a job that is submitted anew counts from the start"
+        f"See their messages above, and in {run_dir.logs}; a job that is submitted anew counts from the start"
     )
 
 
-def _can_go_on(output_dir: Path, code: int, received: str | None) -> bool:
+def _can_go_on(run_dir: RunDir, code: int, received: str | None) -> bool:
     """Whether the scheduler, and not a person, stopped it; or it failed of what may pass."""
     if code != StopRequested.exit_code:
         return code in _MAY_PASS
-    stop = output_dir / STOP_FILE
+    stop = run_dir.stop
     return (stop.read_text().strip() if stop.exists() else received or _SCHEDULERS_SIGNAL) == _SCHEDULERS_SIGNAL
 
 
@@ -239,14 +237,14 @@ def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False)
 
 
-def let_earlier_attempt_end(output_dir: Path, job: Allocation) -> None:
+def let_earlier_attempt_end(run_dir: RunDir, job: Allocation) -> None:
     """Wait for what an earlier attempt of this job still does in output_dir, on a node that SLURM has given up.
 
     It is asked to stop; what cannot hear that is gone when its lock expires.
     """
     asked = False
     while True:
-        holder = living_holder(output_dir)
+        holder = living_holder(run_dir)
         if holder is None or holder.get("slurm_job") != job.job or holder.get("slurm_restarts", 0) >= job.restarts:
             return
         if not asked:
@@ -256,5 +254,5 @@ def let_earlier_attempt_end(output_dir: Path, job: Allocation) -> None:
                 f"waiting for its end, or for {EXPIRED_S:.0f} s without a sign of life",
                 flush=True,
             )
-            write_atomically(output_dir / STOP_FILE, f"attempt {job.restarts + 1} of the job")
+            write_atomically(run_dir.stop, f"attempt {job.restarts + 1} of the job")
         time.sleep(1.0)

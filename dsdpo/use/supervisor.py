@@ -20,17 +20,16 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.dist import Allocation, allocation
 from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError
 from dsdpo.files import write_atomically
-from dsdpo.lock import LOCK_FILE, RunLock
-from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, read_exit
+from dsdpo.lock import RunLock
+from dsdpo.rundir import RunDir
+from dsdpo.train.stop import read_exit
 from dsdpo.use.hosts import forget_environment, leave_environment, look_at, slots, without_secrets
 from dsdpo.use.launcher import Launch, StopRequests, end_leftovers, launch_command, launch_environment, run_launcher
 from dsdpo.use.preflight import ClusterRequest, check_device, preflight
-from dsdpo.use.slurm import ATTEMPTS_FILE, Attempts, let_earlier_attempt_end, ranks_per_node, srun_command
-from dsdpo.use.task import PEER_EXIT_FILE, Task, clear_marks, finish, is_finished, prepare_data
+from dsdpo.use.slurm import Attempts, let_earlier_attempt_end, ranks_per_node, srun_command
+from dsdpo.use.task import Task, clear_marks, finish, is_finished, prepare_data
 
 _TOLD_BY_STATUS = (64, 65, 66, 70, 71, 74, 75)
-_REPLACED = "replaced-"
-_STARTED_OVER = ".started-over"
 
 
 def supervise(task: Task, cluster: ClusterRequest) -> int:
@@ -39,15 +38,16 @@ def supervise(task: Task, cluster: ClusterRequest) -> int:
     if cluster.requeue and job is None:
         raise ConfigError("--requeue works in a SLURM job that gives the nodes, such as that of slurm/train.sbatch")
     config = preflight(task.path, task.overrides, task.name, cluster, task.model, task.fresh)
-    if task.fresh and job is not None and job.restarts and has_started_over(Path(config.output_dir), job.job):
+    run_dir = RunDir(Path(config.output_dir))
+    if task.fresh and job is not None and job.restarts and has_started_over(run_dir, job.job):
         task = replace(task, fresh=False)  # this attempt goes on
         config = preflight(task.path, task.overrides, task.name, cluster, task.model)
     devices = _devices(cluster, job)
     check_device(config, devices > 0 or bool(cluster.hostfile))
     if not task.fresh and is_finished(task, config):
         return 0
-    attempts = Attempts(job, Path(config.output_dir)) if job is not None and cluster.requeue else None
-    requests = StopRequests(Path(config.output_dir))
+    attempts = Attempts(job, run_dir) if job is not None and cluster.requeue else None
+    requests = StopRequests(run_dir)
     code = 1
     try:
         with requests:
@@ -76,30 +76,30 @@ def _run(
     requests: StopRequests,
 ) -> int:
     """Everything that holds the lock on output_dir. Returns the exit code; raises DsdpoError."""
-    output_dir = Path(config.output_dir)
+    run_dir = RunDir(Path(config.output_dir))
     if attempts is not None:
         attempts.begin()
     if job is not None:
-        let_earlier_attempt_end(output_dir, job)
-    with RunLock.acquire(output_dir, f"dsdpo {task.name}") as lock:
+        let_earlier_attempt_end(run_dir, job)
+    with RunLock.acquire(run_dir, f"dsdpo {task.name}") as lock:
         end_leftovers(lock.previous)
         if task.fresh:
-            start_over(output_dir, task.confirmed, job.job if job is not None else None)
+            start_over(run_dir, task.confirmed, job.job if job is not None else None)
         elif is_finished(task, config):  # by the attempt that was waited for
             return 0
-        clear_marks(output_dir)
+        clear_marks(run_dir)
         prepare_data(config)
         try:
-            launch = _launch(task, cluster, job, devices, output_dir, lock.token)
+            launch = _launch(task, cluster, job, devices, run_dir, lock.token)
             print(f"starting {task.name} on {launch.where}; stop with Ctrl-C or SIGTERM", flush=True)
-            status = run_launcher(launch, output_dir, requests, lock)
+            status = run_launcher(launch, run_dir, requests, lock)
         finally:
-            forget_environment(output_dir)
-        return judge(task.name, output_dir, status)
+            forget_environment(run_dir)
+        return judge(task.name, run_dir, status)
 
 
 def _launch(
-    task: Task, cluster: ClusterRequest, job: Allocation | None, devices: int, output_dir: Path, token: str
+    task: Task, cluster: ClusterRequest, job: Allocation | None, devices: int, run_dir: RunDir, token: str
 ) -> Launch:
     """How to start the ranks here, on the nodes of a SLURM job, or on those of a hostfile, which are looked at first.
 
@@ -109,7 +109,7 @@ def _launch(
     argv = task.argv(token)
     if job is not None:
         ranks = ranks_per_node(cluster.num_accelerators, devices)
-        command = srun_command(argv, job, ranks, output_dir, cluster, os.environ)
+        command = srun_command(argv, job, ranks, run_dir, cluster, os.environ)
         on_nodes = replace(cluster, num_accelerators=ranks)
         nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''} ({job.node_list})"
         where = f"{_ranks(ranks, devices)} on each of {nodes} of job {job.job}"
@@ -123,8 +123,8 @@ def _launch(
         asked = " ".join(filter(None, (cluster.include, cluster.exclude and f"all but {cluster.exclude}")))
         return Launch(command, environment, asked or _ranks(cluster.num_accelerators or devices or 1, devices))
     hosts = list(slots(cluster.hostfile, cluster.include, cluster.exclude))
-    look_at(hosts, task.path, output_dir)
-    leave_environment(output_dir, token, os.environ)
+    look_at(hosts, task.path, run_dir.path)
+    leave_environment(run_dir, token, os.environ)
     return Launch(command, without_secrets(environment), ", ".join(hosts))
 
 
@@ -158,7 +158,7 @@ def _devices(cluster: ClusterRequest, job: Allocation | None) -> int:
     return devices
 
 
-def start_over(output_dir: Path, confirmed: bool, job: str | None = None) -> None:
+def start_over(run_dir: RunDir, confirmed: bool, job: str | None = None) -> None:
     """Move what an earlier run has left in output_dir into a folder of its own there; nothing is deleted.
 
     Args:
@@ -167,42 +167,41 @@ def start_over(output_dir: Path, confirmed: bool, job: str | None = None) -> Non
     Raises:
         CheckpointError: there is something, and nobody has confirmed.
     """
-    stays = (".", LOCK_FILE, ATTEMPTS_FILE, _REPLACED)
-    found = [path for path in sorted(output_dir.iterdir()) if not path.name.startswith(stays)]
+    found = run_dir.left_by_run()
     if found:
-        _move_aside(output_dir, found, confirmed)
+        _move_aside(run_dir, found, confirmed)
     if job is not None:
-        write_atomically(output_dir / _STARTED_OVER, job)
+        write_atomically(run_dir.started_over, job)
 
 
-def has_started_over(output_dir: Path, job: str) -> bool:
+def has_started_over(run_dir: RunDir, job: str) -> bool:
     """Whether an earlier attempt of a SLURM job has done so; one that ended before, at a held lock, has not."""
-    marker = output_dir / _STARTED_OVER
+    marker = run_dir.started_over
     return marker.exists() and marker.read_text() == job
 
 
-def _move_aside(output_dir: Path, found: list[Path], confirmed: bool) -> None:
+def _move_aside(run_dir: RunDir, found: list[Path], confirmed: bool) -> None:
     names = ", ".join(path.name for path in found[:6])
     if not confirmed and sys.stdin.isatty():
-        confirmed = input(f"{output_dir} holds {names}; move that aside and begin again? [yes/no] ") == "yes"
+        confirmed = input(f"{run_dir} holds {names}; move that aside and begin again? [yes/no] ") == "yes"
     if not confirmed:
-        raise CheckpointError(f"--fresh: {output_dir} holds {names}; add --yes to move that aside and begin again")
-    aside = output_dir / f"{_REPLACED}{time.strftime('%Y%m%d-%H%M%S')}"
+        raise CheckpointError(f"--fresh: {run_dir} holds {names}; add --yes to move that aside and begin again")
+    aside = run_dir.replaced(time.strftime("%Y%m%d-%H%M%S"))
     aside.mkdir()
     for path in found:
         path.rename(aside / path.name)
     print(f"moved the earlier run to {aside}", flush=True)
 
 
-def judge(task: str, output_dir: Path, status: int) -> int:
+def judge(task: str, run_dir: RunDir, status: int) -> int:
     """The exit code of a task whose launcher ended with `status`.
 
     Raises:
         HangError: a rank was killed, or ended without a word.
     """
-    if task == "train" and (output_dir / COMPLETED_FILE).exists():
+    if task == "train" and run_dir.completed.exists():
         return 0
-    code, message = _told(output_dir)
+    code, message = _told(run_dir)
     if code in (None, 1) and status in _TOLD_BY_STATUS:  # no file could be written, or another rank lost its peer first
         return status
     # The launcher hands a rank's death by signal on as a negative number, which exit() wraps around.
@@ -224,14 +223,14 @@ def judge(task: str, output_dir: Path, status: int) -> int:
     return code
 
 
-def _told(output_dir: Path) -> tuple[int | None, str]:
+def _told(run_dir: RunDir) -> tuple[int | None, str]:
     """Exit code and message that the ranks left, None without any.
 
     Losing a peer is no cause, be it a call that failed or an end that the watch noticed: then the peer's word counts.
     """
-    code, message = read_exit(output_dir / EXIT_FILE)
+    code, message = read_exit(run_dir.exit)
     if code in (None, 1, HangError.exit_code):
-        peer_code, peer_message = read_exit(output_dir / PEER_EXIT_FILE)
+        peer_code, peer_message = read_exit(run_dir.peer_exit)
         return (code, message) if peer_code is None else (peer_code, peer_message)
     return code, message
 

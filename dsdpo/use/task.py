@@ -7,9 +7,7 @@ from pathlib import Path
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import launched
-from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, STOP_FILE
-
-PEER_EXIT_FILE = "EXIT_PEER"
+from dsdpo.rundir import RunDir
 
 
 @dataclass(frozen=True)
@@ -41,15 +39,15 @@ def prepare_data(config: RunConfig) -> None:
             print(summary(prepared), flush=True)
 
 
-def clear_marks(output_dir: Path) -> None:
+def clear_marks(run_dir: RunDir) -> None:
     """Forget how an earlier attempt was stopped and ended."""
-    for name in (STOP_FILE, EXIT_FILE, PEER_EXIT_FILE):
-        (output_dir / name).unlink(missing_ok=True)
+    for mark in (run_dir.stop, run_dir.exit, run_dir.peer_exit):
+        mark.unlink(missing_ok=True)
 
 
 def is_finished(task: Task, config: RunConfig) -> bool:
     """Whether this training has ended well before; said once."""
-    if task.name != "train" or not (Path(config.output_dir) / COMPLETED_FILE).exists():
+    if task.name != "train" or not RunDir(Path(config.output_dir)).completed.exists():
         return False
     ranks = launched()
     if ranks is None or ranks.is_main:
@@ -62,4 +60,4 @@ def finish(task: Task, config: RunConfig) -> None:
     if task.name == "train" and config.plot_loss:
         from dsdpo.use.plots import plot
 
-        plot(Path(config.output_dir))
+        plot(RunDir(Path(config.output_dir)))

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from dsdpo.use.slurm import ATTEMPTS_FILE
+from dsdpo.rundir import RunDir
 from tests.cluster.machine import until
 from tests.cluster.slurm import Slurm
 from tests.faults.place import Place, losses, same_weights, weights
@@ -139,7 +139,7 @@ def test_a_job_that_is_requeued_by_hand_goes_on(
     done = slurm.wait(job)
     assert (done["ExitCode"], done["Restarts"]) == ("0:0", "1"), slurm.log(job)
     assert slurm.log(job).count("starting train on 2 GPUs on each of 1 node (n1)") == 2
-    attempts = (place.folder / "requeued" / ATTEMPTS_FILE).read_text().splitlines()
+    attempts = RunDir(place.folder / "requeued").attempts.read_text().splitlines()
     assert [json.loads(line)["code"] for line in attempts] == [75, 0], "it held in a save until SLURM killed it"
     [step] = resumed(slurm.log(job))
     assert step >= 6 and same_weights(place.folder / "requeued", whole)

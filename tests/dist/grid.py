@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dsdpo.rundir import RunDir
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import PairLoader
 from dsdpo.data.packing import Segment
@@ -102,7 +103,7 @@ def train_and_export(cases: list[dict[str, Any]], folders: list[str], ids: list[
         config = run_config(folder=Path(folder), **case)
         hardware = start_process_group(config, ranks)
         pairs = ListOfPairs(random_pairs(17))
-        session = build_session(config, ranks, hardware, pairs, None, StopFlag(Path(folder)))
+        session = build_session(config, ranks, hardware, pairs, None, StopFlag(RunDir(Path(folder))))
         train(session)
         session.saver.save(config.max_steps or 0)
         session.save_final()
@@ -245,7 +246,7 @@ def run_cases(cases: list[dict[str, Any]], n_pairs: int) -> list[dict[str, Any]]
         folder = Path(tempfile.mkdtemp())
         config = run_config(folder=folder, **case)
         hardware = start_process_group(config, ranks)
-        session = build_session(config, ranks, hardware, pairs, None, StopFlag(folder))
+        session = build_session(config, ranks, hardware, pairs, None, StopFlag(RunDir(folder)))
         batches = list(session.loader.training_batches(range(STEPS), config.train_batch_size, config.seed))
         train(session)
         session.reporter.close()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+from dsdpo.rundir import RunDir
 from dsdpo.checkpoint.zero import MOMENTS, STATES
 from dsdpo.dist import launched
 from dsdpo.train.engine import start_process_group
@@ -61,7 +62,7 @@ def go(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         config = run_config(folder=folder, save_steps=None, **task)
         hardware = start_process_group(config, ranks)
         pairs = ListOfPairs(random_pairs(PAIRS))
-        session = build_session(config, ranks, hardware, pairs, None, StopFlag(folder))
+        session = build_session(config, ranks, hardware, pairs, None, StopFlag(RunDir(folder)))
         state = state_of(session) if looks else {}
         total = session.schedule.total_steps
         stop = _Stop(session, until)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsdpo.rundir import RunDir
 from dsdpo.checkpoint.commit import checkpoints
 from dsdpo.checkpoint.fragments import Fragments
 from dsdpo.checkpoint.zero import STATES
@@ -51,7 +52,7 @@ def task(base: Path, kind: str, folder: str, **more: Any) -> dict[str, Any]:
 
 def saved_state(run: Path) -> dict[str, np.ndarray]:
     """What the newest checkpoint of a run holds, by name, read from its files."""
-    newest = checkpoints(run / "out")[0]
+    newest = checkpoints(RunDir(run / "out"))[0]
     assert not newest.problem
     with Fragments(newest.path, newest.manifest["parameters"], newest.manifest["world_size"]) as fragments:
         return {f"{s}/{name}": fragments.read(name, s).numpy() for name in fragments.index for s in STATES}

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from dsdpo.rundir import RunDir
 from dsdpo.checkpoint.commit import checkpoints
 from dsdpo.compat import can_swap
 from tests.helpers.disks import mounted
@@ -103,7 +104,7 @@ def test_a_run_leaves_everything_behind(place: Path, first: tuple[int, str]) -> 
     assert [x["step"] for x in evaluations] == [2, 4, 6]
     assert {f"eval_{name}" for name in ("loss", "rewards/accuracies", "rewards/margins")} <= evaluations[0].keys()
     assert (out / "final" / "adapter_model.safetensors").exists()
-    assert [(c.step, c.problem) for c in checkpoints(out)] == [(6, ""), (4, "")]
+    assert [(c.step, c.problem) for c in checkpoints(RunDir(out))] == [(6, ""), (4, "")]
     assert (out / "COMPLETED").exists() and (out / "loss.png").stat().st_size > 5000
     assert list((out / "tensorboard").iterdir())
     assert yaml.safe_load((out / "run_config.yaml").read_text())["learning_rate"] == 0.01
@@ -147,7 +148,7 @@ def test_a_loss_that_is_not_finite_ends_with_70_and_names_step_and_pairs(place: 
     assert code == 70, output
     assert "step 2: " in output and "pairs.jsonl:" in output
     assert not (out / "final").exists() and not (out / "COMPLETED").exists()
-    assert not checkpoints(out), "nothing that is not finite is saved"
+    assert not checkpoints(RunDir(out)), "nothing that is not finite is saved"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -161,7 +162,7 @@ def test_a_stop_request_saves_and_ends_with_75(place: Path, number: signal.Signa
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
-    assert not checkpoints(out)[0].problem and not (out / "final").exists() and not (out / "COMPLETED").exists()
+    assert not checkpoints(RunDir(out))[0].problem and not (out / "final").exists() and not (out / "COMPLETED").exists()
 
 
 def test_under_torchrun_it_is_a_rank_and_prepares_by_itself(place: Path) -> None:
@@ -203,5 +204,5 @@ def test_a_run_that_offloads_to_nvme_leaves_nothing_there(place: Path) -> None:
         assert code == 74 and f"GiB on {socket.gethostname()}, but {place / 'disk'} has 0.00 GiB free" in output, output
     code, output = run(place, *arguments)
     assert code == 0, output
-    assert [(c.step, c.problem) for c in checkpoints(place / "nvme")] == [(6, ""), (4, "")]
+    assert [(c.step, c.problem) for c in checkpoints(RunDir(place / "nvme"))] == [(6, ""), (4, "")]
     assert list((place / "disk").iterdir()) == []

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from dsdpo.checkpoint.commit import checkpoints
+from dsdpo.rundir import RunDir
 from tests.faults.place import Place, same_weights
 from tests.helpers.disks import mounted
 from tests.helpers.tiny import save_model, tiny_llama_config
@@ -34,7 +35,7 @@ def whole(place: Place) -> Path:
     """A run on two ranks with checkpoints after steps 2, 4 and 6, finished."""
     code, output = place.run("whole", "--deepspeed", place.zero(3), *STOPPED)
     assert code == 0, output
-    assert [c.step for c in checkpoints(place.folder / "whole")] == [6, 4, 2]
+    assert [c.step for c in checkpoints(RunDir(place.folder / "whole"))] == [6, 4, 2]
     return place.folder / "whole"
 
 
@@ -219,7 +220,7 @@ def test_a_disk_that_fills_during_a_save_leaves_the_earlier_checkpoints(place: P
     code, output = run.wait()
     assert code == 74 and "No space left" in output, output
     (small_disk / "filler").unlink()
-    assert [c.step for c in checkpoints(out) if not c.problem] == [2]
+    assert [c.step for c in checkpoints(RunDir(out)) if not c.problem] == [2]
     code, output = place.run(str(out), *STOPPED, ranks=1)
     assert code == 0 and "resumed after step 2" in output, output
 
@@ -232,7 +233,7 @@ def test_a_save_beside_the_training_that_fails_is_an_error(place: Place, small_d
     fill(small_disk / "filler")
     code, output = run.wait()
     assert code == 74 and "No space left" in output, output
-    assert not checkpoints(out)
+    assert not checkpoints(RunDir(out))
 
 
 def test_a_read_only_folder(place: Place, tmp_path: Path) -> None:

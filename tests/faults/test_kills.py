@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from dsdpo.checkpoint.commit import checkpoints
+from dsdpo.rundir import RunDir
 from tests.faults.place import Place, Run, losses, same_weights, steps_done
 
 pytestmark = pytest.mark.slow
@@ -158,7 +159,7 @@ def test_kills(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
         if not completed:
             tally.lost_steps[kind] = max(tally.lost_steps[kind], done - start)
         right = code == 0 and same_weights(whole, run.out) and losses(run.out) == losses(whole)
-        sound = all(not checkpoint.problem for checkpoint in checkpoints(run.out))
+        sound = all(not checkpoint.problem for checkpoint in checkpoints(RunDir(run.out)))
         if not (right and sound and (completed or was_hit)):
             tally.wrong_resumes.append(
                 f"{kill}: exit {code}, from step {start}\n{run.output[-1500:]}\n---\n{output[-3000:]}"

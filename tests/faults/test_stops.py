@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from dsdpo.checkpoint.commit import checkpoints
+from dsdpo.rundir import RunDir
 from tests.faults.place import ROOT, Place, Run, losses, records, same_weights, steps_done
 from tests.helpers.ranks import free_port
 
@@ -69,8 +70,8 @@ def test_a_request_saves_and_the_same_command_goes_on(
     code, output = run.wait()
     assert code == 75, output
     run.until_nobody_is_left()
-    done = checkpoints(run.out)[0].step
-    assert not checkpoints(run.out)[0].problem and 20 <= done < 80 and done >= steps_done(run.out)
+    done = checkpoints(RunDir(run.out))[0].step
+    assert not checkpoints(RunDir(run.out))[0].problem and 20 <= done < 80 and done >= steps_done(run.out)
     assert not (run.out / "final").exists() and not (run.out / "COMPLETED").exists()
     code, output = place.run(name, *zero3(place), *LONG, ranks=ranks)
     assert code == 0 and f"resumed after step {done}" in output, output
@@ -115,12 +116,12 @@ def test_a_request_during_an_evaluation(place: Place, batch: int, done: int, sav
     assert run.until_step(done)
     (run.out / "STOP").touch()
     code, output = run.wait()
-    assert code == 75 and [c.step for c in checkpoints(run.out)] == [done], output
+    assert code == 75 and [c.step for c in checkpoints(RunDir(run.out))] == [done], output
     again = place.start(run.out.name, *more, DSDPO_FAULT="evaluation:batch@1#0=15")  # in what makes up for it
     assert again.until(lambda: f"resumed after step {done}" in again.output, "the resumed run")
     (run.out / "STOP").touch()
     code, output = again.wait()
-    assert code == 75 and [c.step for c in checkpoints(run.out)] == [done], output
+    assert code == 75 and [c.step for c in checkpoints(RunDir(run.out))] == [done], output
     assert (run.out / "final").exists() == (done == 6) and not (run.out / "COMPLETED").exists()
     code, output = place.run(run.out.name, *more)
     assert code == 0 and f"resumed after step {done}" in output, output
@@ -191,7 +192,7 @@ def test_under_a_users_own_launcher(place: Place, whole: Callable[[int], Path]) 
     (out / "STOP").touch()
     run.wait()
     run.until_nobody_is_left()
-    assert not checkpoints(out)[0].problem
+    assert not checkpoints(RunDir(out))[0].problem
     code, output = place.run("own", *zero3(place), *LONG)
     assert code == 0 and "resumed after step" in output and same_weights(out, whole(2)), output
 
@@ -211,7 +212,7 @@ def test_what_sigterm_cannot_do_under_a_users_own_launcher(place: Place) -> None
         except psutil.Error:
             continue
     run.until_nobody_is_left()
-    assert not checkpoints(out)[0].problem
+    assert not checkpoints(RunDir(out))[0].problem
 
 
 def test_two_jobs(place: Place) -> None:

@@ -20,6 +20,7 @@ import pytest
 from dsdpo import lock as module
 from dsdpo.errors import IOFailure
 from dsdpo.lock import EXPIRED_S, HEARTBEAT_S, RunLock, holder, is_held_by
+from dsdpo.rundir import RunDir
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -29,6 +30,7 @@ import errno, os, sys, time
 from pathlib import Path
 from dsdpo.errors import IOFailure
 from dsdpo.lock import RunLock
+from dsdpo.rundir import RunDir
 
 def refuse(*_):
     raise OSError(errno.EPERM, "no links here")
@@ -43,7 +45,7 @@ for line in sys.stdin:
     lock = None
     time.sleep(max(0, float(start) - time.time()))
     try:
-        lock = RunLock.acquire(Path(folder), "dsdpo train")
+        lock = RunLock.acquire(RunDir(Path(folder)), "dsdpo train")
         print("holds", flush=True)
     except IOFailure as error:
         print(error.exit_code, error, flush=True)
@@ -54,10 +56,11 @@ import sys, time
 from pathlib import Path
 from dsdpo.errors import IOFailure
 from dsdpo.lock import RunLock
+from dsdpo.rundir import RunDir
 folder, end, turns = Path(sys.argv[1]), time.time() + 1.5, 0
 while time.time() < end:
     try:
-        with RunLock.acquire(folder / "out", "dsdpo train"):
+        with RunLock.acquire(RunDir(folder / "out"), "dsdpo train"):
             (folder / "inside").touch(exist_ok=False)
             (folder / "inside").unlink()
             turns += 1
@@ -120,8 +123,8 @@ def job() -> Iterator[Job]:
 def forge(folder: Path, age_s: float = 0.0, **facts: Any) -> dict[str, Any]:
     """The lock that a process like this one would have left, with other facts and an old date."""
     folder.mkdir(exist_ok=True)
-    with RunLock.acquire(folder, "dsdpo train") as lock:
-        facts = {**(holder(folder) or {}), "token": f"forged {lock.token}", **facts}
+    with RunLock.acquire(RunDir(folder), "dsdpo train") as lock:
+        facts = {**(holder(RunDir(folder)) or {}), "token": f"forged {lock.token}", **facts}
     write(folder, json.dumps(facts), age_s)
     return facts
 
@@ -150,40 +153,40 @@ def a_dead_pid() -> int:
 
 def test_the_file_names_the_holder_and_goes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    assert holder(tmp_path / "new") is None
-    with RunLock.acquire(tmp_path / "new", "dsdpo train") as lock:
-        found = holder(tmp_path / "new")
+    assert holder(RunDir(tmp_path / "new")) is None
+    with RunLock.acquire(RunDir(tmp_path / "new"), "dsdpo train") as lock:
+        found = holder(RunDir(tmp_path / "new"))
         assert found and found["token"] == lock.token and found["what"] == "dsdpo train"
         assert (found["pid"], found["host"], found["slurm_job"]) == (os.getpid(), socket.gethostname(), "4711")
-        assert is_held_by(tmp_path / "new", lock.token) and not is_held_by(tmp_path / "new", "another")
+        assert is_held_by(RunDir(tmp_path / "new"), lock.token) and not is_held_by(RunDir(tmp_path / "new"), "another")
         assert lock.previous is None and os.listdir(tmp_path / "new") == ["LOCK"]
-    assert os.listdir(tmp_path / "new") == [] and not is_held_by(tmp_path / "new", lock.token)
+    assert os.listdir(tmp_path / "new") == [] and not is_held_by(RunDir(tmp_path / "new"), lock.token)
     lock.release()
 
 
 def test_notes_are_added_under_the_same_token(tmp_path: Path) -> None:
-    with RunLock.acquire(tmp_path, "dsdpo train") as lock:
+    with RunLock.acquire(RunDir(tmp_path), "dsdpo train") as lock:
         lock.note(session=12)
         lock.note(session=13, token="mine")
-        found = holder(tmp_path)
+        found = holder(RunDir(tmp_path))
         assert found and (found["session"], found["token"], found["pid"]) == (13, lock.token, os.getpid())
         assert os.listdir(tmp_path) == ["LOCK"]
     assert os.listdir(tmp_path) == []
 
 
 def test_a_second_job_is_told_who_holds_it(tmp_path: Path, job: Job) -> None:
-    with RunLock.acquire(tmp_path, "dsdpo train"):
+    with RunLock.acquire(RunDir(tmp_path), "dsdpo train"):
         told = job.acquire(tmp_path)
         assert told.startswith("74 ") and f"process {os.getpid()} on host {socket.gethostname()}" in told
         assert "dsdpo train" in told and "set another output_dir" in told and str(tmp_path / "LOCK") in told
         with pytest.raises(IOFailure, match="in use"):
-            RunLock.acquire(tmp_path, "dsdpo train")
+            RunLock.acquire(RunDir(tmp_path), "dsdpo train")
     assert job.acquire(tmp_path) == "holds"
 
 
 def test_the_date_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_S", 0.02)
-    with RunLock.acquire(tmp_path, "dsdpo train") as lock:
+    with RunLock.acquire(RunDir(tmp_path), "dsdpo train") as lock:
         os.utime(tmp_path / "LOCK", (0, 0))
         wait_for(lambda: (tmp_path / "LOCK").stat().st_mtime > time.time() - 60)
         assert not lock.lost
@@ -194,7 +197,7 @@ def test_a_lost_lock_is_noticed_and_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
 ) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_S", 0.02)
-    lock = RunLock.acquire(tmp_path, "dsdpo train")
+    lock = RunLock.acquire(RunDir(tmp_path), "dsdpo train")
     (tmp_path / "LOCK").unlink()
     if content is not None:
         (tmp_path / "LOCK").write_text(content)
@@ -208,7 +211,7 @@ def test_a_lost_lock_is_noticed_and_left_alone(
 
 def test_a_file_system_that_is_away_for_a_while_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_S", 0.02)
-    with RunLock.acquire(tmp_path, "dsdpo train") as lock:
+    with RunLock.acquire(RunDir(tmp_path), "dsdpo train") as lock:
         refused: list[Path] = []
 
         def refuse(path: Path) -> bytes:
@@ -224,31 +227,31 @@ def test_a_file_system_that_is_away_for_a_while_loses_nothing(tmp_path: Path, mo
 
 
 def test_a_forked_child_does_not_release(tmp_path: Path) -> None:
-    with RunLock.acquire(tmp_path, "dsdpo train") as lock:
+    with RunLock.acquire(RunDir(tmp_path), "dsdpo train") as lock:
         child = os.fork()
         if child == 0:
             lock.release()
             os._exit(0)
         os.waitpid(child, 0)
-        assert is_held_by(tmp_path, lock.token)
+        assert is_held_by(RunDir(tmp_path), lock.token)
 
 
 def test_a_refusing_file_system_is_an_io_failure(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file, not a folder")
     with pytest.raises(IOFailure, match="taken"):
-        RunLock.acquire(tmp_path / "taken" / "run", "dsdpo train")
+        RunLock.acquire(RunDir(tmp_path / "taken" / "run"), "dsdpo train")
     (tmp_path / "run" / "LOCK").mkdir(parents=True)
     with pytest.raises(IOFailure, match="LOCK"):
-        RunLock.acquire(tmp_path / "run", "dsdpo train")
+        RunLock.acquire(RunDir(tmp_path / "run"), "dsdpo train")
     with pytest.raises(IOFailure, match="LOCK"):
-        holder(tmp_path / "run")
+        holder(RunDir(tmp_path / "run"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_an_io_failure(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(IOFailure, match="locked"):
-        RunLock.acquire(tmp_path / "locked", "dsdpo train")
+        RunLock.acquire(RunDir(tmp_path / "locked"), "dsdpo train")
 
 
 # --- stale or not ---
@@ -257,11 +260,11 @@ def test_a_read_only_folder_is_an_io_failure(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reap", [True, False])
 def test_a_killed_holder_is_replaced_at_once(tmp_path: Path, job: Job, reap: bool) -> None:
     assert job.acquire(tmp_path) == "holds"
-    before = holder(tmp_path)
+    before = holder(RunDir(tmp_path))
     job.kill(reap)
-    with RunLock.acquire(tmp_path, "dsdpo train") as lock:
+    with RunLock.acquire(RunDir(tmp_path), "dsdpo train") as lock:
         assert lock.previous == before and before and before["pid"] == job.process.pid
-        assert is_held_by(tmp_path, lock.token) and os.listdir(tmp_path) == ["LOCK"]
+        assert is_held_by(RunDir(tmp_path), lock.token) and os.listdir(tmp_path) == ["LOCK"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ends the main thread alone, as Linux can")
@@ -271,18 +274,19 @@ def test_a_holder_with_a_thread_left_is_alive(tmp_path: Path) -> None:
 import ctypes, sys
 from pathlib import Path
 from dsdpo.lock import RunLock
-lock = RunLock.acquire(Path(sys.argv[1]), "dsdpo train")
+from dsdpo.rundir import RunDir
+lock = RunLock.acquire(RunDir(Path(sys.argv[1])), "dsdpo train")
 ctypes.CDLL(None).pthread_exit(None)
 """
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY)
     try:
         wait_for(lambda: ") Z" in Path(f"/proc/{process.pid}/stat").read_text())
         with pytest.raises(IOFailure, match=f"process {process.pid} "):
-            RunLock.acquire(tmp_path, "dsdpo train")
+            RunLock.acquire(RunDir(tmp_path), "dsdpo train")
     finally:
         process.kill()
         process.wait()
-    RunLock.acquire(tmp_path, "dsdpo train").release()
+    RunLock.acquire(RunDir(tmp_path), "dsdpo train").release()
 
 
 def test_a_link_that_was_made_though_its_answer_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,8 +297,8 @@ def test_a_link_that_was_made_though_its_answer_was_lost(tmp_path: Path, monkeyp
         link(source, target)
 
     monkeypatch.setattr(os, "link", link_twice)
-    with RunLock.acquire(tmp_path, "dsdpo train") as lock:
-        assert is_held_by(tmp_path, lock.token) and lock.previous is None
+    with RunLock.acquire(RunDir(tmp_path), "dsdpo train") as lock:
+        assert is_held_by(RunDir(tmp_path), lock.token) and lock.previous is None
 
 
 NEW, OLD = 0.0, EXPIRED_S + 20
@@ -323,22 +327,22 @@ def test_staleness(tmp_path: Path, facts: dict[str, Any], age_s: float, is_stale
     forged = forge(tmp_path, age_s, **facts)
     if not is_stale:
         with pytest.raises(IOFailure, match=f"on host {forged['host']}.* last sign of life .* s ago"):
-            RunLock.acquire(tmp_path, "dsdpo train")
-        assert is_held_by(tmp_path, forged["token"])
+            RunLock.acquire(RunDir(tmp_path), "dsdpo train")
+        assert is_held_by(RunDir(tmp_path), forged["token"])
         return
-    with RunLock.acquire(tmp_path, "dsdpo train") as lock:
-        assert lock.previous == forged and is_held_by(tmp_path, lock.token)
+    with RunLock.acquire(RunDir(tmp_path), "dsdpo train") as lock:
+        assert lock.previous == forged and is_held_by(RunDir(tmp_path), lock.token)
 
 
 @pytest.mark.parametrize("content", ["", "not json", "[1]", '{"token":'])
 def test_what_cannot_be_read_is_judged_by_its_age(tmp_path: Path, content: str) -> None:
     write(tmp_path, content, NEW)
-    assert holder(tmp_path) == {}
+    assert holder(RunDir(tmp_path)) == {}
     with pytest.raises(IOFailure, match="does not name"):
-        RunLock.acquire(tmp_path, "dsdpo train")
+        RunLock.acquire(RunDir(tmp_path), "dsdpo train")
     write(tmp_path, content, OLD)
-    with RunLock.acquire(tmp_path, "dsdpo train") as lock:
-        assert lock.previous == {} and is_held_by(tmp_path, lock.token)
+    with RunLock.acquire(RunDir(tmp_path), "dsdpo train") as lock:
+        assert lock.previous == {} and is_held_by(RunDir(tmp_path), lock.token)
 
 
 def test_age_is_told_by_the_file_systems_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +350,7 @@ def test_age_is_told_by_the_file_systems_clock(tmp_path: Path, monkeypatch: pyte
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 10 * EXPIRED_S)
     with pytest.raises(IOFailure, match="elsewhere"):
-        RunLock.acquire(tmp_path, "dsdpo train")
+        RunLock.acquire(RunDir(tmp_path), "dsdpo train")
 
 
 # --- races ---
@@ -372,7 +376,7 @@ def test_one_of_many_wins(tmp_path: Path, racers: list[Job], before: str) -> Non
         answers = [racer.answer() for racer in racers]
         assert answers.count("holds") == 1 and sum(a.startswith("74 ") for a in answers) == 7, answers
         winner = racers[answers.index("holds")].process.pid
-        assert (holder(folder) or {}).get("pid") == winner
+        assert (holder(RunDir(folder)) or {}).get("pid") == winner
         assert sum(f"process {winner} on" in a for a in answers) == 7, answers
         assert os.listdir(folder) == ["LOCK"]
 
@@ -409,7 +413,7 @@ def test_a_takeover_that_does_not_end_is_told(tmp_path: Path, monkeypatch: pytes
     write(tmp_path, "{", OLD)
     assert module._claim(tmp_path / "LOCK", b"{")
     with pytest.raises(IOFailure, match="being taken over by another job; try again in 120 s"):
-        RunLock.acquire(tmp_path, "dsdpo train")
+        RunLock.acquire(RunDir(tmp_path), "dsdpo train")
 
 
 def test_a_late_taker_leaves_what_changed_meanwhile(tmp_path: Path) -> None:

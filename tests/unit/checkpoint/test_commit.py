@@ -25,6 +25,7 @@ from dsdpo.checkpoint.commit import (
     verify,
 )
 from dsdpo.errors import IOFailure
+from dsdpo.rundir import RunDir
 
 FILES = {
     "rank-00000-of-00002.safetensors": b"a" * 1000,
@@ -34,7 +35,7 @@ FILES = {
 
 
 def save(output_dir: Path, step: int) -> Path:
-    folder = step_folder(output_dir, step)
+    folder = step_folder(RunDir(output_dir), step)
     staged = stage(folder)
     records = {}
     for name, content in FILES.items():
@@ -53,7 +54,7 @@ def refuse(path: Path) -> bytes:
 
 def newest(output_dir: Path) -> Checkpoint | None:
     """What a run on one rank would go on from."""
-    return next((checkpoint for checkpoint in checkpoints(output_dir) if not verify(checkpoint)), None)
+    return next((checkpoint for checkpoint in checkpoints(RunDir(output_dir)) if not verify(checkpoint)), None)
 
 
 def test_the_newest_is_the_one_with_the_most_steps(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_the_newest_is_the_one_with_the_most_steps(tmp_path: Path) -> None:
     found = newest(tmp_path)
     assert found is not None and (found.step, found.manifest["step"]) == (300, 300)
     assert found.size == sum(map(len, FILES.values()))
-    assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [300, 20, 10]
+    assert [checkpoint.step for checkpoint in checkpoints(RunDir(tmp_path))] == [300, 20, 10]
 
 
 @pytest.mark.parametrize("harm", ["gone", "short", "flipped", "no manifest", "half a manifest", "other format"])
@@ -85,13 +86,13 @@ def test_a_harmed_checkpoint_is_passed_over(tmp_path: Path, harm: str) -> None:
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
     found = newest(tmp_path)
     assert found is not None and found.step == 1
-    assert verify(checkpoints(tmp_path)[0])
+    assert verify(checkpoints(RunDir(tmp_path))[0])
 
 
 def test_a_save_killed_halfway_leaves_the_earlier_ones(tmp_path: Path) -> None:
     """At every point: an empty folder, some files, all files without a manifest, all but the rename."""
     save(tmp_path, 1)
-    staged = stage(step_folder(tmp_path, 2))
+    staged = stage(step_folder(RunDir(tmp_path), 2))
     for name, content in {**FILES, MANIFEST: b"{}"}.items():
         found = newest(tmp_path)
         assert found is not None and found.step == 1
@@ -104,7 +105,7 @@ def test_a_save_killed_halfway_leaves_the_earlier_ones(tmp_path: Path) -> None:
 def test_a_refused_write_is_exit_74(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(IOFailure):
-        stage(step_folder(tmp_path / "file", 1))
+        stage(step_folder(RunDir(tmp_path / "file"), 1))
     with pytest.raises(IOFailure), hashed_file(tmp_path / "missing" / "x"):
         pass
 
@@ -112,13 +113,13 @@ def test_a_refused_write_is_exit_74(tmp_path: Path) -> None:
 def test_retention_keeps_two_sound_ones_and_the_forever_ones(tmp_path: Path) -> None:
     for step in range(10, 80, 10):
         save(tmp_path, step)
-    (step_folder(tmp_path, 60) / "run.json").unlink()
-    assert retain(tmp_path, None, None) == []
-    retain(tmp_path, 1, 30)
-    assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [70, 50, 30]
-    (step_folder(tmp_path, 70) / "run.json").unlink()
-    retain(tmp_path, 2, None)
-    assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [70, 50, 30]
+    (step_folder(RunDir(tmp_path), 60) / "run.json").unlink()
+    assert retain(RunDir(tmp_path), None, None) == []
+    retain(RunDir(tmp_path), 1, 30)
+    assert [checkpoint.step for checkpoint in checkpoints(RunDir(tmp_path))] == [70, 50, 30]
+    (step_folder(RunDir(tmp_path), 70) / "run.json").unlink()
+    retain(RunDir(tmp_path), 2, None)
+    assert [checkpoint.step for checkpoint in checkpoints(RunDir(tmp_path))] == [70, 50, 30]
 
 
 @pytest.mark.parametrize("reads", ["read_bytes", "stat"])
@@ -127,17 +128,19 @@ def test_retention_leaves_what_could_not_be_read(tmp_path: Path, monkeypatch: py
     for step in range(10, 60, 10):
         save(tmp_path, step)
     sound = getattr(Path, reads)
-    victims = [step_folder(tmp_path, step) / (MANIFEST if reads == "read_bytes" else "run.json") for step in (10, 40)]
+    victims = [
+        step_folder(RunDir(tmp_path), step) / (MANIFEST if reads == "read_bytes" else "run.json") for step in (10, 40)
+    ]
 
     def fail(path: Path, **arguments: bool) -> object:
         return refuse(path) if path in victims else sound(path, **arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, reads, fail)
-        assert retain(tmp_path, 2, None) == [step_folder(tmp_path, 20)]
-        found = checkpoints(tmp_path)[1]
+        assert retain(RunDir(tmp_path), 2, None) == [step_folder(RunDir(tmp_path), 20)]
+        found = checkpoints(RunDir(tmp_path))[1]
         assert found.uncertain and f"{victims[1].name} cannot be read: Input/output error" in found.problem
-    assert [(c.step, verify(c)) for c in checkpoints(tmp_path)] == [(50, ""), (40, ""), (30, ""), (10, "")]
+    assert [(c.step, verify(c)) for c in checkpoints(RunDir(tmp_path))] == [(50, ""), (40, ""), (30, ""), (10, "")]
 
 
 def test_a_save_that_replaces_a_checkpoint_is_never_without_one(tmp_path: Path) -> None:
@@ -150,21 +153,23 @@ def test_a_save_that_replaces_a_checkpoint_is_never_without_one(tmp_path: Path) 
     old.rename(old.with_name(old.name + ".removed"))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Path, "read_bytes", refuse)
-        clear_unfinished(tmp_path)
-    assert len(leftovers(tmp_path)) == 2, "it could not be told"
-    clear_unfinished(tmp_path)
-    assert [(c.step, verify(c)) for c in checkpoints(tmp_path)] == [(2, ""), (1, "")] and not leftovers(tmp_path)
+        clear_unfinished(RunDir(tmp_path))
+    assert len(leftovers(RunDir(tmp_path))) == 2, "it could not be told"
+    clear_unfinished(RunDir(tmp_path))
+    assert [(c.step, verify(c)) for c in checkpoints(RunDir(tmp_path))] == [(2, ""), (1, "")] and not leftovers(
+        RunDir(tmp_path)
+    )
 
 
 def test_what_a_killed_save_has_left_is_removed_and_what_was_set_aside_stays(tmp_path: Path) -> None:
     save(tmp_path, 1)
     save(tmp_path, 5)
-    (stage(step_folder(tmp_path, 9)) / "rank-00000-of-00002.safetensors").write_bytes(b"half")
+    (stage(step_folder(RunDir(tmp_path), 9)) / "rank-00000-of-00002.safetensors").write_bytes(b"half")
     for _ in range(2):  # the second time the name is taken
-        set_later_aside(tmp_path, checkpoints(tmp_path)[-1])
+        set_later_aside(RunDir(tmp_path), checkpoints(RunDir(tmp_path))[-1])
         save(tmp_path, 5)
-    clear_unfinished(tmp_path)
-    names = [path.name for path in leftovers(tmp_path)]
+    clear_unfinished(RunDir(tmp_path))
+    names = [path.name for path in leftovers(RunDir(tmp_path))]
     assert names == ["step-00000005.superseded", "step-00000005.superseded-2"]
     assert not read(tmp_path / "checkpoints" / names[1]).problem, "nothing is lost"
 
@@ -173,10 +178,10 @@ def test_the_step_is_what_the_manifest_says(tmp_path: Path) -> None:
     folder = save(tmp_path, 7)
     backup = folder.rename(folder.with_name("best"))
     assert (read(backup).step, read(backup).problem) == (7, "")
-    assert "says step 7" in read(backup.rename(step_folder(tmp_path, 8))).problem
+    assert "says step 7" in read(backup.rename(step_folder(RunDir(tmp_path), 8))).problem
 
 
 def test_a_flipped_bit_in_the_manifest_is_seen(tmp_path: Path) -> None:
     manifest = save(tmp_path, 7) / MANIFEST
     manifest.write_text(manifest.read_text().replace('"size": 1000', '"size": 1001'))
-    assert "damaged" in checkpoints(tmp_path)[0].problem
+    assert "damaged" in checkpoints(RunDir(tmp_path))[0].problem

@@ -10,6 +10,7 @@ import pytest
 from dsdpo.checkpoint.commit import RUN_FILE, commit, hashed_file, stage, step_folder
 from dsdpo.checkpoint.export import export, new_folder, set_aside
 from dsdpo.errors import CheckpointError, IOFailure
+from dsdpo.rundir import RunDir
 
 
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +46,7 @@ def test_a_folder_that_fails_leaves_the_earlier_one(tmp_path: Path) -> None:
 
 
 def test_merging_a_checkpoint_with_a_damaged_description_is_66(tmp_path: Path) -> None:
-    folder = step_folder(tmp_path, 1)
+    folder = step_folder(RunDir(tmp_path), 1)
     staged = stage(folder)
     with hashed_file(staged / RUN_FILE) as file:
         file.write(b'{"adapter_config": {"r": 8}}')
@@ -56,11 +57,11 @@ def test_merging_a_checkpoint_with_a_damaged_description_is_66(tmp_path: Path) -
 
 
 def test_weights_of_before_are_set_aside_in_place_of_earlier_ones(tmp_path: Path) -> None:
-    set_aside(tmp_path / "final")
+    set_aside(RunDir(tmp_path))
     for content in ("first", "second"):
         (tmp_path / "final").mkdir()
         (tmp_path / "final" / content).touch()
-        set_aside(tmp_path / "final")
+        set_aside(RunDir(tmp_path))
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [
         "final.superseded",
         "final.superseded/second",

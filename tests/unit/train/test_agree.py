@@ -15,6 +15,7 @@ from dsdpo.checkpoint.commit import RUN_FILE, commit, hashed_file, stage, step_f
 from dsdpo.config.schema import RunConfig
 from dsdpo.dist import launched
 from dsdpo.errors import CheckpointError
+from dsdpo.rundir import RunDir
 from dsdpo.train.agree import on_main, together
 from dsdpo.train.engine import start_process_group
 from dsdpo.train.resume import find_start
@@ -27,7 +28,7 @@ IDENTITY = {"dtype": "float32", "fingerprints": {"data": "d"}}
 
 def save(config: RunConfig, step: int) -> Path:
     """A checkpoint with a long manifest and next to nothing else."""
-    folder = step_folder(Path(config.output_dir), step)
+    folder = step_folder(RunDir(Path(config.output_dir)), step)
     staged = stage(folder)
     run = IDENTITY | {"config": config.model_dump(mode="json"), "resumed_from": None}
     records = {}

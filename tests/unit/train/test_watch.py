@@ -14,6 +14,7 @@ import pytest
 
 from dsdpo.dist import Ranks
 from dsdpo.lock import RunLock, this_process
+from dsdpo.rundir import RunDir
 from dsdpo.train.watch import Watch
 
 ROOT = Path(__file__).parents[3]
@@ -43,13 +44,13 @@ def test_the_rank_that_is_silent_or_behind_is_named(
     for rank in range(3):
         tell(tmp_path, rank, beats[rank], ages[rank], tokens[rank])
     me = 0 if first == 0 else 1
-    text, found = Watch(tmp_path, Ranks(me, 3, me), 120.0, "t").diagnose(121.0)
+    text, found = Watch(RunDir(tmp_path), Ranks(me, 3, me), 120.0, "t").diagnose(121.0)
     assert named in text and "No progress for 121 s" in text and found == first
 
 
 def test_a_rank_without_a_file_is_silent(tmp_path: Path) -> None:
     tell(tmp_path, 0, 3)
-    assert "rank 1 (host ?, pid ?)" in Watch(tmp_path, Ranks(0, 2, 0), 120.0, "t").diagnose(121.0)[0]
+    assert "rank 1 (host ?, pid ?)" in Watch(RunDir(tmp_path), Ranks(0, 2, 0), 120.0, "t").diagnose(121.0)[0]
 
 
 def test_a_rank_on_this_host_that_has_died_is_known_at_once(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_a_rank_on_this_host_that_has_died_is_known_at_once(tmp_path: Path) -> N
     me = this_process()
     tell(tmp_path, 0, 3, **me)
     tell(tmp_path, 1, 3, **{**me, "pid": gone.pid})
-    watch = Watch(tmp_path, Ranks(0, 2, 0), 120.0, "t")
+    watch = Watch(RunDir(tmp_path), Ranks(0, 2, 0), 120.0, "t")
     assert watch._neighbour_has_died() and f"pid {gone.pid}), which has died" in watch.diagnose(10.0)[0]
     for elsewhere in ({"host": "another"}, {"pid_namespace": "pid:[1]"}, {"boot_id": "another"}):
         tell(tmp_path, 1, 3, **{**me, "pid": gone.pid, **elsewhere})
@@ -70,9 +71,10 @@ import sys, time
 from pathlib import Path
 import dsdpo.train.watch
 from dsdpo.dist import Ranks
+from dsdpo.rundir import RunDir
 from dsdpo.train.watch import Watch
 out, timeout, token, beats = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] or None, int(sys.argv[4])
-watch = Watch(out, Ranks(0, 1, 0), timeout, token)
+watch = Watch(RunDir(out), Ranks(0, 1, 0), timeout, token)
 watch.start()
 for step in range(beats):
     watch.beat(step)
@@ -136,8 +138,9 @@ def test_the_time_of_a_job_that_is_suspended_does_not_count(tmp_path: Path) -> N
 
 def test_a_rank_ends_when_the_holder_of_the_lock_is_gone(tmp_path: Path) -> None:
     holder = (
-        "import sys, time, pathlib; from dsdpo.lock import RunLock;"
-        "lock = RunLock.acquire(pathlib.Path(sys.argv[1]), 'test'); print(lock.token, flush=True); time.sleep(100)"
+        "import sys, time, pathlib; from dsdpo.lock import RunLock; from dsdpo.rundir import RunDir;"
+        "lock = RunLock.acquire(RunDir(pathlib.Path(sys.argv[1])), 'test');"
+        "print(lock.token, flush=True); time.sleep(100)"
     )
     held = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], cwd=ROOT, text=True, stdout=subprocess.PIPE)
     assert held.stdout is not None
@@ -151,7 +154,7 @@ def test_a_rank_ends_when_the_holder_of_the_lock_is_gone(tmp_path: Path) -> None
 
 
 def test_a_rank_ends_when_another_job_has_the_lock(tmp_path: Path) -> None:
-    with RunLock.acquire(tmp_path, "another"):
+    with RunLock.acquire(RunDir(tmp_path), "another"):
         process = start(tmp_path, "10", "mine", "5")
         assert process.wait(20) == -signal.SIGKILL
         process.communicate()
@@ -159,7 +162,7 @@ def test_a_rank_ends_when_another_job_has_the_lock(tmp_path: Path) -> None:
 
 def test_a_rank_ends_when_the_lock_is_given_back(tmp_path: Path) -> None:
     """A supervisor on another host that is interrupted does so, and cannot kill the ranks here."""
-    with RunLock.acquire(tmp_path, "test") as lock:
+    with RunLock.acquire(RunDir(tmp_path), "test") as lock:
         process = start(tmp_path, "10", lock.token, "5")
         time.sleep(3)
         assert process.poll() is None

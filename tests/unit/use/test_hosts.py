@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsdpo.errors import ConfigError
+from dsdpo.rundir import RunDir
 from dsdpo.use import hosts
 from dsdpo.use.hosts import forget_environment, leave_environment, look_at, slots, take_environment, without_secrets
 
@@ -30,21 +31,21 @@ def other_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ranks_get_what_is_not_set_there(tmp_path: Path, other_host: None) -> None:
-    leave_environment(tmp_path, "t0k3n", SHELL)
+    leave_environment(RunDir(tmp_path), "t0k3n", SHELL)
     [file] = tmp_path.iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    take_environment(tmp_path, "another")
+    take_environment(RunDir(tmp_path), "another")
     assert "HF_TOKEN" not in os.environ
-    take_environment(tmp_path, "t0k3n")
+    take_environment(RunDir(tmp_path), "t0k3n")
     assert os.environ["HF_TOKEN"] == "secret" and os.environ["NCCL_SOCKET_IFNAME"] == "eth0"
     assert not {"CUDA_VISIBLE_DEVICES", "HOME"} & set(os.environ) and os.environ["PATH"].endswith(":usr")
 
 
 def test_the_file_is_gone_afterwards_and_with_the_next_run(tmp_path: Path) -> None:
-    leave_environment(tmp_path, "killed", SHELL)
-    leave_environment(tmp_path, "next", SHELL)
+    leave_environment(RunDir(tmp_path), "killed", SHELL)
+    leave_environment(RunDir(tmp_path), "next", SHELL)
     assert [path.name for path in tmp_path.iterdir()] == [".environment-next"]
-    forget_environment(tmp_path)
+    forget_environment(RunDir(tmp_path))
     assert not list(tmp_path.iterdir())
 
 

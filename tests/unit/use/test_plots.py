@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsdpo.errors import DataError, IOFailure
+from dsdpo.rundir import RunDir
 from dsdpo.use.plots import plot, read_metrics, smooth
 
 
@@ -37,21 +38,21 @@ def size_of(picture: Path) -> tuple[int, int]:
 def test_a_run_gives_three_pictures(tmp_path: Path) -> None:
     held_out = {"step": 20.0, "eval_loss": 0.6, "eval_rewards/accuracies": 0.7, "eval_rewards/margins": 0.3}
     write(tmp_path, [*map(train_record, range(1, 21)), held_out])
-    pictures = plot(tmp_path)
+    pictures = plot(RunDir(tmp_path))
     assert [picture.name for picture in pictures] == ["loss.png", "rewards.png", "accuracy.png"]
     assert all(size_of(picture) == (1200, 750) for picture in pictures)
 
 
 def test_held_out_points_are_drawn(tmp_path: Path) -> None:
     write(tmp_path, [train_record(step) for step in range(1, 9)])
-    without = plot(tmp_path)[0].read_bytes()
+    without = plot(RunDir(tmp_path))[0].read_bytes()
     write(tmp_path, [*(train_record(step) for step in range(1, 9)), {"step": 8.0, "eval_loss": 0.65}])
-    assert plot(tmp_path)[0].read_bytes() != without
+    assert plot(RunDir(tmp_path))[0].read_bytes() != without
 
 
 def test_a_picture_without_values_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, [{"step": 1.0, "loss": 0.7}])
-    assert [picture.name for picture in plot(tmp_path)] == ["loss.png"]
+    assert [picture.name for picture in plot(RunDir(tmp_path))] == ["loss.png"]
 
 
 def test_a_half_written_last_line_is_skipped(tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_a_half_written_last_line_is_skipped(tmp_path: Path) -> None:
 def test_damage_before_the_last_line_is_told(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1.0, "loss": 0.7}\n{"lo\n{"step": 3.0, "loss": 0.6}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2 is no record"):
-        plot(tmp_path)
+        plot(RunDir(tmp_path))
 
 
 @pytest.mark.parametrize(("content", "words"), [(None, "cannot be read"), ("", "no step yet"), ('{"st', "no step yet")])
@@ -70,14 +71,14 @@ def test_no_metrics_is_told(tmp_path: Path, content: str | None, words: str) -> 
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(DataError, match=words):
-        plot(tmp_path)
+        plot(RunDir(tmp_path))
 
 
 def test_a_picture_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     write(tmp_path, [train_record(1)])
     (tmp_path / "loss.png").mkdir()
     with pytest.raises(IOFailure, match=r"cannot write .*loss\.png"):
-        plot(tmp_path)
+        plot(RunDir(tmp_path))
 
 
 def test_smoothing_keeps_a_line_where_it_is() -> None:

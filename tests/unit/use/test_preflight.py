@@ -15,7 +15,7 @@ import yaml
 from dsdpo.checkpoint.commit import RUN_FILE, candidates, commit, hashed_file, stage, step_folder
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, ConfigError
-from dsdpo.train.stop import COMPLETED_FILE
+from dsdpo.rundir import RunDir
 from dsdpo.use.preflight import ClusterRequest, _check_adapter, check_device, check_weights, preflight
 
 
@@ -166,7 +166,7 @@ def test_what_looks_like_a_path_must_exist(tmp_path: Path, monkeypatch: pytest.M
 
 def save(output_dir: Path, step: int, config: RunConfig, resumed_from: str | None = None) -> Path:
     """A checkpoint by its looks: all that a preflight reads."""
-    folder = step_folder(output_dir, step)
+    folder = step_folder(RunDir(output_dir), step)
     staged = stage(folder)
     with hashed_file(staged / RUN_FILE) as file:
         file.write(json.dumps({"config": config.model_dump(mode="json"), "resumed_from": resumed_from}).encode())
@@ -215,7 +215,7 @@ def test_a_finished_run_is_done_and_another_one_in_its_place_is_66(tmp_path: Pat
     output_dir = Path(run["output_dir"])
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "run_config.yaml").write_text(yaml.safe_dump(config.model_dump()))
-    (output_dir / COMPLETED_FILE).touch()
+    RunDir(output_dir).completed.touch()
     assert check(tmp_path, run | {"logging_steps": 7})
     with pytest.raises(CheckpointError, match=r"finished run, and this is another one: seed was 42, now it is 7\."):
         check(tmp_path, run | {"seed": 7})

@@ -14,7 +14,7 @@ import pytest
 
 from dsdpo.dist import Allocation, job_port
 from dsdpo.errors import ConfigError, HangError, IOFailure
-from dsdpo.train.stop import STOP_FILE
+from dsdpo.rundir import RunDir
 from dsdpo.use import slurm
 from dsdpo.use.node import launcher
 from dsdpo.use.preflight import ClusterRequest
@@ -37,7 +37,7 @@ def test_one_task_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     environment = {"DSDPO_SRUN_ARGS": "--container-image='a b' --label", "HF_TOKEN": "secret"}
-    command = srun_command(["train", "run.yaml"], JOB, 4, tmp_path, ClusterRequest(), environment)
+    command = srun_command(["train", "run.yaml"], JOB, 4, RunDir(tmp_path), ClusterRequest(), environment)
     assert command[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
     assert {"--kill-on-bad-exit=1", "--cpu-bind=none", "--export=ALL", "--container-image=a b", "--label"} < set(
         command
@@ -51,7 +51,7 @@ def test_one_task_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_nodes_interpreter_and_the_port_can_be_others(tmp_path: Path) -> None:
     cluster = ClusterRequest(master_addr="ib-n1", master_port=4321)
-    command = srun_command(["train"], JOB, 4, tmp_path, cluster, {"DSDPO_PYTHON": "python3"})
+    command = srun_command(["train"], JOB, 4, RunDir(tmp_path), cluster, {"DSDPO_PYTHON": "python3"})
     assert command[command.index("-m") - 1] == "python3" and {"ib-n1", "4321"} < set(command)
 
 
@@ -98,8 +98,8 @@ def test_what_goes_back_into_the_queue(
     tmp_path: Path, code: int, received: str | None, stop: str | None, goes_on: bool
 ) -> None:
     if stop is not None:
-        (tmp_path / STOP_FILE).write_text(stop)
-    assert _can_go_on(tmp_path, code, received) == goes_on
+        RunDir(tmp_path).stop.write_text(stop)
+    assert _can_go_on(RunDir(tmp_path), code, received) == goes_on
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
         said = []
         monkeypatch.setattr(slurm, "_put_back", lambda job: said.append(f"again {job.restarts + 1}") or "again")
         for number, (code, step) in enumerate(ends, first):
-            attempt = Attempts(Allocation(job, 2, "localhost", 4, number, job, True), tmp_path)
+            attempt = Attempts(Allocation(job, 2, "localhost", 4, number, job, True), RunDir(tmp_path))
             try:
                 attempt.begin()
             except HangError:
@@ -146,7 +146,7 @@ def test_what_the_scheduler_kills_after_it_has_asked_is_no_failure(
     tmp_path: Path, queue: Callable[..., list[str]], asked: str, said: list[str]
 ) -> None:
     """A save may take longer than the time SLURM leaves; a STOP without a word is a person's."""
-    (tmp_path / STOP_FILE).write_text(asked)
+    RunDir(tmp_path).stop.write_text(asked)
     assert queue((None, 0), (None, 0), (None, 0), (None, 0)) == said
     assert queue(*[(None, 0)] * 17, first=4) == (["refused"] if asked else ["refused"] * 17)
 
@@ -203,18 +203,18 @@ def test_a_folder_that_is_away_hides_nothing(
 ) -> None:
     said = []
     monkeypatch.setattr(slurm, "_put_back", lambda job: said.append(job.name) or "again")
-    attempts = Attempts(JOB, tmp_path)
+    attempts = Attempts(JOB, RunDir(tmp_path))
     attempts.begin()
-    (tmp_path / slurm.ATTEMPTS_FILE).write_text("{damaged")
+    RunDir(tmp_path).attempts.write_text("{damaged")
     attempts.end(code, received)
     assert said == ["41"] * again
 
 
 @pytest.mark.parametrize("line", ["{damaged", "[1]", '{"job": "41", "at": 3}'])
 def test_a_damaged_list_of_attempts_is_told(tmp_path: Path, line: str) -> None:
-    (tmp_path / slurm.ATTEMPTS_FILE).write_text(line)
-    with pytest.raises(IOFailure, match=f"{slurm.ATTEMPTS_FILE} does not hold .* remove it"):
-        Attempts(JOB, tmp_path).begin()
+    RunDir(tmp_path).attempts.write_text(line)
+    with pytest.raises(IOFailure, match=r"attempts.jsonl does not hold .* remove it"):
+        Attempts(JOB, RunDir(tmp_path)).begin()
 
 
 def test_what_cannot_be_counted_does_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_what_cannot_be_counted_does_not_come_back(tmp_path: Path, monkeypatch: 
     said = []
     monkeypatch.setattr(slurm, "_put_back", lambda job: said.append(job.name) or "again")
     monkeypatch.setattr(slurm, "write_atomically", full)
-    attempts = Attempts(JOB, tmp_path)
+    attempts = Attempts(JOB, RunDir(tmp_path))
     with pytest.raises(IOFailure):
         attempts.begin()
     attempts.end(74, None)

@@ -20,7 +20,8 @@ from dsdpo.config.load import load
 from dsdpo.dist import Allocation, Ranks
 from dsdpo.errors import HangError, IOFailure, StopRequested
 from dsdpo.lock import RunLock
-from dsdpo.train.stop import COMPLETED_FILE, EXIT_FILE, STOP_FILE, write_exit
+from dsdpo.rundir import RunDir
+from dsdpo.train.stop import write_exit
 from dsdpo.use.launcher import (
     Launch,
     StopRequests,
@@ -41,36 +42,38 @@ ARGV = Task("train", "run.yaml", ["--beta", "0.2"]).argv("t0k3n")
 # A rank that starts a helper, waits for the stop file, says how it ended and leaves with a useless exit code.
 RANK = """
 import pathlib, subprocess, sys, time
+from dsdpo.rundir import RunDir
 from dsdpo.train.stop import write_exit
 out = pathlib.Path(sys.argv[1])
 helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
 (out / "pids").write_text(f"{helper.pid}")
 while not (out / "STOP").exists():
     time.sleep(0.05)
-write_exit(out, 75, "stopped on request")
+write_exit(RunDir(out), 75, "stopped on request")
 sys.exit(1)
 """
 SUPERVISOR = """
 import os, pathlib, signal, sys
 from dsdpo.lock import RunLock
+from dsdpo.rundir import RunDir
 from dsdpo.use.launcher import Launch, StopRequests, run_launcher
 from dsdpo.use.supervisor import judge
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with SIGINT ignored
 out = pathlib.Path(sys.argv[1])
 try:
-    with RunLock.acquire(out, "test") as lock, StopRequests(out) as requests:
+    with RunLock.acquire(RunDir(out), "test") as lock, StopRequests(RunDir(out)) as requests:
         launch = Launch([sys.executable, "-c", sys.argv[2], str(out)], dict(os.environ), "")
-        status = run_launcher(launch, out, requests, lock)
+        status = run_launcher(launch, RunDir(out), requests, lock)
 except KeyboardInterrupt:
     sys.exit(130)
-sys.exit(judge("train", out, status))
+sys.exit(judge("train", RunDir(out), status))
 """
 
 
 def run(command: list[str], out: Path, environment: Mapping[str, str] = os.environ) -> int:
     """run_launcher, as a supervisor calls it."""
-    with RunLock.acquire(out, "test") as lock, StopRequests(out) as requests:
-        return run_launcher(Launch(command, dict(environment), ""), out, requests, lock)
+    with RunLock.acquire(RunDir(out), "test") as lock, StopRequests(RunDir(out)) as requests:
+        return run_launcher(Launch(command, dict(environment), ""), RunDir(out), requests, lock)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -114,7 +117,7 @@ def test_a_stop_signal_becomes_the_stop_file_and_the_ranks_word_counts(
     process = supervisor(RANK)
     process.send_signal(number)
     assert process.wait(20) == 75
-    assert (tmp_path / STOP_FILE).read_text() == number.name
+    assert RunDir(tmp_path).stop.read_text() == number.name
     helper = int((tmp_path / "pids").read_text())
     wait_for(lambda: not is_alive(helper))
 
@@ -124,7 +127,7 @@ def test_a_second_interrupt_ends_everything_at_once(
 ) -> None:
     process = supervisor(RANK.replace('"STOP"', '"NEVER"'))
     process.send_signal(signal.SIGINT)
-    wait_for((tmp_path / STOP_FILE).exists)
+    wait_for(RunDir(tmp_path).stop.exists)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
@@ -170,10 +173,10 @@ def test_the_exit_code_is_what_the_ranks_said(
     tmp_path: Path, task: str, completed: bool, told: int | None, status: int, code: int
 ) -> None:
     if completed:
-        (tmp_path / COMPLETED_FILE).write_text("")
+        RunDir(tmp_path).completed.write_text("")
     if told is not None:
-        write_exit(tmp_path, told, "word")
-    assert judge(task, tmp_path, status) == code
+        write_exit(RunDir(tmp_path), told, "word")
+    assert judge(task, RunDir(tmp_path), status) == code
 
 
 @pytest.mark.parametrize(
@@ -189,9 +192,9 @@ def test_the_exit_code_is_what_the_ranks_said(
 )
 def test_a_rank_that_died_is_a_hang(tmp_path: Path, told: int | None, status: int, said: str) -> None:
     if told is not None:
-        write_exit(tmp_path, told, "word")
+        write_exit(RunDir(tmp_path), told, "word")
     with pytest.raises(HangError, match=said):
-        judge("train", tmp_path, status)
+        judge("train", RunDir(tmp_path), status)
 
 
 @pytest.mark.parametrize("main", [None, 1, 71])
@@ -199,17 +202,17 @@ def test_a_peers_word_counts_when_the_main_rank_knows_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], main: int | None
 ) -> None:
     if main is not None:
-        write_exit(tmp_path, main, "connection reset by peer")
+        write_exit(RunDir(tmp_path), main, "connection reset by peer")
     for rank in (3, 4):
-        _tell_as_peer(tmp_path, Ranks(rank, 8, rank), IOFailure("disk full"))
-    assert judge("train", tmp_path, 74) == 74
+        _tell_as_peer(RunDir(tmp_path), Ranks(rank, 8, rank), IOFailure("disk full"))
+    assert judge("train", RunDir(tmp_path), 74) == 74
     assert capsys.readouterr().err == "rank 3: disk full\n"
 
 
 def test_the_main_ranks_word_goes_before_a_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _tell_as_peer(tmp_path, Ranks(1, 2, 1), StopRequested("stopped"))
-    write_exit(tmp_path, 75, "stopped")
-    assert judge("train", tmp_path, 75) == 75
+    _tell_as_peer(RunDir(tmp_path), Ranks(1, 2, 1), StopRequested("stopped"))
+    write_exit(RunDir(tmp_path), 75, "stopped")
+    assert judge("train", RunDir(tmp_path), 75) == 75
     assert capsys.readouterr().err == ""
 
 
@@ -217,34 +220,36 @@ def test_a_hang_is_not_waited_for(tmp_path: Path) -> None:
     """A launcher waits for the rank that hangs; the supervisor does not."""
     rank = """
 import pathlib, sys, time
+from dsdpo.rundir import RunDir
 from dsdpo.train.stop import write_exit
-write_exit(pathlib.Path(sys.argv[1]), 71, "rank 1 (host a, pid 2), without a sign of life for 130 s")
+write_exit(RunDir(pathlib.Path(sys.argv[1])), 71, "rank 1 (host a, pid 2), without a sign of life for 130 s")
 time.sleep(100)
 """
     started = time.monotonic()
     status = run([sys.executable, "-c", rank, str(tmp_path)], tmp_path, {**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    assert judge("train", tmp_path, status) == 71 and time.monotonic() - started < 60
+    assert judge("train", RunDir(tmp_path), status) == 71 and time.monotonic() - started < 60
 
 
 def test_before_there_are_ranks_a_stop_signal_ends_the_supervisor(tmp_path: Path) -> None:
-    with pytest.raises(StopRequested), StopRequests(tmp_path):
+    with pytest.raises(StopRequested), StopRequests(RunDir(tmp_path)):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
-    assert not (tmp_path / STOP_FILE).exists()
+    assert not RunDir(tmp_path).stop.exists()
 
 
 def test_that_a_peer_hangs_goes_before_what_its_loss_did(tmp_path: Path) -> None:
-    write_exit(tmp_path, 71, "rank 1 hangs")
-    write_exit(tmp_path, 1, "connection reset by peer")
-    assert judge("train", tmp_path, 1) == 71
+    write_exit(RunDir(tmp_path), 71, "rank 1 hangs")
+    write_exit(RunDir(tmp_path), 1, "connection reset by peer")
+    assert judge("train", RunDir(tmp_path), 1) == 71
 
 
 def test_marks_of_an_earlier_attempt_are_cleared(tmp_path: Path) -> None:
-    clear_marks(tmp_path / "not_there")
-    for name in (STOP_FILE, EXIT_FILE, COMPLETED_FILE):
-        (tmp_path / name).write_text("")
-    clear_marks(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [COMPLETED_FILE]
+    clear_marks(RunDir(tmp_path / "not_there"))
+    run_dir = RunDir(tmp_path)
+    for path in (run_dir.stop, run_dir.exit, run_dir.peer_exit, run_dir.completed):
+        path.write_text("")
+    clear_marks(run_dir)
+    assert list(tmp_path.iterdir()) == [run_dir.completed]
 
 
 @pytest.mark.parametrize(
@@ -324,11 +329,11 @@ def test_gpus_of_a_job_are_those_slurm_gave_or_else_those_seen(
 
 def test_fresh_is_noted_for_the_job_that_began_again(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    assert not has_started_over(tmp_path, "41")
-    start_over(tmp_path, confirmed=True, job="41")
-    assert has_started_over(tmp_path, "41") and not has_started_over(tmp_path, "42")
-    start_over(tmp_path, confirmed=False, job="42")  # there is nothing to move aside now
-    assert has_started_over(tmp_path, "42")
+    assert not has_started_over(RunDir(tmp_path), "41")
+    start_over(RunDir(tmp_path), confirmed=True, job="41")
+    assert has_started_over(RunDir(tmp_path), "41") and not has_started_over(RunDir(tmp_path), "42")
+    start_over(RunDir(tmp_path), confirmed=False, job="42")  # there is nothing to move aside now
+    assert has_started_over(RunDir(tmp_path), "42")
 
 
 def test_a_given_port_is_used_and_else_a_free_one() -> None:
@@ -363,7 +368,7 @@ def test_a_killed_rank_under_the_real_launcher(tmp_path: Path) -> None:
         "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(100)\n"
     )
     with pytest.raises(HangError, match="SIGKILL"):
-        judge("train", tmp_path, launched(tmp_path, rank, 2))
+        judge("train", RunDir(tmp_path), launched(tmp_path, rank, 2))
 
 
 def test_the_real_launcher_places_ranks_and_stays_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
