@@ -16,7 +16,6 @@ from dsdpo.errors import HangError, IOFailure
 from dsdpo.files import write_atomically
 from dsdpo.rundir import RunDir
 
-STARTED_FILE = "STARTED"
 _NOTICED_S = 5.0
 _RESERVE_BYTES = 4096
 

@@ -33,7 +33,6 @@ from dsdpo.train.loop import train
 from dsdpo.train.reference import NoReference, Reference, open_store, reference_for
 from dsdpo.train.session import Session, build_session
 from dsdpo.train.stop import (
-    STARTED_FILE,
     StopFlag,
     outlive_the_cause,
     reserve_exit,
@@ -121,7 +120,6 @@ def _train(session: Session, run_dir: RunDir) -> None:
     config, is_main = session.config, session.ranks.is_main
     if is_main:
         write_atomically(run_dir.run_config, yaml.safe_dump(config.model_dump(), sort_keys=False))
-        write_atomically(run_dir.path / STARTED_FILE, "")
         if session.first_step < session.schedule.total_steps:
             set_aside(run_dir)  # of a run that was to end before, and was given more steps
     comm.barrier()
