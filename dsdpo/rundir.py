@@ -96,7 +96,7 @@ class RunDir:
 
     @property
     def exit(self) -> Path:
-        """main rank, or the rank that noticed a hang: JSON with `code` and `message`."""
+        """main rank, or the rank that noticed a hang: JSON; exit code, message, and the rank that wrote it."""
         return self.path / "EXIT"
 
     @property

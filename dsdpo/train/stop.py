@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dsdpo.errors import HangError, IOFailure
@@ -18,6 +20,8 @@ from dsdpo.rundir import RunDir
 
 _NOTICED_S = 5.0
 _RESERVE_BYTES = 4096
+_SHORT = 500  # characters of a message that fit into the reserve
+_RANK_IN_MESSAGE = re.compile(r"rank (\d+): ")
 
 
 class StopFlag:
@@ -56,13 +60,39 @@ class StopFlag:
             return False
 
 
-def read_exit(path: Path) -> tuple[int | None, str]:
-    """Code and message of `write_exit`; None and nothing where there is no such file, or no such content."""
+@dataclass(frozen=True)
+class ExitRecord:
+    """How a run ended, as one rank saw it. EXIT and EXIT_PEER hold it as JSON.
+
+    Attributes:
+        code: exit code.
+        message: for the reader.
+        rank: which rank wrote it.
+    """
+
+    code: int
+    message: str
+    rank: int
+
+    def to_json(self) -> str:
+        """As `read_exit` reads it."""
+        return json.dumps(asdict(self))
+
+
+def read_exit(path: Path) -> ExitRecord | None:
+    """The record in EXIT or EXIT_PEER; None where there is no such file, or it holds something else.
+
+    Files of earlier versions have no `rank`: there the message of a rank other than 0 begins with it.
+    """
     try:
-        said = json.loads(path.read_text())
-        return int(said["code"]), str(said["message"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, ""
+        found = json.loads(path.read_text())
+        record = ExitRecord(int(found["code"]), str(found["message"]), int(found.get("rank", 0)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    prefix = _RANK_IN_MESSAGE.match(record.message)
+    if prefix is None or "rank" in found:
+        return record
+    return replace(record, message=record.message[prefix.end() :], rank=int(prefix[1]))
 
 
 def wait_for_exit(run_dir: RunDir, seconds: float = 10.0) -> None:
@@ -86,7 +116,7 @@ def reserve_exit(run_dir: RunDir) -> None:
     write_atomically(run_dir.exit_reserve, " " * _RESERVE_BYTES)
 
 
-def write_exit(run_dir: RunDir, code: int, message: str) -> None:
+def write_exit(run_dir: RunDir, record: ExitRecord) -> None:
     """Tell the supervisor how the run ended; a launcher's own exit code does not.
 
     That a peer hangs goes before what its loss did to this rank.
@@ -94,17 +124,28 @@ def write_exit(run_dir: RunDir, code: int, message: str) -> None:
     Raises:
         IOFailure: it cannot be written, not even into the room that `reserve_exit` took.
     """
-    if code == 1 and read_exit(run_dir.exit)[0] == HangError.exit_code:
+    earlier = read_exit(run_dir.exit)
+    if record.code == 1 and earlier is not None and earlier.code == HangError.exit_code:
         return
-    told = json.dumps({"code": code, "message": message})
-    reserve = run_dir.exit_reserve
+    content, reserve = record.to_json(), run_dir.exit_reserve
     try:
-        write_atomically(run_dir.exit, told)
+        write_atomically(run_dir.exit, content)
         reserve.unlink(missing_ok=True)
     except IOFailure:
         if not reserve.exists():
             raise
-        short = told if len(told) <= _RESERVE_BYTES else json.dumps({"code": code, "message": message[:500]})
+        if len(content) > _RESERVE_BYTES:
+            content = replace(record, message=record.message[:_SHORT]).to_json()
         with reserve.open("r+") as stream:
-            stream.write(short.ljust(_RESERVE_BYTES))
+            stream.write(content.ljust(_RESERVE_BYTES))
         os.replace(reserve, run_dir.exit)
+
+
+def write_peer_exit(run_dir: RunDir, record: ExitRecord) -> None:
+    """Tell the supervisor what happened to a rank other than 0, such as a full disk; of several the first counts.
+
+    Raises:
+        OSError: another rank was first, or it cannot be written.
+    """
+    with run_dir.peer_exit.open("x") as stream:
+        stream.write(record.to_json())

@@ -33,6 +33,7 @@ from dsdpo.train.loop import train
 from dsdpo.train.reference import NoReference, Reference, open_store, reference_for
 from dsdpo.train.session import Session, build_session
 from dsdpo.train.stop import (
+    ExitRecord,
     StopFlag,
     outlive_the_cause,
     reserve_exit,
@@ -100,19 +101,20 @@ def _exit_told(run_dir: RunDir, ranks: Ranks) -> Iterator[None]:
         yield
     except DsdpoError as error:
         if ranks.is_main:
-            write_exit(run_dir, error.exit_code, str(error))
+            write_exit(run_dir, ExitRecord(error.exit_code, str(error), ranks.rank))
         elif isinstance(error, StopRequested):
             wait_for_exit(run_dir)  # a launcher ends the others as soon as one has ended
         raise
     except BaseException as error:
         if ranks.is_main:
             is_full = isinstance(error, OSError) and error.errno in _REFUSED
-            write_exit(run_dir, IOFailure.exit_code if is_full else 1, traceback.format_exc())
+            code = IOFailure.exit_code if is_full else 1
+            write_exit(run_dir, ExitRecord(code, traceback.format_exc(), ranks.rank))
         if isinstance(error, Exception) and ranks.world_size > 1:
             outlive_the_cause()
         raise
     if ranks.is_main:
-        write_exit(run_dir, 0, "done")
+        write_exit(run_dir, ExitRecord(0, "done", ranks.rank))
 
 
 def _train(session: Session, run_dir: RunDir) -> None:

@@ -22,7 +22,7 @@ from dsdpo.dist import Ranks
 from dsdpo.errors import HangError
 from dsdpo.lock import holder, holder_is_gone, this_process
 from dsdpo.rundir import RunDir
-from dsdpo.train.stop import wait_for_exit, write_exit
+from dsdpo.train.stop import ExitRecord, wait_for_exit, write_exit
 
 _LONG_S = 1800.0  # for first steps, saves and evaluations
 _FIRST_STEPS = 3
@@ -164,7 +164,7 @@ class Watch:
             faulthandler.dump_traceback(all_threads=True)
             print(told, file=sys.stderr, flush=True)
             with suppress(Exception):
-                write_exit(self._run_dir, HangError.exit_code, told)
+                write_exit(self._run_dir, ExitRecord(HangError.exit_code, told, self._ranks.rank))
         else:  # whoever ends first cuts the others' connections: let that one say first what happened
             wait_for_exit(self._run_dir)
         os._exit(HangError.exit_code)

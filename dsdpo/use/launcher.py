@@ -168,7 +168,8 @@ def _wait(launcher: subprocess.Popen[bytes], run_dir: RunDir) -> int:
         try:
             return launcher.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            if read_exit(run_dir.exit)[0] == HangError.exit_code:
+            record = read_exit(run_dir.exit)
+            if record is not None and record.code == HangError.exit_code:
                 with suppress(subprocess.TimeoutExpired):
                     return launcher.wait(timeout=_AFTER_HANG_S)
                 return HangError.exit_code

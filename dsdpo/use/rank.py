@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import warnings
 from contextlib import suppress
@@ -14,7 +13,7 @@ from dsdpo.dist import Ranks
 from dsdpo.errors import ConfigError, DsdpoError, IOFailure
 from dsdpo.lock import RunLock
 from dsdpo.rundir import RunDir
-from dsdpo.train.stop import write_exit
+from dsdpo.train.stop import ExitRecord, write_exit, write_peer_exit
 from dsdpo.use.hosts import take_environment
 from dsdpo.use.preflight import preflight, reload
 from dsdpo.use.rendezvous import meet
@@ -83,17 +82,12 @@ def _take_lock(task: Task, run_dir: RunDir) -> str:
 
 def _tell(run_dir: RunDir, ranks: Ranks, error: DsdpoError) -> None:
     """Leave a word for the supervisor: where `run` was not reached yet, nobody else does."""
-    if not ranks.is_main:
-        _tell_as_peer(run_dir, ranks, error)
-    elif not run_dir.exit.exists():
-        with suppress(IOFailure):
-            write_exit(run_dir, error.exit_code, str(error))
-
-
-def _tell_as_peer(run_dir: RunDir, ranks: Ranks, error: DsdpoError) -> None:
-    """Leave what happened to this rank alone, such as a full disk; the first of several ranks to do so wins."""
-    with suppress(OSError), run_dir.peer_exit.open("x") as stream:
-        json.dump({"code": error.exit_code, "message": f"rank {ranks.rank}: {error}"}, stream)
+    record = ExitRecord(error.exit_code, str(error), ranks.rank)
+    with suppress(OSError, IOFailure):
+        if not ranks.is_main:
+            write_peer_exit(run_dir, record)
+        elif not run_dir.exit.exists():
+            write_exit(run_dir, record)
 
 
 def _prepare_as_rank(config: RunConfig, ranks: Ranks) -> None:

@@ -22,7 +22,7 @@ from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError
 from dsdpo.files import write_atomically
 from dsdpo.lock import RunLock
 from dsdpo.rundir import RunDir
-from dsdpo.train.stop import read_exit
+from dsdpo.train.stop import ExitRecord, read_exit
 from dsdpo.use.hosts import forget_environment, leave_environment, look_at, slots, without_secrets
 from dsdpo.use.launcher import Launch, StopRequests, end_leftovers, launch_command, launch_environment, run_launcher
 from dsdpo.use.preflight import ClusterRequest, check_device, preflight
@@ -201,7 +201,8 @@ def judge(task: str, run_dir: RunDir, status: int) -> int:
     """
     if task == "train" and run_dir.completed.exists():
         return 0
-    code, message = _told(run_dir)
+    record = _told(run_dir)
+    code = None if record is None else record.code
     if code in (None, 1) and status in _TOLD_BY_STATUS:  # no file could be written, or another rank lost its peer first
         return status
     # The launcher hands a rank's death by signal on as a negative number, which exit() wraps around.
@@ -215,24 +216,23 @@ def judge(task: str, run_dir: RunDir, status: int) -> int:
         raise HangError(f"a rank was killed by {name} during {task}; {cause}")
     if (code is None and status == 0) or (code == 0 and task == "train"):
         raise HangError(f"the ranks ended without finishing {task}; see the lines above")
-    if code is None:
+    if record is None:
         print(f"{task} failed (launcher exit code {status}); see the lines above", file=sys.stderr)
         return 1
-    if message.startswith("rank "):  # a peer's word; the main rank prints its own
-        print(message, file=sys.stderr)
-    return code
+    if record.rank != 0:  # rank 0 has printed its own
+        print(f"rank {record.rank}: {record.message}", file=sys.stderr)
+    return record.code
 
 
-def _told(run_dir: RunDir) -> tuple[int | None, str]:
-    """Exit code and message that the ranks left, None without any.
+def _told(run_dir: RunDir) -> ExitRecord | None:
+    """How the run ended by what the ranks left, None without any.
 
     Losing a peer is no cause, be it a call that failed or an end that the watch noticed: then the peer's word counts.
     """
-    code, message = read_exit(run_dir.exit)
-    if code in (None, 1, HangError.exit_code):
-        peer_code, peer_message = read_exit(run_dir.peer_exit)
-        return (code, message) if peer_code is None else (peer_code, peer_message)
-    return code, message
+    main = read_exit(run_dir.exit)
+    if main is None or main.code in (1, HangError.exit_code):
+        return read_exit(run_dir.peer_exit) or main
+    return main
 
 
 def _signal_name(status: int) -> str:

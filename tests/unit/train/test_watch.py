@@ -109,7 +109,8 @@ def test_no_progress_ends_with_71_stacks_and_a_word(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=30)
     assert process.returncode == 71 and "No progress for" in said and "in step 5" in said
     assert "<module>" in (tmp_path / "ranks" / "stacks-00000.txt").read_text()
-    assert json.loads((tmp_path / "EXIT").read_text())["code"] == 71
+    record = json.loads((tmp_path / "EXIT").read_text())
+    assert (record["code"], record["rank"]) == (71, 0)
 
 
 @pytest.mark.parametrize("beats", ["0", "2", "9"])

@@ -21,7 +21,7 @@ from dsdpo.dist import Allocation, Ranks
 from dsdpo.errors import HangError, IOFailure, StopRequested
 from dsdpo.lock import RunLock
 from dsdpo.rundir import RunDir
-from dsdpo.train.stop import write_exit
+from dsdpo.train.stop import ExitRecord, write_exit
 from dsdpo.use.launcher import (
     Launch,
     StopRequests,
@@ -32,7 +32,7 @@ from dsdpo.use.launcher import (
     run_launcher,
 )
 from dsdpo.use.preflight import ClusterRequest
-from dsdpo.use.rank import _tell_as_peer
+from dsdpo.use.rank import _tell
 from dsdpo.use.supervisor import _devices, has_started_over, judge, start_over
 from dsdpo.use.task import Task, clear_marks
 
@@ -43,13 +43,13 @@ ARGV = Task("train", "run.yaml", ["--beta", "0.2"]).argv("t0k3n")
 RANK = """
 import pathlib, subprocess, sys, time
 from dsdpo.rundir import RunDir
-from dsdpo.train.stop import write_exit
+from dsdpo.train.stop import ExitRecord, write_exit
 out = pathlib.Path(sys.argv[1])
 helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
 (out / "pids").write_text(f"{helper.pid}")
 while not (out / "STOP").exists():
     time.sleep(0.05)
-write_exit(RunDir(out), 75, "stopped on request")
+write_exit(RunDir(out), ExitRecord(75, "stopped on request", 0))
 sys.exit(1)
 """
 SUPERVISOR = """
@@ -175,7 +175,7 @@ def test_the_exit_code_is_what_the_ranks_said(
     if completed:
         RunDir(tmp_path).completed.write_text("")
     if told is not None:
-        write_exit(RunDir(tmp_path), told, "word")
+        write_exit(RunDir(tmp_path), ExitRecord(told, "word", 0))
     assert judge(task, RunDir(tmp_path), status) == code
 
 
@@ -192,7 +192,7 @@ def test_the_exit_code_is_what_the_ranks_said(
 )
 def test_a_rank_that_died_is_a_hang(tmp_path: Path, told: int | None, status: int, said: str) -> None:
     if told is not None:
-        write_exit(RunDir(tmp_path), told, "word")
+        write_exit(RunDir(tmp_path), ExitRecord(told, "word", 0))
     with pytest.raises(HangError, match=said):
         judge("train", RunDir(tmp_path), status)
 
@@ -202,18 +202,33 @@ def test_a_peers_word_counts_when_the_main_rank_knows_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], main: int | None
 ) -> None:
     if main is not None:
-        write_exit(RunDir(tmp_path), main, "connection reset by peer")
+        write_exit(RunDir(tmp_path), ExitRecord(main, "connection reset by peer", 0))
     for rank in (3, 4):
-        _tell_as_peer(RunDir(tmp_path), Ranks(rank, 8, rank), IOFailure("disk full"))
+        _tell(RunDir(tmp_path), Ranks(rank, 8, rank), IOFailure("disk full"))
     assert judge("train", RunDir(tmp_path), 74) == 74
     assert capsys.readouterr().err == "rank 3: disk full\n"
 
 
 def test_the_main_ranks_word_goes_before_a_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _tell_as_peer(RunDir(tmp_path), Ranks(1, 2, 1), StopRequested("stopped"))
-    write_exit(RunDir(tmp_path), 75, "stopped")
+    _tell(RunDir(tmp_path), Ranks(1, 2, 1), StopRequested("stopped"))
+    write_exit(RunDir(tmp_path), ExitRecord(75, "stopped", 0))
     assert judge("train", RunDir(tmp_path), 75) == 75
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("rank", "printed"), [(0, ""), (2, "rank 2: rank 1 is silent\n")])
+def test_a_message_is_printed_unless_rank_0_has_done_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: int, printed: str
+) -> None:
+    write_exit(RunDir(tmp_path), ExitRecord(71, "rank 1 is silent", rank))
+    assert judge("train", RunDir(tmp_path), 71) == 71
+    assert capsys.readouterr().err == printed
+
+
+def test_a_peer_file_of_an_earlier_version_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunDir(tmp_path).peer_exit.write_text('{"code": 74, "message": "rank 3: disk full"}')
+    assert judge("train", RunDir(tmp_path), 1) == 74
+    assert capsys.readouterr().err == "rank 3: disk full\n"
 
 
 def test_a_hang_is_not_waited_for(tmp_path: Path) -> None:
@@ -221,8 +236,8 @@ def test_a_hang_is_not_waited_for(tmp_path: Path) -> None:
     rank = """
 import pathlib, sys, time
 from dsdpo.rundir import RunDir
-from dsdpo.train.stop import write_exit
-write_exit(RunDir(pathlib.Path(sys.argv[1])), 71, "rank 1 (host a, pid 2), without a sign of life for 130 s")
+from dsdpo.train.stop import ExitRecord, write_exit
+write_exit(RunDir(pathlib.Path(sys.argv[1])), ExitRecord(71, "rank 1 is silent", 0))
 time.sleep(100)
 """
     started = time.monotonic()
@@ -238,8 +253,8 @@ def test_before_there_are_ranks_a_stop_signal_ends_the_supervisor(tmp_path: Path
 
 
 def test_that_a_peer_hangs_goes_before_what_its_loss_did(tmp_path: Path) -> None:
-    write_exit(RunDir(tmp_path), 71, "rank 1 hangs")
-    write_exit(RunDir(tmp_path), 1, "connection reset by peer")
+    write_exit(RunDir(tmp_path), ExitRecord(71, "rank 1 hangs", 0))
+    write_exit(RunDir(tmp_path), ExitRecord(1, "connection reset by peer", 0))
     assert judge("train", RunDir(tmp_path), 1) == 71
 
 
