@@ -68,7 +68,7 @@ class RunLock:
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
         facts = {"token": uuid.uuid4().hex, "what": what, "since": since}
         content = _dump({**facts, **this_process(), "slurm_job": slurm_job(), "slurm_restarts": slurm_restarts()})
-        with _told(file):
+        with _io_failure(file):
             for _ in range(_TRIES):
                 found = _read(file)
                 previous = None if found is None else _parse(found)
@@ -88,7 +88,7 @@ class RunLock:
     def note(self, **facts: Any) -> None:
         """Add facts that JSON can hold to the file. Raises IOFailure when the lock is lost or the write is refused."""
         content = _dump({**_parse(self._content), **facts, "token": self.token})
-        with _told(self._file):
+        with _io_failure(self._file):
             if not _swap(self._file, self._content, content):
                 self._lost = True
                 raise IOFailure(f"{self._file} is another job's by now, which took output_dir over: stop this one")
@@ -124,7 +124,7 @@ def holder(run_dir: RunDir) -> dict[str, Any] | None:
         IOFailure: the file system refused.
     """
     file = run_dir.lock
-    with _told(file):
+    with _io_failure(file):
         found = _read(file)
     return None if found is None else _parse(found)
 
@@ -133,7 +133,7 @@ def living_holder(run_dir: RunDir) -> dict[str, Any] | None:
     """What the lock of a run says, None if there is none or its holder is gone. Raises IOFailure as `holder`."""
     file = run_dir.lock
     facts = holder(run_dir)
-    with _told(file):
+    with _io_failure(file):
         return None if facts is None or _is_stale(file, facts) else facts
 
 
@@ -143,7 +143,7 @@ def is_held_by(run_dir: RunDir, token: str) -> bool:
 
 
 @contextmanager
-def _told(file: Path) -> Iterator[None]:
+def _io_failure(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

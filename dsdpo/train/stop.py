@@ -102,7 +102,7 @@ def wait_for_exit(run_dir: RunDir, seconds: float = 10.0) -> None:
         time.sleep(0.1)
 
 
-def outlive_the_cause() -> None:
+def delay_exit() -> None:
     """Wait, before this rank fails, until the launcher has seen any that died before it.
 
     A rank that is killed cuts the others' connections, and they fail too. The launcher looks once a second and hands on

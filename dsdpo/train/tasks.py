@@ -35,7 +35,7 @@ from dsdpo.train.session import Session, build_session
 from dsdpo.train.stop import (
     ExitRecord,
     StopFlag,
-    outlive_the_cause,
+    delay_exit,
     reserve_exit,
     wait_for_exit,
     write_exit,
@@ -65,7 +65,7 @@ def run(config: RunConfig, task: str = "train", model: str | None = None, token:
     stop_flag.install()
     if ranks.is_main:
         reserve_exit(run_dir)
-    with _exit_told(run_dir, ranks), swap_removed(config, ranks):
+    with _exit_recorded(run_dir, ranks), swap_removed(config, ranks):
         hardware = start_process_group(config, ranks)
         watch = Watch(run_dir, ranks, config.hang_timeout, tell_all(token)[0])
         watch.start()
@@ -95,7 +95,7 @@ def _deadline(config: RunConfig, run_dir: RunDir) -> float | None:
 
 
 @contextmanager
-def _exit_told(run_dir: RunDir, ranks: Ranks) -> Iterator[None]:
+def _exit_recorded(run_dir: RunDir, ranks: Ranks) -> Iterator[None]:
     """Write output_dir/EXIT on the main rank, however the body ends."""
     try:
         yield
@@ -111,7 +111,7 @@ def _exit_told(run_dir: RunDir, ranks: Ranks) -> Iterator[None]:
             code = IOFailure.exit_code if is_full else 1
             write_exit(run_dir, ExitRecord(code, traceback.format_exc(), ranks.rank))
         if isinstance(error, Exception) and ranks.world_size > 1:
-            outlive_the_cause()
+            delay_exit()
         raise
     if ranks.is_main:
         write_exit(run_dir, ExitRecord(0, "done", ranks.rank))

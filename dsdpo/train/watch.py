@@ -142,7 +142,7 @@ class Watch:
         return facts.get("token") == self.token and holder_is_gone(facts)
 
     def _renew(self) -> None:
-        """Say that this rank lives, and how far it is. Not atomic by fsync: nothing depends on it after a crash."""
+        """Write this rank's heartbeat. Not atomic by fsync: nothing depends on it after a crash."""
         path = self._run_dir.heartbeat(self._ranks.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {"token": self.token, "beats": self._beats, **self._me}

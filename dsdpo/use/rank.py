@@ -47,7 +47,7 @@ def join(task: Task, ranks: Ranks, token: str | None) -> int:
         del meeting
     except DsdpoError as error:
         if config is not None:
-            _tell(RunDir(Path(config.output_dir)), ranks, error)
+            _write_exit(RunDir(Path(config.output_dir)), ranks, error)
         raise
     if ranks.is_main and not supervised:
         finish(task, config)
@@ -80,8 +80,8 @@ def _take_lock(task: Task, run_dir: RunDir) -> str:
     return lock.token
 
 
-def _tell(run_dir: RunDir, ranks: Ranks, error: DsdpoError) -> None:
-    """Leave a word for the supervisor: where `run` was not reached yet, nobody else does."""
+def _write_exit(run_dir: RunDir, ranks: Ranks, error: DsdpoError) -> None:
+    """Write this rank's exit record for the supervisor, unless `run` has written it."""
     record = ExitRecord(error.exit_code, str(error), ranks.rank)
     with suppress(OSError, IOFailure):
         if not ranks.is_main:

@@ -122,7 +122,7 @@ class Attempts:
             IOFailure: it cannot be noted, or earlier ones cannot be read.
         """
         step = _newest_step(self._run_dir)
-        self._judge_killed()
+        self._count_killed()
         earlier = self._here(step)
         if _are_too_many(earlier):
             raise HangError(_given_up(self._run_dir, step, len(earlier)))
@@ -130,7 +130,7 @@ class Attempts:
         self._write([*self._all(), now])
         self._now = now  # what cannot be counted, as on a full disk, does not come back: it would for ever
 
-    def _judge_killed(self) -> None:
+    def _count_killed(self) -> None:
         """Count an attempt that was killed after the scheduler had asked it to stop as stopped: STOP is still there."""
         attempts, stop = self._all(), self._run_dir.stop
         killed = bool(attempts) and attempts[-1].job == self._job.job and attempts[-1].code is None

@@ -29,7 +29,7 @@ from dsdpo.use.preflight import ClusterRequest, check_device, preflight
 from dsdpo.use.slurm import Attempts, let_earlier_attempt_end, ranks_per_node, srun_command
 from dsdpo.use.task import Task, clear_marks, finish, is_finished, prepare_data
 
-_TOLD_BY_STATUS = (64, 65, 66, 70, 71, 74, 75)
+_KNOWN_STATUSES = (64, 65, 66, 70, 71, 74, 75)
 
 
 def supervise(task: Task, cluster: ClusterRequest) -> int:
@@ -95,7 +95,7 @@ def _run(
             status = run_launcher(launch, run_dir, requests, lock)
         finally:
             forget_environment(run_dir)
-        return judge(task.name, run_dir, status)
+        return exit_code_from(task.name, run_dir, status)
 
 
 def _launch(
@@ -193,17 +193,17 @@ def _move_aside(run_dir: RunDir, found: list[Path], confirmed: bool) -> None:
     print(f"moved the earlier run to {aside}", flush=True)
 
 
-def judge(task: str, run_dir: RunDir, status: int) -> int:
+def exit_code_from(task: str, run_dir: RunDir, status: int) -> int:
     """The exit code of a task whose launcher ended with `status`.
 
     Raises:
-        HangError: a rank was killed, or ended without a word.
+        HangError: a rank was killed, or ended without an exit record.
     """
     if task == "train" and run_dir.completed.exists():
         return 0
-    record = _told(run_dir)
+    record = _exit_record(run_dir)
     code = None if record is None else record.code
-    if code in (None, 1) and status in _TOLD_BY_STATUS:  # no file could be written, or another rank lost its peer first
+    if code in (None, 1) and status in _KNOWN_STATUSES:  # no file could be written, or another rank lost its peer first
         return status
     # The launcher hands a rank's death by signal on as a negative number, which exit() wraps around.
     killed = status < 0 or status > 128
@@ -224,10 +224,10 @@ def judge(task: str, run_dir: RunDir, status: int) -> int:
     return record.code
 
 
-def _told(run_dir: RunDir) -> ExitRecord | None:
-    """How the run ended by what the ranks left, None without any.
+def _exit_record(run_dir: RunDir) -> ExitRecord | None:
+    """The exit record that counts; None where the ranks left none.
 
-    Losing a peer is no cause, be it a call that failed or an end that the watch noticed: then the peer's word counts.
+    Losing a peer is no cause, be it a call that failed or a hang that was noticed: then the peer's own record counts.
     """
     main = read_exit(run_dir.exit)
     if main is None or main.code in (1, HangError.exit_code):

@@ -32,8 +32,8 @@ from dsdpo.use.launcher import (
     run_launcher,
 )
 from dsdpo.use.preflight import ClusterRequest
-from dsdpo.use.rank import _tell
-from dsdpo.use.supervisor import _devices, has_started_over, judge, start_over
+from dsdpo.use.rank import _write_exit
+from dsdpo.use.supervisor import _devices, exit_code_from, has_started_over, start_over
 from dsdpo.use.task import Task, clear_marks
 
 REPOSITORY = Path(__file__).parents[3]
@@ -57,7 +57,7 @@ import os, pathlib, signal, sys
 from dsdpo.lock import RunLock
 from dsdpo.rundir import RunDir
 from dsdpo.use.launcher import Launch, StopRequests, run_launcher
-from dsdpo.use.supervisor import judge
+from dsdpo.use.supervisor import exit_code_from
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with SIGINT ignored
 out = pathlib.Path(sys.argv[1])
 try:
@@ -66,7 +66,7 @@ try:
         status = run_launcher(launch, RunDir(out), requests, lock)
 except KeyboardInterrupt:
     sys.exit(130)
-sys.exit(judge("train", RunDir(out), status))
+sys.exit(exit_code_from("train", RunDir(out), status))
 """
 
 
@@ -111,7 +111,7 @@ def supervisor(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[byte
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_stop_signal_becomes_the_stop_file_and_the_ranks_word_counts(
+def test_a_stop_signal_becomes_the_stop_file_and_the_exit_record_counts(
     tmp_path: Path, supervisor: Callable[[str], subprocess.Popen[bytes]], number: signal.Signals
 ) -> None:
     process = supervisor(RANK)
@@ -169,14 +169,14 @@ def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
         ("reference", False, 65, 1, 65),
     ],
 )
-def test_the_exit_code_is_what_the_ranks_said(
+def test_the_exit_code_is_that_of_the_record(
     tmp_path: Path, task: str, completed: bool, told: int | None, status: int, code: int
 ) -> None:
     if completed:
         RunDir(tmp_path).completed.write_text("")
     if told is not None:
         write_exit(RunDir(tmp_path), ExitRecord(told, "word", 0))
-    assert judge(task, RunDir(tmp_path), status) == code
+    assert exit_code_from(task, RunDir(tmp_path), status) == code
 
 
 @pytest.mark.parametrize(
@@ -194,25 +194,25 @@ def test_a_rank_that_died_is_a_hang(tmp_path: Path, told: int | None, status: in
     if told is not None:
         write_exit(RunDir(tmp_path), ExitRecord(told, "word", 0))
     with pytest.raises(HangError, match=said):
-        judge("train", RunDir(tmp_path), status)
+        exit_code_from("train", RunDir(tmp_path), status)
 
 
 @pytest.mark.parametrize("main", [None, 1, 71])
-def test_a_peers_word_counts_when_the_main_rank_knows_nothing(
+def test_a_peers_record_counts_when_the_main_rank_knows_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], main: int | None
 ) -> None:
     if main is not None:
         write_exit(RunDir(tmp_path), ExitRecord(main, "connection reset by peer", 0))
     for rank in (3, 4):
-        _tell(RunDir(tmp_path), Ranks(rank, 8, rank), IOFailure("disk full"))
-    assert judge("train", RunDir(tmp_path), 74) == 74
+        _write_exit(RunDir(tmp_path), Ranks(rank, 8, rank), IOFailure("disk full"))
+    assert exit_code_from("train", RunDir(tmp_path), 74) == 74
     assert capsys.readouterr().err == "rank 3: disk full\n"
 
 
-def test_the_main_ranks_word_goes_before_a_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _tell(RunDir(tmp_path), Ranks(1, 2, 1), StopRequested("stopped"))
+def test_the_main_ranks_record_goes_before_a_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write_exit(RunDir(tmp_path), Ranks(1, 2, 1), StopRequested("stopped"))
     write_exit(RunDir(tmp_path), ExitRecord(75, "stopped", 0))
-    assert judge("train", RunDir(tmp_path), 75) == 75
+    assert exit_code_from("train", RunDir(tmp_path), 75) == 75
     assert capsys.readouterr().err == ""
 
 
@@ -221,13 +221,13 @@ def test_a_message_is_printed_unless_rank_0_has_done_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: int, printed: str
 ) -> None:
     write_exit(RunDir(tmp_path), ExitRecord(71, "rank 1 is silent", rank))
-    assert judge("train", RunDir(tmp_path), 71) == 71
+    assert exit_code_from("train", RunDir(tmp_path), 71) == 71
     assert capsys.readouterr().err == printed
 
 
 def test_a_peer_file_of_an_earlier_version_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     RunDir(tmp_path).peer_exit.write_text('{"code": 74, "message": "rank 3: disk full"}')
-    assert judge("train", RunDir(tmp_path), 1) == 74
+    assert exit_code_from("train", RunDir(tmp_path), 1) == 74
     assert capsys.readouterr().err == "rank 3: disk full\n"
 
 
@@ -242,7 +242,7 @@ time.sleep(100)
 """
     started = time.monotonic()
     status = run([sys.executable, "-c", rank, str(tmp_path)], tmp_path, {**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    assert judge("train", RunDir(tmp_path), status) == 71 and time.monotonic() - started < 60
+    assert exit_code_from("train", RunDir(tmp_path), status) == 71 and time.monotonic() - started < 60
 
 
 def test_before_there_are_ranks_a_stop_signal_ends_the_supervisor(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_before_there_are_ranks_a_stop_signal_ends_the_supervisor(tmp_path: Path
 def test_that_a_peer_hangs_goes_before_what_its_loss_did(tmp_path: Path) -> None:
     write_exit(RunDir(tmp_path), ExitRecord(71, "rank 1 hangs", 0))
     write_exit(RunDir(tmp_path), ExitRecord(1, "connection reset by peer", 0))
-    assert judge("train", RunDir(tmp_path), 1) == 71
+    assert exit_code_from("train", RunDir(tmp_path), 1) == 71
 
 
 def test_marks_of_an_earlier_attempt_are_cleared(tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_a_killed_rank_under_the_real_launcher(tmp_path: Path) -> None:
         "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(100)\n"
     )
     with pytest.raises(HangError, match="SIGKILL"):
-        judge("train", RunDir(tmp_path), launched(tmp_path, rank, 2))
+        exit_code_from("train", RunDir(tmp_path), launched(tmp_path, rank, 2))
 
 
 def test_the_real_launcher_places_ranks_and_stays_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
