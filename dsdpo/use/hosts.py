@@ -20,11 +20,11 @@ from dsdpo.errors import ConfigError, HangError
 from dsdpo.files import write_atomically
 from dsdpo.rundir import RunDir
 
-_CONNECT_S, _LOOK_S = 15, 45
+_CONNECT_S, _CHECK_S = 15, 45
 # Of this shell's environment, for ranks on other hosts. What else a login shell sets there stands.
 _OF_LIBRARIES = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "MLFLOW_", "TENSORBOARD_")
 _OF_TORCH = ("NCCL_", "TORCH_", "GLOO_", "OMP_", "CUDA_", "TRITON_", "DS_", "DSDPO_", "DEEPSPEED_", "UCX_", "PYTHON")
-_NOT = ("CUDA_VISIBLE_DEVICES",)  # the launcher's word on each host
+_NOT = ("CUDA_VISIBLE_DEVICES",)  # the launcher sets it on each host
 
 
 def slots(hostfile: str, include: str | None, exclude: str | None) -> dict[str, list[int]]:
@@ -41,7 +41,7 @@ def slots(hostfile: str, include: str | None, exclude: str | None) -> dict[str, 
     return left
 
 
-def look_at(hosts: list[str], config: str, output_dir: Path) -> None:
+def check_hosts(hosts: list[str], config: str, output_dir: Path) -> None:
     """Try on each host, over ssh, what its ranks will need first.
 
     Args:
@@ -61,14 +61,14 @@ def look_at(hosts: list[str], config: str, output_dir: Path) -> None:
         if shutil.which(program) is None:
             raise ConfigError(f"there is no {program} on PATH here, which --hostfile needs; install it")
     with ThreadPoolExecutor(max_workers=min(64, len(hosts))) as pool:
-        found = list(pool.map(lambda host: _look(host, config, output_dir), hosts))
+        found = list(pool.map(lambda host: _check_host(host, config, output_dir), hosts))
     if away := [f"{host}: {told}" for host, (code, told) in zip(hosts, found) if code == HangError.exit_code]:
         raise HangError("\n".join(away))
     if lacking := [f"{host}: {told}" for host, (code, told) in zip(hosts, found) if code]:
         raise ConfigError(lacking)
 
 
-def _look(host: str, config: str, output_dir: Path) -> tuple[int, str]:
+def _check_host(host: str, config: str, output_dir: Path) -> tuple[int, str]:
     """Exit code, 0 if all is well, and what is wrong."""
     parts = (Path.cwd(), config, output_dir.absolute(), sys.executable)
     here, path, out, python = (shlex.quote(str(part)) for part in parts)
@@ -83,10 +83,10 @@ def _look(host: str, config: str, output_dir: Path) -> tuple[int, str]:
     command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", host, script]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_LOOK_S, check=False
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_CHECK_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return HangError.exit_code, f"no answer over ssh within {_LOOK_S} s"
+        return HangError.exit_code, f"no answer over ssh within {_CHECK_S} s"
     if done.returncode == 0:
         return 0, ""
     if 101 <= done.returncode < 101 + len(checks):

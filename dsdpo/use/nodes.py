@@ -76,7 +76,7 @@ def _devices() -> list[list[Any]]:
     return [[device.name, round(device.total_memory / 1e9)] for device in seen]
 
 
-def troubles(everyone: Sequence[dict[str, Any]]) -> list[str]:
+def problems_of(everyone: Sequence[dict[str, Any]]) -> list[str]:
     """Why ranks cannot begin, by host, each reason once.
 
     Args:

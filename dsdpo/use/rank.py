@@ -16,7 +16,7 @@ from dsdpo.rundir import RunDir
 from dsdpo.train.stop import ExitRecord, write_exit, write_peer_exit
 from dsdpo.use.hosts import take_environment
 from dsdpo.use.preflight import preflight, reload
-from dsdpo.use.rendezvous import meet
+from dsdpo.use.rendezvous import rendezvous
 from dsdpo.use.task import Task, clear_marks, finish, is_finished, prepare_data
 
 
@@ -37,7 +37,7 @@ def join(task: Task, ranks: Ranks, token: str | None) -> int:
     if config is not None and not supervised and ranks.is_main:
         token = _take_lock(task, RunDir(Path(config.output_dir)))
     try:
-        meeting = meet(ranks, config, trouble, token)
+        meeting = rendezvous(ranks, config, trouble, token)
         assert config is not None, "a rank without a config has raised its trouble"
         if not supervised:
             _prepare_as_rank(config, ranks)

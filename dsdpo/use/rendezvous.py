@@ -18,12 +18,12 @@ from dsdpo.dist import Ranks, elastic_agent, take_place
 from dsdpo.errors import ConfigError, DsdpoError, HangError, IOFailure
 from dsdpo.lock import is_held_by
 from dsdpo.rundir import RunDir
-from dsdpo.use.nodes import NodesDiffer, differences, facts, missing, remarks, summary, troubles
+from dsdpo.use.nodes import NodesDiffer, differences, facts, missing, problems_of, remarks, summary
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-_GRACE_S = 10.0  # that a rank waits longer for rank 0's word than rank 0 for the ranks
+_GRACE_S = 10.0  # that a rank waits longer for rank 0's answer than rank 0 for the ranks
 _LOOK_S = 0.05
 _FOLDER_PATIENCE_S = 30.0  # NFS remembers for a while that there was no such file
 _DEFAULT_TIMEOUT_S = 45.0
@@ -35,7 +35,7 @@ class NoAnswer(HangError):
     for_each_node = True
 
 
-def meet(ranks: Ranks, config: RunConfig | None, trouble: DsdpoError | None, token: str | None) -> Store | None:
+def rendezvous(ranks: Ranks, config: RunConfig | None, trouble: DsdpoError | None, token: str | None) -> Store | None:
     """Wait for all ranks and compare what they are about to do.
 
     Args:
@@ -64,14 +64,14 @@ def meet(ranks: Ranks, config: RunConfig | None, trouble: DsdpoError | None, tok
         raise error from None
     if ranks.is_main:
         store.set("token", token or "")
-        verdict = _judge(store, ranks, facts(config), timeout)
+        verdict = _verdict(store, ranks, facts(config), timeout)
         store.set("verdict", json.dumps(verdict))
-        _until(lambda: store.add("heard", 0) >= len(verdict["came"]) - 1, _GRACE_S)
+        _until(lambda: store.add("received", 0) >= len(verdict["came"]) - 1, _GRACE_S)
     else:
-        found = facts(config, trouble or _other_folder(config, _word(store, "token", timeout)))
+        found = facts(config, trouble or _other_folder(config, _receive(store, "token", timeout)))
         store.set(f"facts/{ranks.rank}", json.dumps(found))
-        verdict = json.loads(_word(store, "verdict", timeout + _GRACE_S))
-        store.add("heard", 1)
+        verdict = json.loads(_receive(store, "verdict", timeout + _GRACE_S))
+        store.add("received", 1)
     if verdict["code"]:
         raise _error(verdict["code"], verdict["problems"])
     for line in verdict["remarks"] if ranks.is_main else ():
@@ -134,7 +134,7 @@ def _until(true: Any, seconds: float) -> bool:
     return True
 
 
-def _word(store: Store, key: str, seconds: float) -> str:
+def _receive(store: Store, key: str, seconds: float) -> str:
     """A value that rank 0 sets. Raises NoAnswer."""
     try:
         store.wait([key], timedelta(seconds=seconds))
@@ -145,14 +145,14 @@ def _word(store: Store, key: str, seconds: float) -> str:
         ) from error
 
 
-def _judge(store: Store, ranks: Ranks, mine: dict[str, Any], timeout: float) -> dict[str, Any]:
-    """Rank 0's word on what all ranks have found."""
+def _verdict(store: Store, ranks: Ranks, mine: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """Rank 0's answer to what all ranks have found."""
     keys = {rank: f"facts/{rank}" for rank in range(1, ranks.world_size)}
     _until(lambda: store.check(list(keys.values())), timeout)
     everyone = {0: mine, **{rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}}
     verdict: dict[str, Any] = {"code": 0, "problems": [], "remarks": [], "came": sorted(everyone)}
     found = list(everyone.values())
-    if told := troubles(found):
+    if told := problems_of(found):
         code = next(rank["trouble"][0] for rank in found if rank["trouble"])
         return {**verdict, "code": code, "problems": told}
     if len(found) < ranks.world_size:

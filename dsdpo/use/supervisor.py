@@ -23,7 +23,7 @@ from dsdpo.files import write_atomically
 from dsdpo.lock import RunLock
 from dsdpo.rundir import RunDir
 from dsdpo.train.stop import ExitRecord, read_exit
-from dsdpo.use.hosts import forget_environment, leave_environment, look_at, slots, without_secrets
+from dsdpo.use.hosts import check_hosts, forget_environment, leave_environment, slots, without_secrets
 from dsdpo.use.launcher import Launch, StopRequests, end_leftovers, launch_command, launch_environment, run_launcher
 from dsdpo.use.preflight import ClusterRequest, check_device, preflight
 from dsdpo.use.slurm import Attempts, let_earlier_attempt_end, ranks_per_node, srun_command
@@ -101,7 +101,7 @@ def _run(
 def _launch(
     task: Task, cluster: ClusterRequest, job: Allocation | None, devices: int, run_dir: RunDir, token: str
 ) -> Launch:
-    """How to start the ranks here, on the nodes of a SLURM job, or on those of a hostfile, which are looked at first.
+    """How to start the ranks here, on the nodes of a SLURM job, or on those of a hostfile, which are checked first.
 
     Raises:
         ConfigError, HangError: a host of the hostfile cannot be used.
@@ -123,7 +123,7 @@ def _launch(
         asked = " ".join(filter(None, (cluster.include, cluster.exclude and f"all but {cluster.exclude}")))
         return Launch(command, environment, asked or _ranks(cluster.num_accelerators or devices or 1, devices))
     hosts = list(slots(cluster.hostfile, cluster.include, cluster.exclude))
-    look_at(hosts, task.path, run_dir.path)
+    check_hosts(hosts, task.path, run_dir.path)
     leave_environment(run_dir, token, os.environ)
     return Launch(command, without_secrets(environment), ", ".join(hosts))
 

@@ -12,7 +12,7 @@ import pytest
 from dsdpo.errors import ConfigError
 from dsdpo.rundir import RunDir
 from dsdpo.use import hosts
-from dsdpo.use.hosts import forget_environment, leave_environment, look_at, slots, take_environment, without_secrets
+from dsdpo.use.hosts import check_hosts, forget_environment, leave_environment, slots, take_environment, without_secrets
 
 SHELL = {
     "HF_TOKEN": "secret",
@@ -80,12 +80,12 @@ def test_a_folder_that_a_shell_would_split_is_told(tmp_path: Path, monkeypatch: 
     (tmp_path / "a b").mkdir()
     (tmp_path / "jürgen").mkdir()
     monkeypatch.setattr(shutil, "which", lambda _: "found")
-    monkeypatch.setattr(hosts, "_look", lambda *_: (0, ""))
+    monkeypatch.setattr(hosts, "_check_host", lambda *_: (0, ""))
     monkeypatch.chdir(tmp_path / "jürgen")
-    look_at(["h1"], "run.yaml", tmp_path)
+    check_hosts(["h1"], "run.yaml", tmp_path)
     monkeypatch.chdir(tmp_path / "a b")
     with pytest.raises(ConfigError, match="a b to the hosts' shells unquoted"):
-        look_at(["h1"], "run.yaml", tmp_path)
+        check_hosts(["h1"], "run.yaml", tmp_path)
 
 
 @pytest.mark.parametrize(("content", "include"), [("h1 gpus=2\n", None), ("h1 slots=2\n", "h9")])

@@ -12,7 +12,7 @@ import dsdpo
 from dsdpo.config.load import load
 from dsdpo.dist import Ranks
 from dsdpo.errors import ConfigError, IOFailure
-from dsdpo.use.nodes import NodesDiffer, differences, facts, missing, remarks, summary, troubles
+from dsdpo.use.nodes import NodesDiffer, differences, facts, missing, problems_of, remarks, summary
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def on(host: str, found: dict[str, Any]) -> dict[str, Any]:
 
 def test_alike_nodes_do_not_differ(mine: dict[str, Any]) -> None:
     everyone = [on("n1", mine), on("n1", mine), on("n2", mine)]
-    assert differences(everyone) == troubles(everyone) == remarks(everyone) == []
+    assert differences(everyone) == problems_of(everyone) == remarks(everyone) == []
     assert summary(everyone) == "3 ranks on CPUs, on 2 nodes: n1, n2"
 
 
@@ -70,7 +70,7 @@ def test_a_file_that_is_missing_elsewhere(mine: dict[str, Any]) -> None:
 def test_troubles_are_told_once_with_the_hosts(mine: dict[str, Any]) -> None:
     there = facts(None, ConfigError(["there is no file run.yaml", "no folder"]))
     everyone = [on("n1", mine), on("n2", there), on("n2", there), on("n3", facts(None, IOFailure("disk full")))]
-    assert troubles(everyone) == ["n2: there is no file run.yaml", "n2: no folder", "n3: disk full"]
+    assert problems_of(everyone) == ["n2: there is no file run.yaml", "n2: no folder", "n3: disk full"]
     assert everyone[3]["trouble"][0] == 74
 
 
