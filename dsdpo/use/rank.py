@@ -30,12 +30,13 @@ def join(task: Task, ranks: Ranks, token: str | None) -> int:
     if not os.environ.get("PYTHONWARNINGS"):  # a supervisor sets it, for the launcher too
         warnings.simplefilter("ignore", FutureWarning)  # of libraries, to libraries, once per rank
     config, trouble = _read(task, ranks, supervised)
-    if config is not None and token is not None:
-        take_environment(RunDir(Path(config.output_dir)), token)
+    run_dir = None if config is None else RunDir(Path(config.output_dir))
+    if run_dir is not None and token is not None:
+        take_environment(run_dir, token)
     if config is not None and not supervised and is_finished(task, config):
         return 0
-    if config is not None and not supervised and ranks.is_main:
-        token = _take_lock(task, RunDir(Path(config.output_dir)))
+    if run_dir is not None and not supervised and ranks.is_main:
+        token = _take_lock(task, run_dir)
     try:
         meeting = rendezvous(ranks, config, trouble, token)
         assert config is not None, "a rank without a config has raised its trouble"
@@ -46,8 +47,8 @@ def join(task: Task, ranks: Ranks, token: str | None) -> int:
         run(config, task.name, task.model, token)
         del meeting
     except DsdpoError as error:
-        if config is not None:
-            _write_exit(RunDir(Path(config.output_dir)), ranks, error)
+        if run_dir is not None:
+            _write_exit(run_dir, ranks, error)
         raise
     if ranks.is_main and not supervised:
         finish(task, config)
