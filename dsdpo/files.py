@@ -61,6 +61,23 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def file_state(path: Path) -> dict[str, Any]:
+    """Size, inode and times of change of a file: what differs once its content does. Raises OSError."""
+    status = path.stat()
+    return {
+        "path": str(path),
+        "size": status.st_size,
+        "inode": status.st_ino,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+    }
+
+
+def is_settled(state: dict[str, Any]) -> bool:
+    """Whether a file of this `file_state` cannot change any more without a change of the state."""
+    return time.time_ns() - max(int(state["mtime_ns"]), int(state["ctime_ns"])) > _SETTLED_NS
+
+
 def file_digest(path: Path, stamps: Path) -> str:
     """sha256 of a file's content, remembered for the same file in the same state.
 
@@ -69,14 +86,7 @@ def file_digest(path: Path, stamps: Path) -> str:
         stamps: folder that remembers hashes. The state is size, inode and both times of change: writing over a file,
             or putting another in its place with an old date, changes one of them.
     """
-    status = path.stat()
-    state: dict[str, Any] = {
-        "path": str(path),
-        "size": status.st_size,
-        "inode": status.st_ino,
-        "mtime_ns": status.st_mtime_ns,
-        "ctime_ns": status.st_ctime_ns,
-    }
+    state = file_state(path)
     stamp = stamps / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
     if stamp.exists():
         known = json.loads(stamp.read_bytes())
@@ -86,6 +96,6 @@ def file_digest(path: Path, stamps: Path) -> str:
     with path.open("rb") as stream:
         while block := stream.read(_HASH_BLOCK):
             digest.update(block)
-    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS:
+    if is_settled(state):
         write_atomically(stamp, json.dumps({**state, "sha256": digest.hexdigest()}))
     return digest.hexdigest()

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.encode import Limits
 from dsdpo.data.readers import load_hub
 from dsdpo.data.registry import DatasetEntry
 from dsdpo.errors import DataError
-from dsdpo.files import file_digest, write_atomically
+from dsdpo.files import file_digest, file_state, is_settled, write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # raise it when the same inputs would give other shards
 CODE_VERSION = 3
+
+# What turns a tokenizer's files into a tokenizer.
+_TOKENIZER_PACKAGES = ("transformers", "tokenizers", "sentencepiece", "tiktoken")
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -31,6 +38,49 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
             "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         }
     )
+
+
+def known_tokenizer_digest(folder: Path, load: Callable[[], PreTrainedTokenizerBase], stamps: Path) -> str:
+    """`tokenizer_digest` of a model folder's tokenizer, remembered for the same files in the same state.
+
+    Loading a tokenizer takes seconds of imports, which a start with prepared data can do without.
+
+    Args:
+        folder: of the model; anything else, such as a hub id, is loaded each time.
+        load: the tokenizer, called if its digest is not known.
+        stamps: folder that remembers digests.
+    """
+    state = _tokenizer_state(folder)
+    if state is None:
+        return tokenizer_digest(load())
+    stamp = stamps / f"tokenizer-{_digest(str(folder.absolute()))}.json"
+    if stamp.exists():
+        known = json.loads(stamp.read_bytes())
+        if known["state"] == state:
+            return str(known["digest"])
+    digest = tokenizer_digest(load())
+    if all(map(is_settled, state["files"])):
+        write_atomically(stamp, json.dumps({"state": state, "digest": digest}))
+    return digest
+
+
+def _tokenizer_state(folder: Path) -> dict[str, Any] | None:
+    """The state of all files that a tokenizer may be read from, and versions. None where it is not known."""
+    if not folder.is_dir():
+        return None
+    files = sorted(path for path in (*folder.glob("*"), *folder.glob("*_chat_templates/*")) if path.is_file())
+    return {
+        "files": [file_state(path) for path in files],
+        "versions": {name: _version(name) for name in _TOKENIZER_PACKAGES},
+        "code": CODE_VERSION,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def set_fingerprint(config: RunConfig, entries: list[DatasetEntry], tokenizer: str, sources: list[str]) -> str:

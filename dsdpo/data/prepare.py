@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,11 +12,9 @@ import numpy as np
 
 from dsdpo.config.losses import LOSSES
 from dsdpo.config.schema import RunConfig
-from dsdpo.data.fingerprint import set_fingerprint, source_digest, tokenizer_digest
-from dsdpo.data.make import make_set
+from dsdpo.data.fingerprint import known_tokenizer_digest, set_fingerprint, source_digest
 from dsdpo.data.registry import DatasetEntry, resolve
 from dsdpo.data.shards import MANIFEST, REJECTED, PreparedSet
-from dsdpo.data.templates import load_tokenizer
 from dsdpo.errors import ConfigError, DataError, HangError, IOFailure
 
 if TYPE_CHECKING:
@@ -38,11 +38,13 @@ def prepare(config: RunConfig, split: Split) -> PreparedSet | None:
     if names is None:
         return None
     entries = _resolved(names, config)
-    tokenizer = load_tokenizer(config.model_name_or_path)
-    path = _set_path(config, entries, tokenizer_digest(tokenizer), refresh=True)
+    tokenizer = _tokenizer(config)
+    path = _set_path(config, entries, tokenizer, refresh=True)
     if not (path / MANIFEST).exists():
+        from dsdpo.data.make import make_set
+
         try:
-            make_set(config, entries, tokenizer, path)
+            make_set(config, entries, tokenizer(), path)
         except OSError as error:
             raise IOFailure(
                 f"cannot write prepared data to {path.parent}: {error}; free space or set cache_dir"
@@ -79,7 +81,7 @@ def open_prepared(config: RunConfig, split: Split) -> PreparedSet | None:
     Raises:
         DataError: it has not been prepared, or the data changed since.
     """
-    return _open_or_none(config, split, load_tokenizer(config.model_name_or_path))
+    return _open_or_none(config, split, _tokenizer(config))
 
 
 def wait_prepared(config: RunConfig, split: Split, timeout: float = 3600.0) -> PreparedSet | None:
@@ -88,7 +90,7 @@ def wait_prepared(config: RunConfig, split: Split, timeout: float = 3600.0) -> P
     Raises:
         HangError: it did not appear in time.
     """
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer = _tokenizer(config)
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -101,11 +103,24 @@ def wait_prepared(config: RunConfig, split: Split, timeout: float = 3600.0) -> P
         time.sleep(_POLL_S)
 
 
-def _open_or_none(config: RunConfig, split: Split, tokenizer: PreTrainedTokenizerBase) -> PreparedSet | None:
+def _tokenizer(config: RunConfig) -> Callable[[], PreTrainedTokenizerBase]:
+    """The run's tokenizer, loaded when first asked for: a set is mostly found without it, and its imports cost most."""
+
+    def load() -> PreTrainedTokenizerBase:
+        from dsdpo.data.templates import load_tokenizer
+
+        return load_tokenizer(config.model_name_or_path)
+
+    return cache(load)
+
+
+def _open_or_none(
+    config: RunConfig, split: Split, tokenizer: Callable[[], PreTrainedTokenizerBase]
+) -> PreparedSet | None:
     names = _names(config, split)
     if names is None:
         return None
-    path = _set_path(config, _resolved(names, config), tokenizer_digest(tokenizer), refresh=False)
+    path = _set_path(config, _resolved(names, config), tokenizer, refresh=False)
     if not (path / MANIFEST).exists():
         raise DataError(f"the {split} data ({', '.join(names)}) are not prepared as {path}; run `dsdpo prepare` first")
     return _opened(config, split, path)
@@ -125,10 +140,13 @@ def _resolved(names: list[str], config: RunConfig) -> list[DatasetEntry]:
     return entries
 
 
-def _set_path(config: RunConfig, entries: list[DatasetEntry], tokenizer: str, refresh: bool) -> Path:
+def _set_path(
+    config: RunConfig, entries: list[DatasetEntry], tokenizer: Callable[[], PreTrainedTokenizerBase], refresh: bool
+) -> Path:
     folder = config.cache_path / "prepared"
+    digest = known_tokenizer_digest(Path(config.model_name_or_path), tokenizer, folder / "sources")
     sources = [source_digest(entry, folder / "sources", refresh) for entry in entries]
-    return folder / set_fingerprint(config, entries, tokenizer, sources)
+    return folder / set_fingerprint(config, entries, digest, sources)
 
 
 def _opened(config: RunConfig, split: Split, path: Path) -> PreparedSet:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dsdpo.compat import chat_renderer
 from dsdpo.data.messages import Message, Pair, Refused, assistant
@@ -22,11 +21,16 @@ from dsdpo.data.named_templates import NAMED, PLAIN
 from dsdpo.data.tokens import Tokens
 from dsdpo.errors import ConfigError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _SENTINEL = "words of the reply"
 
 
 def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id."""
+    from transformers import AutoTokenizer  # here, since finding a prepared set takes no tokenizer
+
     return AutoTokenizer.from_pretrained(model_name_or_path)
 
 

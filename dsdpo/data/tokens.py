@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import AddedToken
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.tokenization_utils_base import AddedToken
 
 
 class Tokens:

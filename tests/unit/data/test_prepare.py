@@ -19,10 +19,11 @@ import pytest
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.digest import DIGEST_BYTES
 from dsdpo.data.encode import Limits, fit
+from dsdpo.data.fingerprint import known_tokenizer_digest, tokenizer_digest
 from dsdpo.data.messages import Refused
 from dsdpo.data.prepare import open_prepared, prepare, summary, wait_prepared
 from dsdpo.data.shards import BATCH_ROWS, MANIFEST, SCHEMA, PreparedSet, write_shards
-from dsdpo.data.templates import EncodedPair
+from dsdpo.data.templates import EncodedPair, load_tokenizer
 from dsdpo.errors import ConfigError, DataError, HangError, IOFailure
 from tests.helpers.real import shared_file
 from tests.helpers.tiny import ListOfPairs
@@ -278,6 +279,41 @@ def test_same_size_and_time_but_other_content_is_seen_unless_settled(settings, t
     path.write_text(path.read_text().replace("yes", "yep"))
     os.utime(path, ns=(now, now))
     assert prepared(settings).path != first
+
+
+def test_a_tokenizer_is_loaded_again_only_when_its_files_or_packages_change(tmp_path, monkeypatch):
+    monkeypatch.setattr("dsdpo.files._SETTLED_NS", 0)
+    folder, loads = tmp_path / "tokenizer", []
+    make_tokenizer("chatml").save_pretrained(folder)
+
+    def load():
+        loads.append(1)
+        return load_tokenizer(str(folder))
+
+    def digest() -> str:
+        return known_tokenizer_digest(folder, load, tmp_path / "stamps")
+
+    first = digest()
+    assert first == tokenizer_digest(load_tokenizer(str(folder)))
+    assert digest() == first and len(loads) == 1
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    second = digest()
+    assert second != first and second == digest() and len(loads) == 2
+    monkeypatch.setattr("dsdpo.data.fingerprint._version", lambda package: "0.0")
+    assert digest() == second and len(loads) == 3
+
+
+def test_a_tokenizer_that_changed_just_now_is_loaded_each_time(tmp_path):
+    make_tokenizer("chatml").save_pretrained(tmp_path / "tokenizer")
+    loads = []
+
+    def load():
+        loads.append(1)
+        return load_tokenizer(str(tmp_path / "tokenizer"))
+
+    for _ in range(2):
+        known_tokenizer_digest(tmp_path / "tokenizer", load, tmp_path / "stamps")
+    assert len(loads) == 2
 
 
 def test_open_needs_a_prepared_set(settings):
