@@ -91,9 +91,19 @@ def _digest_view(column: pa.Array) -> np.ndarray:
     return np.frombuffer(column.buffers()[1], DIGEST, count=len(column), offset=column.offset * DIGEST_BYTES)
 
 
+def _view(column: pa.Array) -> np.ndarray:
+    """A column of numbers without a copy, as pa.Array.to_numpy gives it, which imports pandas."""
+    kind = np.dtype(str(column.type).replace("double", "float64"))
+    return np.frombuffer(column.buffers()[1], kind, count=len(column), offset=column.offset * kind.itemsize)
+
+
 def _with_nan(column: pa.Array) -> np.ndarray:
     """NaN for null; that takes a copy of the batch's column where there is a null."""
-    return column.to_numpy(zero_copy_only=False)
+    values = _view(column)
+    if not column.null_count:
+        return values
+    bits = np.unpackbits(np.frombuffer(column.buffers()[0], np.uint8), bitorder="little")
+    return np.where(bits[column.offset : column.offset + len(column)], values, np.nan)
 
 
 class PreparedSet:
@@ -171,7 +181,7 @@ class PreparedSet:
 
     def lengths(self, ids: np.ndarray) -> np.ndarray:
         """Prompt, chosen and rejected tokens of the pairs: int64 [len(ids), 3]."""
-        return self._gather(ids, LENGTHS, pa.Array.to_numpy, np.empty((len(ids), len(LENGTHS)), dtype=np.int64))
+        return self._gather(ids, LENGTHS, _view, np.empty((len(ids), len(LENGTHS)), dtype=np.int64))
 
     def digests(self, ids: np.ndarray) -> np.ndarray:
         """What stands for the pairs' token ids in the reference store: DIGEST [len(ids)]."""
@@ -184,7 +194,7 @@ class PreparedSet:
     def pair(self, index: int) -> TokenPair:
         """Token ids of one pair: int64 arrays."""
         batch, at = self._locate(index)
-        return TokenPair(*(batch.column(name)[at].values.to_numpy().astype(np.int64) for name in IDS))
+        return TokenPair(*(_view(batch.column(name)[at].values).astype(np.int64) for name in IDS))
 
     def where(self, index: int) -> str:
         """Where a pair comes from: `file.jsonl:17`."""
