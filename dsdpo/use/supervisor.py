@@ -30,6 +30,8 @@ from dsdpo.use.slurm import Attempts, let_earlier_attempt_end, ranks_per_node, s
 from dsdpo.use.task import Task, clear_marks, finish, is_finished, prepare_data
 
 _KNOWN_STATUSES = (64, 65, 66, 70, 71, 74, 75)
+# Files in /dev of NVIDIA's drivers (the first three; dxg in WSL), and of AMD's, whose GPUs torch calls CUDA too.
+_DRIVERS = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")
 
 
 def supervise(task: Task, cluster: ClusterRequest) -> int:
@@ -148,14 +150,21 @@ def _devices(cluster: ClusterRequest, job: Allocation | None) -> int:
         return job.gpus_per_node or 0
     if cluster.hostfile:
         return 0
-    import torch
-
-    devices = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else 0
+    devices = _visible_devices() if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else 0
     if not devices:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or importing it in this process warns of no GPU
     elif (cluster.num_accelerators or 1) > devices:
         raise ConfigError(f"--num_accelerators is {cluster.num_accelerators}, but {devices} are visible here")
     return devices
+
+
+def _visible_devices() -> int:
+    """Number of CUDA devices, as torch counts them; where there is no driver, nothing waits for torch's import."""
+    if not any(found for pattern in _DRIVERS for found in Path("/dev").glob(pattern)):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def start_over(run_dir: RunDir, confirmed: bool, job: str | None = None) -> None:
