@@ -8,8 +8,34 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from dsdpo.compat import end_stale_builds
+from dsdpo.compat import chunked_logps, end_stale_builds
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_kernel_alone_computes_what_trl_does(softcap: float | None, with_bias: bool) -> None:
+    """To the bit, log-probs and gradients."""
+    kernels = pytest.importorskip("trl.kernels")
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 8), (19, 8), *([(19,)] if with_bias else [])]
+    targets = torch.randint(19, (6,), generator=generator)
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+
+    def results(of_trl: bool) -> list[torch.Tensor]:
+        inputs = [value.clone().requires_grad_() for value in values]
+        hidden, weight, bias = inputs if with_bias else (*inputs, None)
+        if of_trl:
+            logps, _, sum_sq, *_ = kernels.ChunkedLogProbFunction.apply(
+                hidden, weight, bias, targets, 1.0, 7, softcap, 0.5, ("log_sum_sq_probs",)
+            )
+        else:
+            logps, sum_sq = chunked_logps(hidden, weight, bias, targets, 7, softcap, 0.5, with_log_sum_sq=True)
+        (logps * torch.arange(6)).sum().backward()
+        return [logps, sum_sq, *(value.grad for value in inputs)]
+
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(results(False), results(True)))
 
 
 def test_a_build_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
