@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.data.prepare import prepare
+from tests.helpers.tiny import save_model, save_pairs, save_tokenizer, tiny_llama_config
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dsdpo"
@@ -97,6 +104,83 @@ def test_the_command_line_loads_nothing_heavy() -> None:
     heavy = sorted(HEAVY | {"numpy", "pydantic", "yaml"})
     code = f"import sys, dsdpo.cli; loaded = set({heavy}) & set(sys.modules); assert not loaded, loaded"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def loaded_after(code: str) -> set[str]:
+    """Which of HEAVY, and pandas, a process has imported at its end."""
+    program = f"{textwrap.dedent(code)}\nimport sys\nprint(*sys.modules)"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return (HEAVY | {"pandas"}) & set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.fixture
+def prepared_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The YAML of a run with prepared data, whose files are taken for old enough to be known by their dates."""
+    monkeypatch.setattr("dsdpo.files._SETTLED_NS", 0)
+    save_model(tmp_path / "model", tiny_llama_config())
+    save_tokenizer(tmp_path / "model")
+    save_pairs(tmp_path / "pairs.jsonl", 8)
+    settings = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset": ["pairs.jsonl"],
+        "dataset_dir": str(tmp_path),
+        "output_dir": str(tmp_path / "out"),
+        "max_length": 64,
+    }
+    prepare(RunConfig(**settings), "train")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "run.yaml"
+
+
+def test_a_supervisor_with_prepared_data_loads_nothing_heavy(prepared_run: Path) -> None:
+    """The real one, up to the moment at which it starts the launcher."""
+    code = f"""
+        import sys
+        from dsdpo.cli import main
+
+        class Launched(Exception):
+            pass
+
+        def stop_before_the_launcher(event, args):
+            if event == "subprocess.Popen" and "deepspeed" in " ".join(args[1]):
+                raise Launched
+
+        sys.addaudithook(stop_before_the_launcher)
+        try:
+            main(["train", {str(prepared_run)!r}, "--num_accelerators", "2"])
+        except Launched:
+            pass
+        else:
+            raise SystemExit("no launcher was started")
+    """
+    assert loaded_after(code) == {"pyarrow"}
+
+
+def test_reading_prepared_data_loads_pyarrow_alone(prepared_run: Path) -> None:
+    """The loader reads in a thread, and threads import nothing."""
+    code = f"""
+        import numpy
+        from dsdpo.config.load import load
+        from dsdpo.data.prepare import open_prepared
+
+        pairs = open_prepared(load({str(prepared_run)!r}, []).config, "train")
+        ids = numpy.arange(len(pairs))
+        pairs.lengths(ids), pairs.digests(ids), pairs.scores(ids), pairs.pair(0), pairs.where(0)
+    """
+    assert loaded_after(code) == {"pyarrow"}
+
+
+def test_the_kernel_is_loaded_without_its_package() -> None:
+    code = """
+        import torch
+        from dsdpo.compat import chunked_logps
+
+        hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+        chunked_logps(hidden, weight, None, torch.tensor([1, 2, 3]), 5, None, 1.0)[0].sum().backward()
+    """
+    assert not loaded_after(code) & {"trl", "datasets", "peft", "deepspeed"}
 
 
 def test_only_dist_reads_the_ranks_variables() -> None:
