@@ -45,6 +45,7 @@ help:
 	echo "make test-faults KILLS=60    install, then kill as many runs, most inside a save, and count what was lost"
 	echo "make cluster-packages    install SLURM, ssh and the like from Debian: tests/cluster skips without them"
 	echo "make bench    install, then dsdpo beside TRL's DPOTrainer: hours (BENCH_ARGS=\"--cases 'hh-lora-*'\" for a part)"
+	echo "make golden   install, then ten short runs on a commit (BASE=HEAD) and on the tree: are the numbers the same?"
 	echo "make check    ruff, ruff format --check, mypy"
 	echo "make format   ruff's fixes and format"
 	echo "make install  only install, into .venv"
@@ -68,6 +69,12 @@ test-faults: $(STAMP)
 	export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg KILLS=$(or $(KILLS),12)
 	if [ -z "$(GPUS)" ]; then export DS_ACCELERATOR=cpu; fi
 	python -m pytest -m slow tests/faults/test_kills.py $(PYTEST_ARGS)
+
+# Ten short runs with the code of BASE and of the tree, compared: make golden BASE=COMMIT GOLDEN_ARGS=--tolerance
+.PHONY: golden
+golden: $(STAMP)
+	@$(WITH_VENV)
+	python -m tests.golden.compare --base $(or $(BASE),HEAD) $(GOLDEN_ARGS)
 
 # For tests/cluster: the real SLURM and ssh, and what DeepSpeed uses to bind ranks to cores and to read NVMe.
 cluster-packages:
