@@ -19,7 +19,9 @@ OTHER_TOLERANCE = 1e-4  # relative, and absolute for numbers below 1: rewards ar
 
 RENAMED: dict[str, str] = {}  # key in metrics.jsonl of the base commit -> its name now
 LOSSES = {"loss", "eval_loss"}
-ACCURACIES = {"rewards/accuracies", "eval_rewards/accuracies"}
+# Compared in exact mode only. In the first step the margin is 0 but for rounding, which decides the accuracy; and the
+# idle share follows from how the pairs are packed.
+EXACT_ONLY = {"rewards/accuracies", "eval_rewards/accuracies", "idle_share"}
 NOT_COMPARED = {  # time, speed, memory
     "step_time",
     "logical_tokens_per_second",
@@ -98,8 +100,8 @@ def _same_number(key: str, a: float, b: float, mode: Mode) -> bool:
         return a == b
     if key in LOSSES:
         return bool(np.isclose(b, a, rtol=LOSS_TOLERANCE, atol=0.0))
-    if key in ACCURACIES:
-        return True  # in the first step the margin is 0 but for rounding, which decides its sign
+    if key in EXACT_ONLY:
+        return True
     return bool(np.isclose(b, a, rtol=OTHER_TOLERANCE, atol=OTHER_TOLERANCE))
 
 

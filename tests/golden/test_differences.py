@@ -17,7 +17,7 @@ from tests.golden.differences import Mode, compare
 STEPS = [
     {"step": 1, "loss": 0.7, "rewards/accuracies": 0.5, "logps/chosen": -40.0, "grad_norm": 0.8, "step_time": 1.0},
     {"step": 1, "eval_loss": 0.69},
-    {"step": 2, "loss": 0.6, "rewards/accuracies": 1.0, "logps/chosen": -39.0, "grad_norm": 0.7, "step_time": 2.0},
+    {"step": 2, "loss": 0.6, "rewards/accuracies": 1.0, "logps/chosen": -39.0, "grad_norm": 0.7, "idle_share": 0.1},
 ]
 RNG = np.random.default_rng(0)
 INITIAL = {name: RNG.standard_normal((8, 8), np.float32) for name in ("a", "b")}
@@ -69,6 +69,7 @@ def test_the_same_run_is_equal(tmp_path: Path, mode: Mode, steps: list[dict[str,
         ({"steps": changed(0, grad_norm=0.8 * (1 + 1e-5))}, {"exact"}),
         ({"steps": changed(0, grad_norm=0.9)}, {"exact", "tolerance"}),
         ({"steps": changed(0, **{"rewards/accuracies": 0.625})}, {"exact"}),
+        ({"steps": changed(2, idle_share=0.2)}, {"exact"}),
         ({"steps": changed(0, loss=float("nan"))}, {"exact", "tolerance"}),
         ({"steps": STEPS[:2]}, {"exact", "tolerance"}),
         ({"steps": [STEPS[0], STEPS[1], {"step": 2, "loss": 0.6}]}, {"exact", "tolerance"}),
