@@ -44,6 +44,7 @@ def main() -> None:
 def _saves(rounds: int) -> None:
     from dsdpo.checkpoint.zero import set_adam_step
     from dsdpo.config.schema import RunConfig
+    from dsdpo.config.zero import ZeroConfig
     from dsdpo.dist import launched
     from dsdpo.train.engine import build_engine, start_process_group
     from dsdpo.train.saving import Saver, checkpoint_bytes
@@ -63,8 +64,9 @@ def _saves(rounds: int) -> None:
         for kind in ("sync", "async"):
             config = RunConfig(**options, output_dir=f"{folder}/{kind}", async_save=kind == "async")
             if engine is None:
-                hardware = start_process_group(config, ranks)
-                engine = build_engine(config, ranks, hardware)
+                zero = ZeroConfig.load(config)
+                hardware = start_process_group(config, zero, ranks)
+                engine = build_engine(config, zero, ranks, hardware)
                 set_adam_step(engine, 1)
             saver = Saver(config, engine, ranks, {}, lambda line: None)
             for number in range(rounds + 1):  # the first one makes the buffers

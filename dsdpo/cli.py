@@ -62,7 +62,8 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
     from dsdpo.use.preflight import preflight
     from dsdpo.use.task import prepare_data
 
-    prepare_data(preflight(args.config, overrides, "prepare"))
+    config, _ = preflight(args.config, overrides, "prepare")
+    prepare_data(config)
 
 
 def _export(args: argparse.Namespace, _: list[str]) -> None:

@@ -13,15 +13,8 @@ from deepspeed.utils import set_z3_leaf_modules
 from transformers import PreTrainedModel
 
 from dsdpo.compat import cpu_adamw, end_stale_builds, unlink_shared_buffers
-from dsdpo.config.deepspeed import (
-    check_world_size,
-    engine_config,
-    hpz_size,
-    offloads_optimizer,
-    reference_engine_config,
-    zero_stage,
-)
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.zero import ZeroConfig, engine_config, reference_engine_config
 from dsdpo.dist import Ranks
 from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora
 from dsdpo.model.attention import choose
@@ -43,13 +36,13 @@ class Hardware:
         return torch.bfloat16 if self.bf16 else torch.float32
 
 
-def start_process_group(config: RunConfig, ranks: Ranks) -> Hardware:
+def start_process_group(config: RunConfig, zero: ZeroConfig, ranks: Ranks) -> Hardware:
     """Join the other ranks (NCCL on CUDA, gloo on CPU) and pick this rank's device.
 
     Raises:
         ConfigError: the DeepSpeed JSON does not fit the number of ranks, or a node cannot offload to NVMe.
     """
-    check_world_size(config, ranks.world_size)
+    zero.check_world_size(ranks.world_size)
     end_stale_builds()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
@@ -58,13 +51,15 @@ def start_process_group(config: RunConfig, ranks: Ranks) -> Hardware:
     if accelerator.device_name() == "cpu":
         comm.barrier()
         unlink_shared_buffers(ranks.rank)
-    prepare_swap(config, ranks)
+    prepare_swap(zero, ranks)
     device = torch.device(accelerator.current_device_name())
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return Hardware(device, bf16)
 
 
-def build_engine(config: RunConfig, ranks: Ranks, hardware: Hardware, weights: str | None = None) -> DeepSpeedEngine:
+def build_engine(
+    config: RunConfig, zero: ZeroConfig, ranks: Ranks, hardware: Hardware, weights: str | None = None
+) -> DeepSpeedEngine:
     """The policy in a DeepSpeed engine: `engine(row)` gives a row's log-probs, as `RowModel` does.
 
     Args:
@@ -75,7 +70,7 @@ def build_engine(config: RunConfig, ranks: Ranks, hardware: Hardware, weights: s
         ConfigError: the model cannot be trained this way.
         IOFailure: a node has no room on NVMe for the optimizer's state.
     """
-    settings = engine_config(config, ranks.world_size, hardware.bf16)
+    settings = engine_config(config, zero, ranks.world_size, hardware.bf16)
     attention = choose(config.attn_implementation, hardware.device, hardware.bf16)
     torch.manual_seed(config.seed)
     adapter = weights if weights is not None and is_adapter(weights) else None
@@ -92,17 +87,17 @@ def build_engine(config: RunConfig, ranks: Ranks, hardware: Hardware, weights: s
     row_model = RowModel(model, config.use_weighting)
     if settings["zero_optimization"]["stage"] == 3:
         gather_by_layer(row_model, base)
-    check_swap_room(row_model, config, ranks)
-    optimizer = build_optimizer(parameter_groups(row_model, config.weight_decay), config, hardware)
+    check_swap_room(row_model, zero, ranks)
+    optimizer = build_optimizer(parameter_groups(row_model, config.weight_decay), config, zero, hardware)
     engine, *_ = deepspeed.initialize(model=row_model, optimizer=optimizer, config=settings)
     if ranks.world_size == 1 and not engine.zero_optimization():
         engine.enable_backward_allreduce = False  # it copies all gradients into one buffer and back, here for nothing
     return engine
 
 
-def build_reference_engine(config: RunConfig, ranks: Ranks, hardware: Hardware) -> DeepSpeedEngine:
+def build_reference_engine(config: RunConfig, zero: ZeroConfig, ranks: Ranks, hardware: Hardware) -> DeepSpeedEngine:
     """The untrained model, frozen and sharded with ZeRO-3 over the ranks, whatever the policy's stage."""
-    settings = reference_engine_config(config, ranks.world_size, hardware.bf16)
+    settings = reference_engine_config(config, zero, ranks.world_size, hardware.bf16)
     attention = choose(config.attn_implementation, hardware.device, hardware.bf16)
     base = load_causal_lm(config.model_name_or_path, config, settings, attention, hardware.dtype)
     base.requires_grad_(False)
@@ -111,14 +106,16 @@ def build_reference_engine(config: RunConfig, ranks: Ranks, hardware: Hardware) 
     return engine
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, hardware: Hardware) -> torch.optim.Optimizer:
-    """AdamW: torch's, or DeepSpeed's vectorized one for a state that is offloaded to the CPU."""
+def build_optimizer(
+    groups: list[dict[str, Any]], config: RunConfig, zero: ZeroConfig, hardware: Hardware
+) -> torch.optim.Optimizer:
+    """AdamW: torch's, or DeepSpeed's vectorized one for a state that is offloaded to the CPU or to NVMe."""
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
     }
-    if offloads_optimizer(config):
+    if zero.offload_optimizer != "none":
         return cpu_adamw(groups, **settings)
     return torch.optim.AdamW(groups, fused=hardware.device.type == "cuda", **settings)
 
@@ -186,13 +183,13 @@ def held_here(engine: DeepSpeedEngine) -> str:
     return f"{100 * here / whole:.0f} % of the parameters on a rank"
 
 
-def describe(engine: DeepSpeedEngine, config: RunConfig, ranks: Ranks, hardware: Hardware) -> str:
+def describe(engine: DeepSpeedEngine, config: RunConfig, zero: ZeroConfig, ranks: Ranks, hardware: Hardware) -> str:
     """One line on what trains where."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
     total, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
-    stage, asked = engine.zero_optimization_stage(), zero_stage(config)
+    stage, asked = engine.zero_optimization_stage(), zero.stage
     raised = f" (stage {asked} with bf16 runs as stage 1)" if stage != asked else ""
-    groups = f" with a second copy in groups of {hpz_size(config)} ranks" if hpz_size(config) > 1 else ""
+    groups = f" with a second copy in groups of {zero.hpz_size} ranks" if zero.hpz_size > 1 else ""
     return (
         f"{config.stage} of {config.model_name_or_path}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M "
         f"trainable ({config.finetuning_type}), reference {config.reference_kind}; ZeRO stage {stage}{raised}{groups}, "

@@ -11,6 +11,7 @@ import torch
 from deepspeed import DeepSpeedEngine, comm
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.loader import Batch, PairLoader
 from dsdpo.dist import Ranks
 from dsdpo.errors import IOFailure, NumericError, StopRequested
@@ -95,6 +96,7 @@ class LiveReference:
 
 def reference_source(
     config: RunConfig,
+    zero: ZeroConfig,
     ranks: Ranks,
     hardware: Hardware,
     engine: DeepSpeedEngine,
@@ -113,7 +115,7 @@ def reference_source(
     if config.reference_kind == "live":
         frozen = engine
         if config.finetuning_type != "lora":
-            frozen = build_reference_engine(config, ranks, hardware)
+            frozen = build_reference_engine(config, zero, ranks, hardware)
             say(f"reference: a frozen engine, {held_here(frozen)}")
         live = LiveReference(frozen, hardware.device)
         return lambda loader, ids: live

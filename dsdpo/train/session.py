@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsdpo.checkpoint.export import export_engine
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.loader import PairLoader, PairSource
 from dsdpo.data.order import pairs_of_steps, steps_per_epoch
 from dsdpo.data.templates import load_tokenizer
@@ -113,6 +114,7 @@ class Session:
 
 def build_session(
     config: RunConfig,
+    zero: ZeroConfig,
     ranks: Ranks,
     hardware: Hardware,
     train_set: PairSource,
@@ -135,13 +137,14 @@ def build_session(
     """
     per_epoch = steps_per_epoch(len(train_set), config.train_batch_size)
     schedule = Schedule.of(config, per_epoch)
-    engine = build_engine(config, ranks, hardware)  # it fetches the weights of a hub id, which the identity hashes
+    # it fetches the weights of a hub id, which the identity hashes
+    engine = build_engine(config, zero, ranks, hardware)
     start = find_start(config, ranks, identity(config, ranks, hardware, train_set)) if trains else NO_START
     reporter = Reporter(config, schedule.total_steps, ranks.is_main, start.step if trains else None)
     for line in start.remarks:
         reporter.say(line)
-    reporter.say(describe(engine, config, ranks, hardware))
-    reference_of = reference_source(config, ranks, hardware, engine, reporter.say, stop_flag)
+    reporter.say(describe(engine, config, zero, ranks, hardware))
+    reference_of = reference_source(config, zero, ranks, hardware, engine, reporter.say, stop_flag)
     # a live reference takes its memory first; rows as before make the same steps to the bit
     row_length = start.row_tokens(config, ranks, row_tokens(config, engine, hardware))
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from dsdpo.compat import can_swap
-from dsdpo.config.deepspeed import swap_folder
-from dsdpo.config.schema import RunConfig
+from dsdpo.config.zero import ZeroConfig
 from dsdpo.dist import Ranks
 from dsdpo.errors import ConfigError, IOFailure
 from dsdpo.train.agree import tell_all, together
@@ -20,13 +19,13 @@ from dsdpo.train.agree import tell_all, together
 _BYTES = 16  # on NVMe for a trained weight: fp32 weight, two moments, gradient
 
 
-def prepare_swap(config: RunConfig, ranks: Ranks) -> None:
+def prepare_swap(zero: ZeroConfig, ranks: Ranks) -> None:
     """Remove what a killed run left on this node's NVMe, if the run uses it. A collective call.
 
     Raises:
         ConfigError: a node cannot use it.
     """
-    folder = swap_folder(config)
+    folder = zero.nvme_path
     if folder is not None:
         together(lambda: _make_room(folder, ranks))
 
@@ -44,13 +43,13 @@ def _make_room(folder: Path, ranks: Ranks) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_swap_room(model: torch.nn.Module, config: RunConfig, ranks: Ranks) -> None:
+def check_swap_room(model: torch.nn.Module, zero: ZeroConfig, ranks: Ranks) -> None:
     """Tell a disk that the optimizer's state would fill, before DeepSpeed begins to write it. A collective call.
 
     Raises:
         IOFailure: a node's disk is too small.
     """
-    folder = swap_folder(config)
+    folder = zero.nvme_path
     if folder is None:
         return
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
@@ -69,12 +68,12 @@ def _check_room(disk: Path, node: str, needed: int) -> None:
 
 
 @contextmanager
-def swap_removed(config: RunConfig, ranks: Ranks) -> Iterator[None]:
+def swap_removed(zero: ZeroConfig, ranks: Ranks) -> Iterator[None]:
     """At the end, remove what this rank has on NVMe."""
     try:
         yield
     finally:
-        folder = swap_folder(config)
+        folder = zero.nvme_path
         if folder is not None:
             own = folder / "zero_stage_3" / "optimizer" / f"rank{ranks.rank}"
             shutil.rmtree(own, ignore_errors=True)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from deepspeed import comm
+from deepspeed import DeepSpeedEngine, comm
 from transformers.utils.logging import disable_progress_bar
 
 from dsdpo.checkpoint.export import set_aside
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.loader import PairLoader
 from dsdpo.data.prepare import open_prepared
 from dsdpo.dist import Ranks, launched
@@ -46,11 +47,14 @@ from dsdpo.train.watch import Watch
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
-def run(config: RunConfig, task: str = "train", model: str | None = None, token: str | None = None) -> None:
+def run(
+    config: RunConfig, zero: ZeroConfig, task: str = "train", model: str | None = None, token: str | None = None
+) -> None:
     """Do one task as one rank; the data is prepared already.
 
     Args:
         config: the run, the same on every rank.
+        zero: its DeepSpeed JSON.
         task: `train`, `reference` or `eval`.
         model: for `eval`, the folder of trained weights.
         token: of the lock on output_dir; the main rank's counts.
@@ -65,21 +69,22 @@ def run(config: RunConfig, task: str = "train", model: str | None = None, token:
     stop_flag.install()
     if ranks.is_main:
         reserve_exit(run_dir)
-    with _exit_recorded(run_dir, ranks), swap_removed(config, ranks):
-        hardware = start_process_group(config, ranks)
+    with _exit_recorded(run_dir, ranks), swap_removed(zero, ranks):
+        hardware = start_process_group(config, zero, ranks)
         watch = Watch(run_dir, ranks, config.hang_timeout, tell_all(token)[0])
         watch.start()
         with closing(watch):
             if task == "eval":
                 assert model is not None, "eval needs the weights to evaluate"
-                _evaluate(config, ranks, hardware, model, stop_flag)
+                _evaluate(config, zero, ranks, hardware, model, stop_flag)
                 comm.barrier()
             else:
                 train_set = open_prepared(config, "train")
                 assert train_set is not None, "a run has a training set"
                 eval_set = open_prepared(config, "eval")
-                session = build_session(config, ranks, hardware, train_set, eval_set, stop_flag, watch, task == "train")
-                if task == "train":
+                trains = task == "train"
+                session = build_session(config, zero, ranks, hardware, train_set, eval_set, stop_flag, watch, trains)
+                if trains:
                     _train(session, run_dir)
                 with watch.slow("the end of the reports"):
                     session.reporter.close()
@@ -148,7 +153,9 @@ def _train(session: Session, run_dir: RunDir) -> None:
         write_atomically(run_dir.completed, "")
 
 
-def _evaluate(config: RunConfig, ranks: Ranks, hardware: Hardware, model: str, stop: StopFlag) -> None:
+def _evaluate(
+    config: RunConfig, zero: ZeroConfig, ranks: Ranks, hardware: Hardware, model: str, stop: StopFlag
+) -> None:
     """Loss, accuracy and margin of trained weights on the held-out pairs, printed as one JSON line."""
     pairs = open_prepared(config, "eval")
     if pairs is None:
@@ -164,8 +171,12 @@ def _evaluate(config: RunConfig, ranks: Ranks, hardware: Hardware, model: str, s
     reference: Reference = NoReference()
     if config.reference_kind != "none":
         store = open_store(config, ranks, hardware)
-        reference = reference_for(loader, ids, store, lambda: build_engine(config, ranks, hardware), device, say, stop)
-    engine = build_engine(config, ranks, hardware, weights=model)
+
+        def untrained() -> DeepSpeedEngine:
+            return build_engine(config, zero, ranks, hardware)
+
+        reference = reference_for(loader, ids, store, untrained, device, say, stop)
+    engine = build_engine(config, zero, ranks, hardware, weights=model)
 
     def goes_on() -> bool:
         return not any_rank(bool(stop), device)

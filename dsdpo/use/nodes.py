@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import socket
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import dsdpo
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.zero import ZeroConfig
 from dsdpo.dist import Ranks
 from dsdpo.errors import ConfigError, DsdpoError
 
@@ -27,11 +29,11 @@ class NodesDiffer(ConfigError):
     what = "difference{s} between the nodes"
 
 
-def facts(config: RunConfig | None, trouble: DsdpoError | None = None) -> dict[str, Any]:
+def facts(config: RunConfig | None, zero: ZeroConfig | None, trouble: DsdpoError | None = None) -> dict[str, Any]:
     """What JSON can hold of this rank's node.
 
     Args:
-        config: of the run; None where it could not be read.
+        config, zero: of the run; None where they could not be read.
         trouble: why this rank cannot begin.
     """
     found: dict[str, Any] = {"host": socket.gethostname(), "trouble": None}
@@ -42,8 +44,11 @@ def facts(config: RunConfig | None, trouble: DsdpoError | None = None) -> dict[s
     found["code"] = _digests(Path(dsdpo.__file__).parent)
     if config is not None:
         found["config"] = config.model_dump(mode="json")
-        files = {"deepspeed": config.deepspeed, "model": f"{config.model_name_or_path}/config.json"}
-        found["files"] = {name: _digest(Path(path)) for name, path in files.items() if path and Path(path).is_file()}
+        found["files"] = {}
+        if zero is not None and zero.path:
+            found["files"]["deepspeed"] = hashlib.sha256(json.dumps(zero.raw, sort_keys=True).encode()).hexdigest()[:16]
+        if (model := Path(config.model_name_or_path, "config.json")).is_file():
+            found["files"]["model"] = _digest(model)
     found["devices"] = _devices()
     return found
 

@@ -16,6 +16,7 @@ from dsdpo.config.deepspeed import check_deepspeed
 from dsdpo.config.load import LoadResult, load
 from dsdpo.config.rules import adapter_problems, check_rules
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.zero import ZeroConfig
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.rundir import RunDir
 
@@ -61,8 +62,8 @@ def preflight(
     cluster: ClusterRequest | None = None,
     model: str | None = None,
     fresh: bool = False,
-) -> RunConfig:
-    """The checked config of a run.
+) -> tuple[RunConfig, ZeroConfig]:
+    """The checked config of a run, and its DeepSpeed JSON.
 
     Args:
         path: the YAML file.
@@ -77,27 +78,29 @@ def preflight(
         CheckpointError: all is well but for an earlier run in output_dir that this one cannot go on with.
     """
     loaded = load(path, overrides)
-    problems = loaded.problems + check_rules(loaded) + check_deepspeed(loaded)
+    zero, zero_problems = check_deepspeed(loaded)
+    problems = loaded.problems + check_rules(loaded) + zero_problems
     problems += _check_data(loaded) + _check_model(loaded) + _check_folders(loaded)
     problems += cluster.problems() if cluster else []
     problems += check_weights(model, "--model", adapter_allowed=True) if model else []
     problems += _check_held_out(loaded) if task == "eval" else []
     problems += _check_stored(loaded) if task == "reference" else []
     earlier = _earlier_run(loaded) if task == "train" and not fresh else ""
-    if problems or loaded.config is None:
+    if problems or loaded.config is None or zero is None:
         raise ConfigError(problems + [earlier] if earlier else problems)
     if earlier:
         raise CheckpointError(earlier)
-    return loaded.config
+    return loaded.config, zero
 
 
-def reload(path: str | Path, overrides: list[str]) -> RunConfig:
-    """The config of a run that has passed `preflight` in its supervisor, maybe on another node. Raises ConfigError."""
+def reload(path: str | Path, overrides: list[str]) -> tuple[RunConfig, ZeroConfig]:
+    """The same of a run that has passed `preflight` in its supervisor, maybe on another node. Raises ConfigError."""
     loaded = load(path, overrides)
-    problems = loaded.problems + check_deepspeed(loaded) + _check_model(loaded)
-    if loaded.config is None or problems:
+    zero, zero_problems = check_deepspeed(loaded)
+    problems = loaded.problems + zero_problems + _check_model(loaded)
+    if loaded.config is None or zero is None or problems:
         raise ConfigError(problems)
-    return loaded.config
+    return loaded.config, zero
 
 
 def check_device(config: RunConfig, cuda: bool) -> None:

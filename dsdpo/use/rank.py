@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.zero import ZeroConfig
 from dsdpo.dist import Ranks
 from dsdpo.errors import ConfigError, DsdpoError, IOFailure
 from dsdpo.lock import RunLock
@@ -31,7 +32,7 @@ def join(task: Task, ranks: Ranks, token: str | None) -> int:
     if not os.environ.get("PYTHONWARNINGS"):  # a supervisor sets it, for the launcher too
         warnings.simplefilter("ignore", FutureWarning)  # of libraries, to libraries, once per rank
     gc.disable()  # collections during the imports take a sixth of them, and free nothing
-    config, trouble = _read(task, ranks, supervised)
+    config, zero, trouble = _read(task, ranks, supervised)
     run_dir = None if config is None else RunDir(Path(config.output_dir))
     if run_dir is not None and token is not None:
         take_environment(run_dir, token)
@@ -40,15 +41,15 @@ def join(task: Task, ranks: Ranks, token: str | None) -> int:
     if run_dir is not None and not supervised and ranks.is_main:
         token = _take_lock(task, run_dir)
     try:
-        meeting = rendezvous(ranks, config, trouble, token)
-        assert config is not None, "a rank without a config has raised its trouble"
+        meeting = rendezvous(ranks, config, zero, trouble, token)
+        assert config is not None and zero is not None, "a rank without a config has raised its trouble"
         if not supervised:
             _prepare_as_rank(config, ranks)
         from dsdpo.train.tasks import run
 
         gc.freeze()
         gc.enable()
-        run(config, task.name, task.model, token)
+        run(config, zero, task.name, task.model, token)
         del meeting
     except DsdpoError as error:
         if run_dir is not None:
@@ -59,22 +60,24 @@ def join(task: Task, ranks: Ranks, token: str | None) -> int:
     return 0
 
 
-def _read(task: Task, ranks: Ranks, supervised: bool) -> tuple[RunConfig | None, DsdpoError | None]:
-    """The config, or what is wrong with it on a node other than rank 0's, which must be told at the meeting.
+def _read(task: Task, ranks: Ranks, supervised: bool) -> tuple[RunConfig | None, ZeroConfig | None, DsdpoError | None]:
+    """The config and its DeepSpeed JSON, or what is wrong with them on a node other than rank 0's.
+
+    That must be told at the meeting.
 
     Raises:
         DsdpoError: what is wrong on rank 0's.
     """
     try:
         if supervised:
-            return reload(task.path, task.overrides), None
+            return *reload(task.path, task.overrides), None
         if task.fresh:
             raise ConfigError("--fresh works where `dsdpo train` is started plainly; here, empty output_dir instead")
-        return preflight(task.path, task.overrides, task.name, model=task.model), None
+        return *preflight(task.path, task.overrides, task.name, model=task.model), None
     except DsdpoError as error:
         if ranks.is_main:
             raise
-        return None, error
+        return None, None, error
 
 
 def _take_lock(task: Task, run_dir: RunDir) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.zero import ZeroConfig
 from dsdpo.dist import Ranks, elastic_agent, take_place
 from dsdpo.errors import ConfigError, DsdpoError, HangError, IOFailure
 from dsdpo.lock import is_held_by
@@ -35,11 +36,13 @@ class NoAnswer(HangError):
     for_each_node = True
 
 
-def rendezvous(ranks: Ranks, config: RunConfig | None, trouble: DsdpoError | None, token: str | None) -> Store | None:
+def rendezvous(
+    ranks: Ranks, config: RunConfig | None, zero: ZeroConfig | None, trouble: DsdpoError | None, token: str | None
+) -> Store | None:
     """Wait for all ranks and compare what they are about to do.
 
     Args:
-        config: as this rank has read it; None with `trouble`.
+        config, zero: as this rank has read them; None with `trouble`.
         trouble: why this rank, not rank 0, cannot begin.
         token: on rank 0, of the lock on output_dir.
 
@@ -64,11 +67,11 @@ def rendezvous(ranks: Ranks, config: RunConfig | None, trouble: DsdpoError | Non
         raise error from None
     if ranks.is_main:
         store.set("token", token or "")
-        verdict = _verdict(store, ranks, facts(config), timeout)
+        verdict = _verdict(store, ranks, facts(config, zero), timeout)
         store.set("verdict", json.dumps(verdict))
         _until(lambda: store.add("received", 0) >= len(verdict["came"]) - 1, _GRACE_S)
     else:
-        found = facts(config, trouble or _other_folder(config, _receive(store, "token", timeout)))
+        found = facts(config, zero, trouble or _other_folder(config, _receive(store, "token", timeout)))
         store.set(f"facts/{ranks.rank}", json.dumps(found))
         verdict = json.loads(_receive(store, "verdict", timeout + _GRACE_S))
         store.add("received", 1)

@@ -39,11 +39,11 @@ def supervise(task: Task, cluster: ClusterRequest) -> int:
     job = None if cluster.hostfile or cluster.include or cluster.exclude else _allocation()
     if cluster.requeue and job is None:
         raise ConfigError("--requeue works in a SLURM job that gives the nodes, such as that of slurm/train.sbatch")
-    config = preflight(task.path, task.overrides, task.name, cluster, task.model, task.fresh)
+    config, _ = preflight(task.path, task.overrides, task.name, cluster, task.model, task.fresh)
     run_dir = RunDir(Path(config.output_dir))
     if task.fresh and job is not None and job.restarts and has_started_over(run_dir, job.job):
         task = replace(task, fresh=False)  # this attempt goes on
-        config = preflight(task.path, task.overrides, task.name, cluster, task.model)
+        config, _ = preflight(task.path, task.overrides, task.name, cluster, task.model)
     devices = _devices(cluster, job)
     check_device(config, devices > 0 or bool(cluster.hostfile))
     if not task.fresh and is_finished(task, config):

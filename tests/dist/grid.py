@@ -15,6 +15,7 @@ import torch
 
 from dsdpo.rundir import RunDir
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.loader import PairLoader
 from dsdpo.data.packing import Segment
 from dsdpo.dist import launched
@@ -101,9 +102,10 @@ def train_and_export(cases: list[dict[str, Any]], folders: list[str], ids: list[
     logits = []
     for case, folder in zip(cases, folders, strict=True):
         config = run_config(folder=Path(folder), **case)
-        hardware = start_process_group(config, ranks)
+        zero = ZeroConfig.load(config)
+        hardware = start_process_group(config, zero, ranks)
         pairs = ListOfPairs(random_pairs(17))
-        session = build_session(config, ranks, hardware, pairs, None, StopFlag(RunDir(Path(folder))))
+        session = build_session(config, zero, ranks, hardware, pairs, None, StopFlag(RunDir(Path(folder))))
         train(session)
         session.saver.save(config.max_steps or 0)
         session.save_final()
@@ -137,15 +139,16 @@ def fill_store(folder: str, runs: list[dict[str, Any]]) -> list[tuple[int, np.nd
         store = Path(folder, changes.pop("store", "store"))
         damage, blind = changes.pop("damage", False), changes.pop("blind", None)
         config = run_config(folder=Path(tempfile.mkdtemp()), cache_dir=str(store), max_tokens_per_row=128, **changes)
-        hardware = start_process_group(config, ranks)
+        zero = ZeroConfig.load(config)
+        hardware = start_process_group(config, zero, ranks)
         if damage and ranks.is_main:
             _damage_chunks(store)
-        engine = build_engine(config, ranks, hardware)
+        engine = build_engine(config, zero, ranks, hardware)
         written = _Counted(write_chunk, die_after)
         ReferenceStore.write_chunk = written.write_chunk  # type: ignore[method-assign]
         if blind == ranks.rank:
             ReferenceStore.reload = _blind_once(ReferenceStore.reload)  # type: ignore[method-assign]
-        source = reference_pass.reference_source(config, ranks, hardware, engine, lambda line: None)
+        source = reference_pass.reference_source(config, zero, ranks, hardware, engine, lambda line: None)
         loader = PairLoader(ListOfPairs(random_pairs(n_pairs)), ranks, 128, config.share_prefix)
         try:
             reference = source(loader, np.arange(n_pairs))
@@ -202,8 +205,9 @@ def parameter_bytes(folder: str, model: str) -> tuple[int, int]:
     ranks = launched()
     assert ranks is not None
     config = run_config(model, Path(folder), stage=3, reference="live")
-    hardware = start_process_group(config, ranks)
-    engines = build_engine(config, ranks, hardware), build_reference_engine(config, ranks, hardware)
+    zero = ZeroConfig.load(config)
+    hardware = start_process_group(config, zero, ranks)
+    engines = build_engine(config, zero, ranks, hardware), build_reference_engine(config, zero, ranks, hardware)
     held = [sum(p.data.nbytes + p.ds_tensor.nbytes for p in engine.module.parameters()) for engine in engines]
     torch.distributed.destroy_process_group()
     return held[0], held[1]
@@ -218,9 +222,10 @@ def second_copies(folder: str, model: str, hpz: int) -> list[dict[str, int]]:
     ranks = launched()
     assert ranks is not None
     config = run_config(model, Path(folder), stage=3, reference="live", zero={"zero_hpz_partition_size": hpz})
-    hardware = start_process_group(config, ranks)
+    zero = ZeroConfig.load(config)
+    hardware = start_process_group(config, zero, ranks)
     found = []
-    for engine in (build_engine(config, ranks, hardware), build_reference_engine(config, ranks, hardware)):
+    for engine in (build_engine(config, zero, ranks, hardware), build_reference_engine(config, zero, ranks, hardware)):
         parameters = list(engine.module.parameters())
         found.append(
             {
@@ -245,8 +250,9 @@ def run_cases(cases: list[dict[str, Any]], n_pairs: int) -> list[dict[str, Any]]
     for case in cases:
         folder = Path(tempfile.mkdtemp())
         config = run_config(folder=folder, **case)
-        hardware = start_process_group(config, ranks)
-        session = build_session(config, ranks, hardware, pairs, None, StopFlag(RunDir(folder)))
+        zero = ZeroConfig.load(config)
+        hardware = start_process_group(config, zero, ranks)
+        session = build_session(config, zero, ranks, hardware, pairs, None, StopFlag(RunDir(folder)))
         batches = list(session.loader.training_batches(range(STEPS), config.train_batch_size, config.seed))
         train(session)
         session.reporter.close()

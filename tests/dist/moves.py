@@ -12,6 +12,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 
 from dsdpo.rundir import RunDir
 from dsdpo.checkpoint.zero import MOMENTS, STATES
+from dsdpo.config.zero import ZeroConfig
 from dsdpo.dist import launched
 from dsdpo.train.engine import start_process_group
 from dsdpo.train.loop import train
@@ -60,9 +61,10 @@ def go(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         saves, looks = task.pop("save", False), task.pop("state", False)
         folder.mkdir(parents=True, exist_ok=True)
         config = run_config(folder=folder, save_steps=None, **task)
-        hardware = start_process_group(config, ranks)
+        zero = ZeroConfig.load(config)
+        hardware = start_process_group(config, zero, ranks)
         pairs = ListOfPairs(random_pairs(PAIRS))
-        session = build_session(config, ranks, hardware, pairs, None, StopFlag(RunDir(folder)))
+        session = build_session(config, zero, ranks, hardware, pairs, None, StopFlag(RunDir(folder)))
         state = state_of(session) if looks else {}
         total = session.schedule.total_steps
         stop = _Stop(session, until)

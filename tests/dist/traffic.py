@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bench.traffic import Sizes
+from dsdpo.config.zero import ZeroConfig
 from dsdpo.rundir import RunDir
 from dsdpo.dist import launched
 from dsdpo.files import write_atomically
@@ -59,8 +60,10 @@ def count(cases: list[dict[str, Any]]) -> list[tuple[Sizes, int, dict[str, int]]
         write_atomically(folder / "zero.json", json.dumps({"zero_optimization": changes.pop("zero")}))
         options: dict[str, Any] = {"save_steps": None, "precision": "bf16", **changes}
         config = run_config(folder=folder, **options).model_copy(update={"deepspeed": str(folder / "zero.json")})
-        hardware = start_process_group(config, ranks)
-        session = build_session(config, ranks, hardware, ListOfPairs(random_pairs(40)), None, StopFlag(RunDir(folder)))
+        zero = ZeroConfig.load(config)
+        hardware = start_process_group(config, zero, ranks)
+        stop = StopFlag(RunDir(folder))
+        session = build_session(config, zero, ranks, hardware, ListOfPairs(random_pairs(40)), None, stop)
         weights = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in session.engine.module.parameters()]
         sizes = Sizes(sum(n for n, _ in weights), sum(n for n, trains in weights if trains), largest=0, modules=0)
         (*_, batch) = session.loader.training_batches(range(5), config.train_batch_size, config.seed)

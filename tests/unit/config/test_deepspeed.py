@@ -1,72 +1,22 @@
-"""The DeepSpeed JSON: known keys, clashes that name both places, and the config that the engine gets."""
+"""The DeepSpeed JSON: known keys, and clashes that name both places."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import re
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsdpo.config.deepspeed import (
-    check_deepspeed,
-    check_world_size,
-    effective_stage,
-    engine_config,
-    read_json,
-    swap_folder,
-    zero_stage,
-)
+from dsdpo.config.deepspeed import check_deepspeed
 from dsdpo.config.deepspeed_keys import BLOCKS, FIXED, OWNED, PASSED, REFUSED, ZERO
 from dsdpo.config.load import load
-from dsdpo.config.schema import RunConfig
-from dsdpo.errors import ConfigError
+from dsdpo.config.zero import read_json
+from tests.helpers.zero import DS_CONFIGS, HF_ZERO3, NVME
 
-DS_CONFIGS = Path(__file__).parents[3] / "ds_configs"
 KNOWN = {*PASSED, *OWNED, *FIXED, *REFUSED, *BLOCKS}
-
-NVME = {"device": "nvme", "nvme_path": "/local_nvme"}
-
-# The shape of a JSON that users of the transformers Trainer bring along.
-HF_ZERO3 = {
-    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
-    "bf16": {"enabled": "auto"},
-    "optimizer": {
-        "type": "AdamW",
-        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
-    },
-    "scheduler": {
-        "type": "WarmupDecayLR",
-        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
-    },
-    "zero_optimization": {
-        "stage": 3,
-        "offload_optimizer": {"device": "none", "pin_memory": True},
-        "offload_param": {"device": "none", "pin_memory": True},
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "sub_group_size": 1e9,
-        "reduce_bucket_size": "auto",
-        "stage3_prefetch_bucket_size": "auto",
-        "stage3_param_persistence_threshold": "auto",
-        "stage3_max_live_parameters": 1e9,
-        "stage3_gather_16bit_weights_on_model_save": True,
-    },
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "steps_per_print": 2000,
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-    "wall_clock_breakdown": False,
-}
-
-
-def config_of(path: Path | None, **options: Any) -> RunConfig:
-    named = {"deepspeed": str(path)} if path else {}
-    return RunConfig(model_name_or_path="m", dataset=["d"], output_dir="o", **named, **options)
 
 
 def problems(tmp_path: Path, data: object, **options: Any) -> list[str]:
@@ -77,13 +27,14 @@ def problems(tmp_path: Path, data: object, **options: Any) -> list[str]:
     run.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in given.items()))
     loaded = load(run)
     assert not loaded.problems
-    return check_deepspeed(loaded)
+    zero, found = check_deepspeed(loaded)
+    assert (zero is None) == bool(found)
+    return found
 
 
 @pytest.mark.parametrize("path", sorted(DS_CONFIGS.iterdir()), ids=lambda path: path.stem)
 def test_our_own_files_hold_engine_keys_only(tmp_path: Path, path: Path) -> None:
     assert set(read_json(path)) <= {ZERO, "aio"}
-    assert zero_stage(config_of(path)) == int(path.stem[4])
     assert problems(tmp_path, path.read_text()) == []
 
 
@@ -240,29 +191,6 @@ def test_nvme_and_async_save_clash(tmp_path: Path) -> None:
     assert len(found) == 1 and "set async_save: false" in found[0]
 
 
-def test_each_run_has_its_own_folder_on_nvme(tmp_path: Path) -> None:
-    """DeepSpeed's names in it are the same in every run."""
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({ZERO: {"stage": 3, "offload_optimizer": NVME}}))
-    config = config_of(path)
-    folder, other = swap_folder(config), swap_folder(config.model_copy(update={"output_dir": "other"}))
-    assert folder is not None and other is not None and folder != other
-    assert folder.parent == other.parent == Path(NVME["nvme_path"])
-    assert engine_config(config, 1, True)[ZERO]["offload_optimizer"]["nvme_path"] == str(folder)
-    assert swap_folder(config_of(None)) is None
-
-
-@pytest.mark.parametrize(
-    ("size", "world_size", "said"),
-    [(1, 5, ""), (4, 8, ""), (8, 8, ""), (8, 4, "4 ranks train"), (8, 12, "allowed for 12: 1, 2, 3, 4, 6, 12")],
-)
-def test_hpz_fits_the_number_of_ranks(tmp_path: Path, size: int, world_size: int, said: str) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({ZERO: {"stage": 3, "zero_hpz_partition_size": size}}))
-    with pytest.raises(ConfigError, match=f"partition_size is {size}, but .*{said}") if said else nullcontext():
-        check_world_size(config_of(path), world_size)
-
-
 def test_all_problems_come_together(tmp_path: Path) -> None:
     data = {
         "train_batch_size": 1,
@@ -271,55 +199,6 @@ def test_all_problems_come_together(tmp_path: Path) -> None:
         ZERO: {"stage": 9, "offload_param": {"device": "nvme"}},
     }
     assert len(problems(tmp_path, data)) == 5
-
-
-def test_a_missing_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no file"):
-        zero_stage(config_of(tmp_path / "no.json"))
-
-
-@pytest.mark.parametrize(("stage", "bf16", "effective"), [(0, False, 0), (0, True, 1), (1, True, 1), (3, True, 3)])
-def test_stage_0_in_bf16_runs_as_stage_1(tmp_path: Path, stage: int, bf16: bool, effective: int) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({ZERO: {"stage": stage}}))
-    assert effective_stage(config_of(path), bf16) == effective
-    assert engine_config(config_of(path), 2, bf16)[ZERO]["stage"] == effective
-    assert effective_stage(config_of(None), bf16) == int(bf16)
-
-
-@pytest.mark.parametrize("bf16", [True, False])
-def test_the_engine_gets_a_complete_config(tmp_path: Path, bf16: bool) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps(HF_ZERO3))
-    final = engine_config(config_of(path, max_grad_norm=0.3), 4, bf16)
-    assert "auto" not in json.dumps(final)
-    assert (final["train_batch_size"], final["train_micro_batch_size_per_gpu"]) == (4, 1)
-    assert final["gradient_accumulation_steps"] == 1
-    assert final["gradient_clipping"] == 0.3
-    assert final["bf16"] == {"enabled": bf16}
-    assert final["data_types"]["grad_accum_dtype"] == "fp32"
-    assert final.get("communication_data_type") == ("fp32" if bf16 else None)
-    assert final["steps_per_print"] == 2000
-    assert not {"fp16", "optimizer", "scheduler"} & set(final)
-    assert final[ZERO] == {
-        "stage": 3,
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "sub_group_size": 1e9,
-        "stage3_max_live_parameters": 1e9,
-        "stage3_gather_16bit_weights_on_model_save": True,
-    }
-
-
-@pytest.mark.parametrize("path", sorted(DS_CONFIGS.iterdir()), ids=lambda path: path.stem)
-@pytest.mark.parametrize("bf16", [True, False])
-def test_deepspeed_itself_accepts_the_engine_config(path: Path, bf16: bool) -> None:
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    parsed = DeepSpeedConfig(engine_config(config_of(path), 1, bf16))
-    assert parsed.zero_optimization_stage == int(path.stem[4])
-    assert parsed.bfloat16_config.enabled is bf16
-    assert parsed.gradient_clipping == 1.0
 
 
 def test_zero_keys_are_those_of_the_installed_deepspeed() -> None:

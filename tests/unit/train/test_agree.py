@@ -13,6 +13,7 @@ import torch
 
 from dsdpo.checkpoint.commit import RUN_FILE, commit, hashed_file, stage, step_folder
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.zero import ZeroConfig
 from dsdpo.dist import launched
 from dsdpo.errors import CheckpointError
 from dsdpo.rundir import RunDir
@@ -44,7 +45,7 @@ def agree(config: RunConfig) -> tuple[dict[str, Any], list[int], list[int]]:
     """Runs on every rank: what it is told, and the sizes of what finding a checkpoint gathers and sends."""
     ranks = launched()
     assert ranks is not None
-    start_process_group(config, ranks)
+    start_process_group(config, ZeroConfig.load(config), ranks)
     told: dict[str, Any] = {
         "value": on_main(ranks.is_main, lambda: {"rank": ranks.rank, "path": Path("a")}),
         "error on main": _error(lambda: on_main(ranks.is_main, _fail)),

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dsdpo.compat import can_swap
-from dsdpo.config.deepspeed import swap_folder
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.zero import ZeroConfig
 from dsdpo.dist import Ranks
 from dsdpo.errors import ConfigError, IOFailure
 from dsdpo.train.swap import _check_room, _make_room, swap_removed
@@ -44,15 +44,16 @@ def test_each_rank_removes_its_own_and_the_last_one_the_folder(tmp_path: Path) -
     offload = {"device": "nvme", "nvme_path": str(tmp_path / "disk")}
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": offload}}))
     config = RunConfig(model_name_or_path="m", dataset=["d"], output_dir="o", deepspeed=str(path))
-    folder = swap_folder(config)
+    zero = ZeroConfig.load(config)
+    folder = zero.nvme_path
     assert folder is not None
     files = [folder / "zero_stage_3" / "optimizer" / f"rank{rank}" / "0_7.tensor.swp" for rank in (0, 1)]
     for file in files:
         file.parent.mkdir(parents=True)
         file.write_bytes(b"state")
-    with pytest.raises(ZeroDivisionError), swap_removed(config, Ranks(0, 2, 0)):
+    with pytest.raises(ZeroDivisionError), swap_removed(zero, Ranks(0, 2, 0)):
         raise ZeroDivisionError
     assert not files[0].exists() and files[1].exists()
-    with swap_removed(config, Ranks(1, 2, 1)):
+    with swap_removed(zero, Ranks(1, 2, 1)):
         pass
     assert list((tmp_path / "disk").iterdir()) == []

@@ -10,6 +10,7 @@ import pytest
 
 import dsdpo
 from dsdpo.config.load import load
+from dsdpo.config.zero import ZeroConfig
 from dsdpo.dist import Ranks
 from dsdpo.errors import ConfigError, IOFailure
 from dsdpo.use.nodes import NodesDiffer, differences, facts, missing, problems_of, remarks, summary
@@ -22,7 +23,9 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "zero.json").write_text("{}")
     options = f"model_name_or_path: {folder}\ndataset: d\noutput_dir: o\ndeepspeed: {folder}/zero.json\n"
     (folder / "run.yaml").write_text(options)
-    return facts(load(folder / "run.yaml", []).config)
+    config = load(folder / "run.yaml", []).config
+    assert config is not None
+    return facts(config, ZeroConfig.load(config))
 
 
 def on(host: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -68,8 +71,8 @@ def test_a_file_that_is_missing_elsewhere(mine: dict[str, Any]) -> None:
 
 
 def test_troubles_are_told_once_with_the_hosts(mine: dict[str, Any]) -> None:
-    there = facts(None, ConfigError(["there is no file run.yaml", "no folder"]))
-    everyone = [on("n1", mine), on("n2", there), on("n2", there), on("n3", facts(None, IOFailure("disk full")))]
+    there = facts(None, None, ConfigError(["there is no file run.yaml", "no folder"]))
+    everyone = [on("n1", mine), on("n2", there), on("n2", there), on("n3", facts(None, None, IOFailure("disk full")))]
     assert problems_of(everyone) == ["n2: there is no file run.yaml", "n2: no folder", "n3: disk full"]
     assert everyone[3]["trouble"][0] == 74
 

@@ -16,7 +16,9 @@ from dsdpo.checkpoint.commit import RUN_FILE, candidates, commit, hashed_file, s
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.rundir import RunDir
-from dsdpo.use.preflight import ClusterRequest, _check_adapter, check_device, check_weights, preflight
+from dsdpo.use.nodes import facts
+from dsdpo.use.preflight import ClusterRequest, _check_adapter, check_device, check_weights, preflight, reload
+from tests.helpers.zero import count_opens
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def run(tmp_path: Path) -> dict[str, Any]:
 def check(tmp_path: Path, run: dict[str, Any], *overrides: str, **arguments: Any) -> RunConfig:
     path = tmp_path / "run.yaml"
     path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in run.items()))
-    return preflight(path, list(overrides), **arguments)
+    return preflight(path, list(overrides), **arguments)[0]
 
 
 def problems(tmp_path: Path, run: dict[str, Any], *overrides: str, **arguments: Any) -> list[str]:
@@ -88,6 +90,18 @@ def test_one_report_lists_faults_of_every_kind(tmp_path: Path, run: dict[str, An
     ]:
         assert sum(part in problem for problem in found) == 1, (part, found)
     assert len(found) == 11
+
+
+def test_the_deepspeed_json_is_read_once(tmp_path: Path, run: dict[str, Any]) -> None:
+    """By the supervisor, and by a rank before and at the meeting."""
+    ds, path = tmp_path / "ds.json", tmp_path / "run.yaml"
+    ds.write_text('{"zero_optimization": {"stage": 2}}')
+    opens = count_opens(ds)
+    check(tmp_path, run | {"deepspeed": str(ds)}, cluster=ClusterRequest())
+    assert len(opens) == 1
+    config, zero = reload(path, [])
+    assert len(opens) == 2 and zero.stage == 2
+    assert facts(config, zero)["files"]["deepspeed"] and len(opens) == 2
 
 
 def test_a_data_folder_that_is_missing_is_told_once(tmp_path: Path, run: dict[str, Any]) -> None:
