@@ -49,8 +49,8 @@ def _saves(rounds: int) -> None:
     from dsdpo.train.engine import build_engine, start_process_group
     from dsdpo.train.saving import Saver, checkpoint_bytes
 
-    ranks = launched()
-    assert ranks is not None
+    mesh = launched()
+    assert mesh is not None
     with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder:
         options: dict[str, Any] = {
             "model_name_or_path": str(SMOLLM2),
@@ -65,10 +65,10 @@ def _saves(rounds: int) -> None:
             config = RunConfig(**options, output_dir=f"{folder}/{kind}", async_save=kind == "async")
             if engine is None:
                 zero = ZeroConfig.load(config)
-                hardware = start_process_group(config, zero, ranks)
-                engine = build_engine(config, zero, ranks, hardware)
+                hardware = start_process_group(config, zero, mesh)
+                engine = build_engine(config, zero, mesh, hardware)
                 set_adam_step(engine, 1)
-            saver = Saver(config, engine, ranks, {}, lambda line: None)
+            saver = Saver(config, engine, mesh, {}, lambda line: None)
             for number in range(rounds + 1):  # the first one makes the buffers
                 started = time.perf_counter()
                 saver.save(number + 1)
@@ -84,7 +84,7 @@ def _saves(rounds: int) -> None:
                         found["copy"].append(saved - started)
                         found["commit"].append(ended - written)
                         found["written"].append(written - saved)
-        if ranks.is_main:
+        if mesh.is_main:
             medians = {key: round(statistics.median(values), 3) for key, values in found.items()}
             share = medians["async"] / medians["sync"]
             print(
@@ -122,9 +122,9 @@ class _Endless:
 
 def _seeks(rounds: int) -> None:
     from dsdpo.data.loader import PairLoader
-    from dsdpo.dist import Ranks
+    from dsdpo.dist import Mesh
 
-    loader = PairLoader(_Endless(), Ranks(0, 8, 0), 4096, share_prefix=True)
+    loader = PairLoader(_Endless(), Mesh(0, 8, 0), 4096, share_prefix=True)
 
     def first_batch(step: int) -> float:
         started = time.perf_counter()

@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(args.function(args, overrides) or 0)
     except DsdpoError as error:
-        ranks = launched()
-        if ranks is None or ranks.is_main or (error.for_each_node and ranks.local_rank == 0):
+        mesh = launched()
+        if mesh is None or mesh.is_main or (error.for_each_node and mesh.local_rank == 0):
             print(f"dsdpo {args.command}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
@@ -50,9 +50,9 @@ def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
 
     more = {name: getattr(args, name) for name in ("model", "fresh", "confirmed") if hasattr(args, name)}
     task = Task(args.command, args.config, overrides, **more)
-    ranks = launched()
-    if ranks is not None:
-        return join(task, ranks, args.supervised)
+    mesh = launched()
+    if mesh is not None:
+        return join(task, mesh, args.supervised)
     names = [field.name for field in dataclasses.fields(ClusterRequest)]
     cluster = ClusterRequest(**{name: getattr(args, name) for name in names})
     return supervise(task, cluster)

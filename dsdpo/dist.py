@@ -20,12 +20,39 @@ _FIRST_PORT, _PORTS = 20000, 10000  # below the kernel's own range, which starts
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process's place: global rank, number of ranks, rank on its node."""
+class Mesh:
+    """This process's place among all ranks, and on the two axes that they form.
+
+    The `sp_size` ranks of a sequence-parallel group are consecutive and share the same rows; data-parallel ranks have
+    different ones. Sums, batch plans and the scale of the loss count data-parallel ranks; files, folders and process
+    groups count all ranks.
+
+    Attributes:
+        rank: global rank.
+        world_size: number of ranks.
+        local_rank: rank on its node.
+        sp_size: ranks that share a row; it divides world_size. 1: no sequence parallelism.
+    """
 
     rank: int
     world_size: int
     local_rank: int
+    sp_size: int = 1
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of the data-parallel ranks."""
+        return self.rank // self.sp_size
+
+    @property
+    def dp_size(self) -> int:
+        """Number of data-parallel ranks."""
+        return self.world_size // self.sp_size
+
+    @property
+    def sp_rank(self) -> int:
+        """Which of the ranks that share a row."""
+        return self.rank % self.sp_size
 
     @property
     def is_main(self) -> bool:
@@ -64,13 +91,13 @@ class Allocation:
         return int(os.environ.get("MASTER_PORT") or job_port(self.job))
 
 
-def _from_env(rank_key: str, world_key: str, local_key: str) -> Ranks | None:
+def _from_env(rank_key: str, world_key: str, local_key: str) -> Mesh | None:
     if rank_key not in os.environ or world_key not in os.environ:
         return None
-    return Ranks(int(os.environ[rank_key]), int(os.environ[world_key]), int(os.environ.get(local_key, "0")))
+    return Mesh(int(os.environ[rank_key]), int(os.environ[world_key]), int(os.environ.get(local_key, "0")))
 
 
-def launched() -> Ranks | None:
+def launched() -> Mesh | None:
     """The place that a launcher gave this process, or None when it was started plainly.
 
     RANK and WORLD_SIZE come from the `deepspeed` launcher, torchrun and accelerate; SLURM_PROCID counts only
@@ -83,17 +110,17 @@ def launched() -> Ranks | None:
         if step is not None and step.world_size > 1:
             found = step
             if os.environ.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0:  # bound to a GPU of its own
-                found = Ranks(step.rank, step.world_size, 0)
+                found = Mesh(step.rank, step.world_size, 0)
     return found
 
 
-def take_place(ranks: Ranks) -> tuple[str, int]:
+def take_place(mesh: Mesh) -> tuple[str, int]:
     """Say this rank's place where libraries look for it; what the launcher has said stands.
 
     Returns:
         Address and port where the ranks meet. srun names none: then they are the first node and a port of the job.
     """
-    here = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
+    here = {"RANK": mesh.rank, "WORLD_SIZE": mesh.world_size, "LOCAL_RANK": mesh.local_rank}
     for name, value in here.items():
         os.environ.setdefault(name, str(value))
     if "MASTER_ADDR" not in os.environ:

@@ -26,10 +26,10 @@ def fault_point(name: str) -> None:
     form = _FORM.fullmatch(wanted)
     assert form, f"{_VARIABLE} is {wanted!r}"
     _passed[name] = _passed.get(name, 0) + 1
-    ranks = launched()
-    if form["name"] != name or int(form["count"]) != _passed[name] or ranks is None:
+    mesh = launched()
+    if form["name"] != name or int(form["count"]) != _passed[name] or mesh is None:
         return
-    if form["rank"] is not None and int(form["rank"]) != ranks.rank:
+    if form["rank"] is not None and int(form["rank"]) != mesh.rank:
         return
     if form["seconds"] is None:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -130,11 +130,14 @@ def _folder_of(config: RunConfig, offload: dict[str, Any]) -> Path:
     return Path(offload["nvme_path"]) / f"dsdpo-{run}"
 
 
-def engine_config(config: RunConfig, zero: ZeroConfig, world_size: int, bf16: bool) -> dict[str, Any]:
+def engine_config(config: RunConfig, zero: ZeroConfig, dp_size: int, bf16: bool) -> dict[str, Any]:
     """The complete config for `deepspeed.initialize`. A row is one micro-batch: batch sizes count rows.
 
     The caller sets the accumulation boundary itself and passes its own optimizer; in bf16 gradients
     accumulate and travel in fp32. Assumes a config that passed `check_deepspeed`.
+
+    Args:
+        dp_size: number of data-parallel ranks: each has one row of a micro-step.
     """
     user = _without(zero.raw)
     if zero.nvme_path is not None:
@@ -143,7 +146,7 @@ def engine_config(config: RunConfig, zero: ZeroConfig, world_size: int, bf16: bo
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
         **user,
-        "train_batch_size": world_size,
+        "train_batch_size": dp_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
@@ -154,9 +157,9 @@ def engine_config(config: RunConfig, zero: ZeroConfig, world_size: int, bf16: bo
     }
 
 
-def reference_engine_config(config: RunConfig, zero: ZeroConfig, world_size: int, bf16: bool) -> dict[str, Any]:
+def reference_engine_config(config: RunConfig, zero: ZeroConfig, dp_size: int, bf16: bool) -> dict[str, Any]:
     """The same for a frozen model beside the policy: always stage 3, with the user's block if it is of stage 3."""
-    settings = engine_config(config, zero, world_size, bf16)
+    settings = engine_config(config, zero, dp_size, bf16)
     block = settings["zero_optimization"] if settings["zero_optimization"]["stage"] == 3 else {"stage": 3}
     settings["zero_optimization"] = {key: value for key, value in block.items() if key != "offload_optimizer"}
     return settings

@@ -11,7 +11,7 @@ import numpy as np
 
 from dsdpo.data.order import step_pair_ids
 from dsdpo.data.packing import Row, TokenPair, build_row, dummy_row, idle_share, plan_step, row_lengths
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 
 
 class PairSource(Protocol):
@@ -38,12 +38,12 @@ class Batch:
     """One optimizer step as this rank sees it.
 
     Attributes:
-        pair_ids: int64 [B], the pairs of the step over all ranks.
+        pair_ids: int64 [B], the pairs of the step over all data-parallel ranks.
         lengths: int64 [B, 3], tokens of prompt, chosen and rejected of each.
         score_gaps: float64 [B], the data's score of chosen minus that of rejected; NaN where there are none.
         rows: this rank's rows, one per micro-step; all ranks have the same number.
         logical_tokens: 2p + c + r summed over all B pairs, what padded training would count.
-        physical_tokens: tokens in the rows of all ranks.
+        physical_tokens: tokens in the rows of all data-parallel ranks.
         idle_share: part of the step, in tokens, for which ranks wait for the longest row of their micro-step.
     """
 
@@ -62,18 +62,18 @@ class Batch:
 
 
 class PairLoader:
-    """Batches as a pure function of the pair ids, the world size and the row settings.
+    """Batches as a pure function of the pair ids, the number of data-parallel ranks and the row settings.
 
     Args:
         pairs: the prepared set.
-        ranks: this rank's place.
+        mesh: this rank's place.
         max_tokens_per_row: longest row.
         share_prefix: whether a pair's prompt stands once in its row.
     """
 
-    def __init__(self, pairs: PairSource, ranks: Ranks, max_tokens_per_row: int, share_prefix: bool) -> None:
+    def __init__(self, pairs: PairSource, mesh: Mesh, max_tokens_per_row: int, share_prefix: bool) -> None:
         self.pairs = pairs
-        self.ranks = ranks
+        self.mesh = mesh
         self.max_tokens_per_row = max_tokens_per_row
         self.share_prefix = share_prefix
 
@@ -81,8 +81,8 @@ class PairLoader:
         """This rank's rows for one step's pairs."""
         lengths, scores = self.pairs.lengths(pair_ids), self.pairs.scores(pair_ids)
         tokens = row_lengths(lengths, self.share_prefix)
-        plan = plan_step(tokens, self.ranks.world_size, self.max_tokens_per_row)
-        rows = [self._row(pair_ids, micro_step[self.ranks.rank]) for micro_step in plan]
+        plan = plan_step(tokens, self.mesh.dp_size, self.max_tokens_per_row)
+        rows = [self._row(pair_ids, micro_step[self.mesh.dp_rank]) for micro_step in plan]
         return Batch(
             pair_ids=pair_ids,
             lengths=lengths,

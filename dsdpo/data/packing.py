@@ -84,20 +84,20 @@ def row_lengths(lengths: np.ndarray, share_prefix: bool) -> np.ndarray:
     return np.asarray(lengths, dtype=np.int64) @ weights
 
 
-def plan_step(tokens: np.ndarray, world_size: int, max_tokens_per_row: int) -> StepPlan:
+def plan_step(tokens: np.ndarray, dp_size: int, max_tokens_per_row: int) -> StepPlan:
     """Deal a step's pairs out to ranks and micro-steps.
 
-    Longest pairs first, each to the row with the fewest tokens so far, over world_size * m rows with the smallest
+    Longest pairs first, each to the row with the fewest tokens so far, over dp_size * m rows with the smallest
     m for which no row overflows. Rows of like size then share a micro-step, since with ZeRO-3 every rank waits for
     the longest row of each micro-step.
 
     Args:
         tokens: int [B], row tokens of each pair.
-        world_size: number of ranks.
+        dp_size: number of data-parallel ranks.
         max_tokens_per_row: the longest row allowed.
 
     Returns:
-        rows[micro_step][rank], lists of indices into `tokens`; the same m for all ranks.
+        rows[micro_step][dp_rank], lists of indices into `tokens`; the same m for all ranks.
 
     Raises:
         DataError: a single pair is longer than max_tokens_per_row.
@@ -108,11 +108,11 @@ def plan_step(tokens: np.ndarray, world_size: int, max_tokens_per_row: int) -> S
             f"a pair takes {longest} tokens in a row, max_tokens_per_row is {max_tokens_per_row}: raise it, "
             "lower max_length, or prepare the data again"
         )
-    micro_steps = max(1, math.ceil(int(tokens.sum()) / (world_size * max_tokens_per_row)))
-    while (rows := _fill(tokens, world_size * micro_steps, max_tokens_per_row)) is None:
+    micro_steps = max(1, math.ceil(int(tokens.sum()) / (dp_size * max_tokens_per_row)))
+    while (rows := _fill(tokens, dp_size * micro_steps, max_tokens_per_row)) is None:
         micro_steps += 1
     rows.sort(key=lambda row: -int(tokens[row].sum()))
-    return [rows[m * world_size : (m + 1) * world_size] for m in range(micro_steps)]
+    return [rows[m * dp_size : (m + 1) * dp_size] for m in range(micro_steps)]
 
 
 def _fill(tokens: np.ndarray, n_rows: int, capacity: int) -> list[list[int]] | None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from dsdpo.compat import cpu_adamw, end_stale_builds, unlink_shared_buffers
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig, engine_config, reference_engine_config
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora
 from dsdpo.model.attention import choose
 from dsdpo.model.load import load_causal_lm
@@ -36,29 +36,29 @@ class Hardware:
         return torch.bfloat16 if self.bf16 else torch.float32
 
 
-def start_process_group(config: RunConfig, zero: ZeroConfig, ranks: Ranks) -> Hardware:
+def start_process_group(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Hardware:
     """Join the other ranks (NCCL on CUDA, gloo on CPU) and pick this rank's device.
 
     Raises:
         ConfigError: the DeepSpeed JSON does not fit the number of ranks, or a node cannot offload to NVMe.
     """
-    zero.check_world_size(ranks.world_size)
+    zero.check_world_size(mesh.world_size)
     end_stale_builds()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
-        accelerator.set_device(ranks.local_rank)
+        accelerator.set_device(mesh.local_rank)
     deepspeed.init_distributed(verbose=False)
     if accelerator.device_name() == "cpu":
         comm.barrier()
-        unlink_shared_buffers(ranks.rank)
-    prepare_swap(zero, ranks)
+        unlink_shared_buffers(mesh.rank)
+    prepare_swap(zero, mesh)
     device = torch.device(accelerator.current_device_name())
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return Hardware(device, bf16)
 
 
 def build_engine(
-    config: RunConfig, zero: ZeroConfig, ranks: Ranks, hardware: Hardware, weights: str | None = None
+    config: RunConfig, zero: ZeroConfig, mesh: Mesh, hardware: Hardware, weights: str | None = None
 ) -> DeepSpeedEngine:
     """The policy in a DeepSpeed engine: `engine(row)` gives a row's log-probs, as `RowModel` does.
 
@@ -70,7 +70,7 @@ def build_engine(
         ConfigError: the model cannot be trained this way.
         IOFailure: a node has no room on NVMe for the optimizer's state.
     """
-    settings = engine_config(config, zero, ranks.world_size, hardware.bf16)
+    settings = engine_config(config, zero, mesh.dp_size, hardware.bf16)
     attention = choose(config.attn_implementation, hardware.device, hardware.bf16)
     torch.manual_seed(config.seed)
     adapter = weights if weights is not None and is_adapter(weights) else None
@@ -87,17 +87,17 @@ def build_engine(
     row_model = RowModel(model, config.use_weighting)
     if settings["zero_optimization"]["stage"] == 3:
         gather_by_layer(row_model, base)
-    check_swap_room(row_model, zero, ranks)
+    check_swap_room(row_model, zero, mesh)
     optimizer = build_optimizer(parameter_groups(row_model, config.weight_decay), config, zero, hardware)
     engine, *_ = deepspeed.initialize(model=row_model, optimizer=optimizer, config=settings)
-    if ranks.world_size == 1 and not engine.zero_optimization():
+    if mesh.world_size == 1 and not engine.zero_optimization():
         engine.enable_backward_allreduce = False  # it copies all gradients into one buffer and back, here for nothing
     return engine
 
 
-def build_reference_engine(config: RunConfig, zero: ZeroConfig, ranks: Ranks, hardware: Hardware) -> DeepSpeedEngine:
+def build_reference_engine(config: RunConfig, zero: ZeroConfig, mesh: Mesh, hardware: Hardware) -> DeepSpeedEngine:
     """The untrained model, frozen and sharded with ZeRO-3 over the ranks, whatever the policy's stage."""
-    settings = reference_engine_config(config, zero, ranks.world_size, hardware.bf16)
+    settings = reference_engine_config(config, zero, mesh.dp_size, hardware.bf16)
     attention = choose(config.attn_implementation, hardware.device, hardware.bf16)
     base = load_causal_lm(config.model_name_or_path, config, settings, attention, hardware.dtype)
     base.requires_grad_(False)
@@ -183,7 +183,7 @@ def held_here(engine: DeepSpeedEngine) -> str:
     return f"{100 * here / whole:.0f} % of the parameters on a rank"
 
 
-def describe(engine: DeepSpeedEngine, config: RunConfig, zero: ZeroConfig, ranks: Ranks, hardware: Hardware) -> str:
+def describe(engine: DeepSpeedEngine, config: RunConfig, zero: ZeroConfig, mesh: Mesh, hardware: Hardware) -> str:
     """One line on what trains where."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
     total, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
@@ -193,6 +193,6 @@ def describe(engine: DeepSpeedEngine, config: RunConfig, zero: ZeroConfig, ranks
     return (
         f"{config.stage} of {config.model_name_or_path}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M "
         f"trainable ({config.finetuning_type}), reference {config.reference_kind}; ZeRO stage {stage}{raised}{groups}, "
-        f"{ranks.world_size} ranks on {hardware.device.type}, {'bf16' if hardware.bf16 else 'fp32'}, "
+        f"{mesh.world_size} ranks on {hardware.device.type}, {'bf16' if hardware.bf16 else 'fp32'}, "
         f"{held_here(engine)}"
     )

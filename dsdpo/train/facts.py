@@ -11,7 +11,7 @@ from peft import PeftModel
 from dsdpo import __version__
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import PairSource
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from dsdpo.model.load import weights_digest
 from dsdpo.train.agree import on_main
 from dsdpo.train.engine import Hardware
@@ -19,16 +19,14 @@ from dsdpo.train.engine import Hardware
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "trl")
 
 
-def weights_digests(config: RunConfig, ranks: Ranks) -> dict[str, str]:
+def weights_digests(config: RunConfig, mesh: Mesh) -> dict[str, str]:
     """Hash of the weights that a run starts from: `model`, and `adapter` where there is one. A collective call."""
     sources = {"model": config.model_name_or_path, "adapter": config.adapter_name_or_path}
     stamps = config.cache_path / "reference" / "weights"
-    return on_main(
-        ranks.is_main, lambda: {what: weights_digest(name, stamps) for what, name in sources.items() if name}
-    )
+    return on_main(mesh.is_main, lambda: {what: weights_digest(name, stamps) for what, name in sources.items() if name})
 
 
-def identity(config: RunConfig, ranks: Ranks, hardware: Hardware, train_set: PairSource) -> dict[str, Any]:
+def identity(config: RunConfig, mesh: Mesh, hardware: Hardware, train_set: PairSource) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: settings, precision, content of weights and data.
 
     A collective call.
@@ -36,19 +34,19 @@ def identity(config: RunConfig, ranks: Ranks, hardware: Hardware, train_set: Pai
     return {
         "config": config.model_dump(mode="json"),
         "dtype": str(hardware.dtype).removeprefix("torch."),
-        "fingerprints": {**weights_digests(config, ranks), "data": train_set.fingerprint},
+        "fingerprints": {**weights_digests(config, mesh), "data": train_set.fingerprint},
     }
 
 
 def circumstances(
-    config: RunConfig, ranks: Ranks, engine: DeepSpeedEngine, train_set: PairSource, row_tokens: int
+    config: RunConfig, mesh: Mesh, engine: DeepSpeedEngine, train_set: PairSource, row_tokens: int
 ) -> dict[str, Any]:
     """What may change from one process to the next."""
     model = engine.module.model
     adapter = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else None
     return {
         "order": {"pairs": len(train_set), "train_batch_size": config.train_batch_size, "seed": config.seed},
-        "world_size": ranks.world_size,
+        "world_size": mesh.world_size,
         "zero_stage": engine.zero_optimization_stage(),
         "row_tokens": row_tokens,
         "model_config": model.config.to_diff_dict(),

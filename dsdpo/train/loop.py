@@ -46,8 +46,8 @@ def train(s: Session) -> int:
             engine.set_gradient_accumulation_boundary(micro_step == len(batch.rows))
             outputs = engine(RowTensors.from_row(row, device))[: 2 * len(row.pairs)]
             total, losses, stats = objective(row, outputs, reference)
-            # DeepSpeed averages gradients over ranks: times their number, this is the mean over the step's pairs.
-            engine.backward(total * (s.ranks.world_size / len(batch.pair_ids)), scale_wrt_gas=False)
+            # DeepSpeed averages gradients over dp ranks: times their number, this is the mean over the step's pairs.
+            engine.backward(total * (s.mesh.dp_size / len(batch.pair_ids)), scale_wrt_gas=False)
             grad_norm = optimizer_step(engine)
             vector.add(stats, losses)
             row_losses.append(losses)

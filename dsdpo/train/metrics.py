@@ -46,9 +46,9 @@ class StepTotals:
 class StepVector:
     """Sums over a step's pairs on all ranks, reduced on the device and read when they are needed.
 
-    Entries: the sums of STATS, the number of pairs, the number of losses that are not finite, and the number of ranks
-    that want to stop, that have written their part of a checkpoint, that could not. The copy to the host runs beside
-    the next step, so reading it one step late costs nothing.
+    Entries: over the pairs of the data-parallel ranks, the sums of STATS, the number of pairs, and the number of losses
+    that are not finite; over all ranks, how many want to stop, have written their part of a checkpoint, could not. The
+    copy to the host runs beside the next step, so reading it one step late costs nothing.
     """
 
     def __init__(self, device: torch.device) -> None:

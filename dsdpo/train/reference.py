@@ -13,7 +13,7 @@ from deepspeed import DeepSpeedEngine, comm
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.loader import Batch, PairLoader
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from dsdpo.errors import IOFailure, NumericError, StopRequested
 from dsdpo.model.adapters import reference_weights
 from dsdpo.model.attention import choose
@@ -24,7 +24,7 @@ from dsdpo.train.engine import Hardware, build_reference_engine, held_here
 from dsdpo.train.facts import weights_digests
 from dsdpo.train.stop import StopFlag
 
-_PAIRS_PER_PASS = 64  # per rank, between two looks at the rows' balance
+_PAIRS_PER_PASS = 64  # per data-parallel rank, between two looks at the rows' balance
 _PASSES_PER_CHUNK = 16  # a killed pass repeats at most this many
 _STORE_FORMAT = 2
 _SEEN_WITHIN_S = 60.0
@@ -97,7 +97,7 @@ class LiveReference:
 def reference_source(
     config: RunConfig,
     zero: ZeroConfig,
-    ranks: Ranks,
+    mesh: Mesh,
     hardware: Hardware,
     engine: DeepSpeedEngine,
     say: Callable[[str], None],
@@ -115,20 +115,20 @@ def reference_source(
     if config.reference_kind == "live":
         frozen = engine
         if config.finetuning_type != "lora":
-            frozen = build_reference_engine(config, zero, ranks, hardware)
+            frozen = build_reference_engine(config, zero, mesh, hardware)
             say(f"reference: a frozen engine, {held_here(frozen)}")
         live = LiveReference(frozen, hardware.device)
         return lambda loader, ids: live
-    store = open_store(config, ranks, hardware)
+    store = open_store(config, mesh, hardware)
     return lambda loader, ids: reference_for(loader, ids, store, lambda: engine, hardware.device, say, stop)
 
 
-def open_store(config: RunConfig, ranks: Ranks, hardware: Hardware) -> ReferenceStore:
+def open_store(config: RunConfig, mesh: Mesh, hardware: Hardware) -> ReferenceStore:
     """The store of this run's reference, keyed by the true weights and by what changes a log-prob."""
     key = store_key(
         {
             "format": _STORE_FORMAT,
-            "weights": list(weights_digests(config, ranks).values()),
+            "weights": list(weights_digests(config, mesh).values()),
             "dtype": str(hardware.dtype),
             "attention": choose(config.attn_implementation, hardware.device, hardware.bf16),
             "share_prefix": config.share_prefix,
@@ -231,7 +231,7 @@ def _fill(
         values.clear()
 
     engine.eval()
-    per_pass = _PAIRS_PER_PASS * loader.ranks.world_size
+    per_pass = _PAIRS_PER_PASS * loader.mesh.dp_size
     with torch.no_grad(), reference_weights(engine.module.model):
         for number, batch in enumerate(loader.in_order(ids, per_pass)):
             for row in batch.rows:

@@ -25,7 +25,7 @@ from dsdpo.checkpoint.fragments import Fragments, rank_file
 from dsdpo.checkpoint.identity import differences, refusal
 from dsdpo.checkpoint.zero import pieces_at_hand, refresh_weights, set_adam_step, trainable_shapes
 from dsdpo.config.schema import RunConfig
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from dsdpo.errors import CheckpointError, IOFailure
 from dsdpo.rundir import RunDir
 from dsdpo.train.agree import on_main, tell_all, together
@@ -53,16 +53,16 @@ class Start:
         """Optimizer steps taken before."""
         return self.checkpoint.step if self.checkpoint else 0
 
-    def row_tokens(self, config: RunConfig, ranks: Ranks, found: int) -> int:
+    def row_tokens(self, config: RunConfig, mesh: Mesh, found: int) -> int:
         """The longest row: as before, where it comes from memory, there is enough, and the ranks are as many."""
-        as_before = config.row_tokens is None and self.run.get("world_size") == ranks.world_size
+        as_before = config.row_tokens is None and self.run.get("world_size") == mesh.world_size
         return min(int(self.run["row_tokens"]), found) if as_before else found
 
 
 NO_START = Start({}, None, {}, [])
 
 
-def find_start(config: RunConfig, ranks: Ranks, identity: dict[str, Any]) -> Start:
+def find_start(config: RunConfig, mesh: Mesh, identity: dict[str, Any]) -> Start:
     """Find the checkpoint that the config names, or the newest that is whole.
 
     Every byte is read and hashed, each rank taking its share of the files. Manifests grow with the number of ranks that
@@ -75,16 +75,16 @@ def find_start(config: RunConfig, ranks: Ranks, identity: dict[str, Any]) -> Sta
         CheckpointError: the one that is named, or every one that there is, is damaged; or the run is another one.
         IOFailure: the file system could not read one that may be whole: passed over, it would be set aside.
     """
-    found = on_main(ranks.is_main, lambda: _look(config))
+    found = on_main(mesh.is_main, lambda: _look(config))
     faults = []
     for folder in found:
-        checkpoint = on_main(ranks.is_main, partial(_read_surely, folder))
-        files = sorted(checkpoint.manifest.get("files", {}))[ranks.rank :: ranks.world_size]
+        checkpoint = on_main(mesh.is_main, partial(_read_surely, folder))
+        files = sorted(checkpoint.manifest.get("files", {}))[mesh.rank :: mesh.world_size]
         problems = [problem for problem in tell_all(verify(checkpoint, files)) if problem]
         if problems:
             faults.append(f"{checkpoint.path.name}: {problems[0]}")
             continue
-        run = on_main(ranks.is_main, partial(_own_run, checkpoint, config, identity))
+        run = on_main(mesh.is_main, partial(_own_run, checkpoint, config, identity))
         remarks = [f"checkpoint passed over: {fault}" for fault in faults]
         return Start({**identity, "resumed_from": run["resumed_from"]}, checkpoint, run, remarks)
     if found:
@@ -125,7 +125,7 @@ def _own_run(checkpoint: Checkpoint, config: RunConfig, now: dict[str, Any]) -> 
     return run
 
 
-def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint, config: RunConfig, ranks: Ranks) -> None:
+def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint, config: RunConfig, mesh: Mesh) -> None:
     """Put a checkpoint's state into an engine that has not trained yet, whatever its ranks and ZeRO stage.
 
     A collective call.
@@ -133,11 +133,11 @@ def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint, config: RunConfig, 
     Raises:
         CheckpointError: the model has other trainable parameters, or a file cannot be read.
     """
-    step = on_main(ranks.is_main, lambda: int(read_run(checkpoint.path)["adam_step"]))
+    step = on_main(mesh.is_main, lambda: int(read_run(checkpoint.path)["adam_step"]))
     together(lambda: _fill(engine, checkpoint, step))
     refresh_weights(engine)
     engine.global_steps = checkpoint.step
-    together(lambda: _restore_random(checkpoint, config, ranks))
+    together(lambda: _restore_random(checkpoint, config, mesh))
 
 
 def _fill(engine: DeepSpeedEngine, checkpoint: Checkpoint, adam_step: int) -> None:
@@ -149,9 +149,9 @@ def _fill(engine: DeepSpeedEngine, checkpoint: Checkpoint, adam_step: int) -> No
             fragments.fill(pieces)
 
 
-def _restore_random(checkpoint: Checkpoint, config: RunConfig, ranks: Ranks) -> None:
-    if checkpoint.manifest["world_size"] != ranks.world_size:
-        seed_anew(config.seed, checkpoint.step, ranks.rank)
+def _restore_random(checkpoint: Checkpoint, config: RunConfig, mesh: Mesh) -> None:
+    if checkpoint.manifest["world_size"] != mesh.world_size:
+        seed_anew(config.seed, checkpoint.step, mesh.rank)
         return
-    with safe_open(checkpoint.path / rank_file(ranks.rank, ranks.world_size), framework="pt") as file:
+    with safe_open(checkpoint.path / rank_file(mesh.rank, mesh.world_size), framework="pt") as file:
         set_random_state({key: file.get_tensor(key) for key in random_keys(set(file.keys()))})

@@ -18,7 +18,7 @@ from dsdpo.checkpoint.commit import RUN_FILE, FileRecord, commit, hashed_file, r
 from dsdpo.checkpoint.fragments import Index, index_of, join_indices, rank_file, tensors_of, write_tensors
 from dsdpo.checkpoint.zero import STATES, adam_step, owned_pieces, pieces_at_hand, trainable_shapes
 from dsdpo.config.schema import RunConfig
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from dsdpo.errors import DsdpoError, IOFailure
 from dsdpo.faults import fault_point
 from dsdpo.lock import is_held_by
@@ -46,7 +46,7 @@ class Saver:
     Args:
         config: the run.
         engine: of the policy.
-        ranks: this rank's place.
+        mesh: this rank's place.
         facts: what run.json says beside the step: the same in all checkpoints of this process.
         say: where progress is told.
         token: of the lock on output_dir, looked at before a checkpoint counts; None without a lock.
@@ -56,14 +56,14 @@ class Saver:
         self,
         config: RunConfig,
         engine: DeepSpeedEngine,
-        ranks: Ranks,
+        mesh: Mesh,
         facts: dict[str, Any],
         say: Callable[[str], None],
         token: str | None = None,
     ) -> None:
         self._config = config
         self._engine = engine
-        self._ranks = ranks
+        self._mesh = mesh
         self._facts = facts
         self._say = say
         self._token = token
@@ -99,7 +99,7 @@ class Saver:
             IOFailure: a part could not be written.
         """
         flying = self._in_flight
-        if flying is None or step <= flying.step or not (failed or written == self._ranks.world_size):
+        if flying is None or step <= flying.step or not (failed or written == self._mesh.world_size):
             return False
         self.finish()
         return True
@@ -113,16 +113,16 @@ class Saver:
         self.finish()
         self.last_step = step
         folder = step_folder(self._run_dir, step)
-        staged: Path = on_main(self._ranks.is_main, lambda: stage(folder))
+        staged: Path = on_main(self._mesh.is_main, lambda: stage(folder))
         fault_point("save:staged")
-        pieces = owned_pieces(self._engine, self._ranks.rank, self._ranks.world_size)
+        pieces = owned_pieces(self._engine, self._mesh.rank, self._mesh.world_size)
         tensors = tensors_of(pieces)
         if self._config.async_save:
             tensors = self._copied(tensors)
         tensors |= random_state()
-        run = {"step": step, "adam_step": adam_step(self._engine), **self._facts} if self._ranks.is_main else None
+        run = {"step": step, "adam_step": adam_step(self._engine), **self._facts} if self._mesh.is_main else None
         job = self._pool.submit(self._write, staged, tensors, run)
-        self._in_flight = _InFlight(step, staged, folder, index_of(pieces, self._ranks.rank), job)
+        self._in_flight = _InFlight(step, staged, folder, index_of(pieces, self._mesh.rank), job)
         if not self._config.async_save:
             self.finish()
 
@@ -138,9 +138,9 @@ class Saver:
         try:
             records = tell_all(together(flying.written.result))
             index = join_indices(tell_all(flying.index))
-            on_main(self._ranks.is_main, lambda: self._commit(flying, records, index))
+            on_main(self._mesh.is_main, lambda: self._commit(flying, records, index))
         except DsdpoError:
-            if self._ranks.is_main:
+            if self._mesh.is_main:
                 shutil.rmtree(flying.staged, ignore_errors=True)
             raise
         self._say(f"checkpoint: {flying.folder}")
@@ -155,7 +155,7 @@ class Saver:
         Raises:
             IOFailure: there is no room for one more checkpoint.
         """
-        on_main(self._ranks.is_main, self._check_room)
+        on_main(self._mesh.is_main, self._check_room)
 
     # --- how ---
 
@@ -190,7 +190,7 @@ class Saver:
     def _write(
         self, staged: Path, tensors: dict[str, torch.Tensor], run: dict[str, Any] | None
     ) -> dict[str, FileRecord]:
-        name = rank_file(self._ranks.rank, self._ranks.world_size)
+        name = rank_file(self._mesh.rank, self._mesh.world_size)
         with closing(pieces_at_hand(self._engine)) as portions:  # begun only where the state is on NVMe
             records = {name: write_tensors(staged / name, tensors, map(tensors_of, portions))}
         fault_point("save:rank-written")
@@ -204,7 +204,7 @@ class Saver:
         if self._token is not None and not is_held_by(self._run_dir, self._token):
             raise IOFailure(f"another job has taken over {self._run_dir}; this one ends without a checkpoint")
         files = {name: record for part in records for name, record in part.items()}
-        facts = {"step": flying.step, "world_size": self._ranks.world_size, "parameters": index}
+        facts = {"step": flying.step, "world_size": self._mesh.world_size, "parameters": index}
         commit(flying.staged, flying.folder, files, facts)
         retain(self._run_dir, self._config.save_total_limit, self._config.save_every_forever)
 

@@ -15,7 +15,7 @@ from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.loader import PairLoader, PairSource
 from dsdpo.data.order import pairs_of_steps, steps_per_epoch
 from dsdpo.data.templates import load_tokenizer
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from dsdpo.faults import fault_point
 from dsdpo.objectives.preference import PreferenceObjective
 from dsdpo.rundir import RunDir
@@ -38,7 +38,7 @@ class Session:
     """Everything that the training loop uses, built once per rank."""
 
     config: RunConfig
-    ranks: Ranks
+    mesh: Mesh
     hardware: Hardware
     engine: DeepSpeedEngine
     tokenizer: PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class Session:
     def evaluation_is_missing(self, step: int) -> bool:
         """Whether an earlier process has saved after `step`, but not evaluated. A collective call."""
         due = step > 0 and self.evaluation_is_due(step)
-        return due and not on_main(self.ranks.is_main, lambda: self.reporter.has_evaluation(step))
+        return due and not on_main(self.mesh.is_main, lambda: self.reporter.has_evaluation(step))
 
     def evaluate(self, step: int) -> bool:
         """Report means over the held-out pairs, if there are any. False: it was left, as the run is to stop."""
@@ -106,7 +106,7 @@ class Session:
     def save_final(self) -> Path:
         """Export the trained weights."""
         folder = RunDir(Path(self.config.output_dir)).final
-        export_engine(self.engine, self.tokenizer, folder, self.ranks.is_main)
+        export_engine(self.engine, self.tokenizer, folder, self.mesh.is_main)
         comm.barrier()
         self.reporter.say(f"weights: {folder}")
         return folder
@@ -115,7 +115,7 @@ class Session:
 def build_session(
     config: RunConfig,
     zero: ZeroConfig,
-    ranks: Ranks,
+    mesh: Mesh,
     hardware: Hardware,
     train_set: PairSource,
     eval_set: PairSource | None,
@@ -138,28 +138,28 @@ def build_session(
     per_epoch = steps_per_epoch(len(train_set), config.train_batch_size)
     schedule = Schedule.of(config, per_epoch)
     # it fetches the weights of a hub id, which the identity hashes
-    engine = build_engine(config, zero, ranks, hardware)
-    start = find_start(config, ranks, identity(config, ranks, hardware, train_set)) if trains else NO_START
-    reporter = Reporter(config, schedule.total_steps, ranks.is_main, start.step if trains else None)
+    engine = build_engine(config, zero, mesh, hardware)
+    start = find_start(config, mesh, identity(config, mesh, hardware, train_set)) if trains else NO_START
+    reporter = Reporter(config, schedule.total_steps, mesh.is_main, start.step if trains else None)
     for line in start.remarks:
         reporter.say(line)
-    reporter.say(describe(engine, config, zero, ranks, hardware))
-    reference_of = reference_source(config, zero, ranks, hardware, engine, reporter.say, stop_flag)
+    reporter.say(describe(engine, config, zero, mesh, hardware))
+    reference_of = reference_source(config, zero, mesh, hardware, engine, reporter.say, stop_flag)
     # a live reference takes its memory first; rows as before make the same steps to the bit
-    row_length = start.row_tokens(config, ranks, row_tokens(config, engine, hardware))
+    row_length = start.row_tokens(config, mesh, row_tokens(config, engine, hardware))
 
     def with_reference(pairs: PairSource, ids: np.ndarray) -> tuple[PairLoader, Reference]:
-        loader = PairLoader(pairs, ranks, row_length, config.share_prefix)
+        loader = PairLoader(pairs, mesh, row_length, config.share_prefix)
         return loader, reference_of(loader, ids)
 
     used = pairs_of_steps(schedule.total_steps, len(train_set), config.train_batch_size, config.seed)
     loader, reference = with_reference(train_set, used)
     held_out = with_reference(eval_set, np.arange(len(eval_set))) if eval_set is not None else None
-    facts = {**start.identity, **circumstances(config, ranks, engine, train_set, row_length)}
-    watch = watch or Watch(RunDir(Path(config.output_dir)), ranks, config.hang_timeout, None)
-    saver = Saver(config, engine, ranks, facts, reporter.say, watch.token)
+    facts = {**start.identity, **circumstances(config, mesh, engine, train_set, row_length)}
+    watch = watch or Watch(RunDir(Path(config.output_dir)), mesh, config.hang_timeout, None)
+    saver = Saver(config, engine, mesh, facts, reporter.say, watch.token)
     if start.checkpoint is not None:  # after the reference, which the untrained policy may have had to compute
-        restore(engine, start.checkpoint, config, ranks)
+        restore(engine, start.checkpoint, config, mesh)
         reporter.say(f"resumed after step {start.step} from {start.checkpoint.path}")
     if trains and config.save_steps is not None and start.step < schedule.total_steps:
         saver.check_room()
@@ -169,7 +169,7 @@ def build_session(
     )
     return Session(
         config=config,
-        ranks=ranks,
+        mesh=mesh,
         hardware=hardware,
         engine=engine,
         tokenizer=load_tokenizer(config.model_name_or_path),

@@ -12,14 +12,14 @@ import torch
 
 from dsdpo.compat import can_swap
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from dsdpo.errors import ConfigError, IOFailure
 from dsdpo.train.agree import tell_all, together
 
 _BYTES = 16  # on NVMe for a trained weight: fp32 weight, two moments, gradient
 
 
-def prepare_swap(zero: ZeroConfig, ranks: Ranks) -> None:
+def prepare_swap(zero: ZeroConfig, mesh: Mesh) -> None:
     """Remove what a killed run left on this node's NVMe, if the run uses it. A collective call.
 
     Raises:
@@ -27,10 +27,10 @@ def prepare_swap(zero: ZeroConfig, ranks: Ranks) -> None:
     """
     folder = zero.nvme_path
     if folder is not None:
-        together(lambda: _make_room(folder, ranks))
+        together(lambda: _make_room(folder, mesh))
 
 
-def _make_room(folder: Path, ranks: Ranks) -> None:
+def _make_room(folder: Path, mesh: Mesh) -> None:
     node = socket.gethostname()
     if not folder.parent.is_dir():
         raise ConfigError(f"nvme_path: {node} has no folder {folder.parent}; make it, or name one that every node has")
@@ -39,11 +39,11 @@ def _make_room(folder: Path, ranks: Ranks) -> None:
             f"offload_optimizer.device is nvme, but {node} has no libaio with its headers (Debian: libaio-dev); "
             "install it, or set device to cpu"
         )
-    if ranks.local_rank == 0:  # of several ranks, where srun gives each a GPU of its own
+    if mesh.local_rank == 0:  # of several ranks, where srun gives each a GPU of its own
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_swap_room(model: torch.nn.Module, zero: ZeroConfig, ranks: Ranks) -> None:
+def check_swap_room(model: torch.nn.Module, zero: ZeroConfig, mesh: Mesh) -> None:
     """Tell a disk that the optimizer's state would fill, before DeepSpeed begins to write it. A collective call.
 
     Raises:
@@ -55,7 +55,7 @@ def check_swap_room(model: torch.nn.Module, zero: ZeroConfig, ranks: Ranks) -> N
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     node = socket.gethostname()
     here = tell_all(node).count(node)
-    together(lambda: _check_room(folder.parent, node, _BYTES * trained * here // ranks.world_size))
+    together(lambda: _check_room(folder.parent, node, _BYTES * trained * here // mesh.world_size))
 
 
 def _check_room(disk: Path, node: str, needed: int) -> None:
@@ -68,14 +68,14 @@ def _check_room(disk: Path, node: str, needed: int) -> None:
 
 
 @contextmanager
-def swap_removed(zero: ZeroConfig, ranks: Ranks) -> Iterator[None]:
+def swap_removed(zero: ZeroConfig, mesh: Mesh) -> Iterator[None]:
     """At the end, remove what this rank has on NVMe."""
     try:
         yield
     finally:
         folder = zero.nvme_path
         if folder is not None:
-            own = folder / "zero_stage_3" / "optimizer" / f"rank{ranks.rank}"
+            own = folder / "zero_stage_3" / "optimizer" / f"rank{mesh.rank}"
             shutil.rmtree(own, ignore_errors=True)
             with suppress(OSError):  # the last rank of the node finds them empty
                 for parent in (own.parent, own.parent.parent, folder):

@@ -21,7 +21,7 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.loader import PairLoader
 from dsdpo.data.prepare import open_prepared
-from dsdpo.dist import Ranks, launched
+from dsdpo.dist import Mesh, launched
 from dsdpo.errors import DataError, DsdpoError, IOFailure, StopRequested
 from dsdpo.files import write_atomically
 from dsdpo.lock import holder
@@ -62,28 +62,28 @@ def run(
     Raises:
         DsdpoError: with the exit code; said in output_dir/EXIT too, for the supervisor.
     """
-    ranks = launched() or Ranks(0, 1, 0)
+    mesh = launched() or Mesh(0, 1, 0)
     disable_progress_bar()  # transformers' bars for loading and saving, one per rank
     run_dir = RunDir(Path(config.output_dir))
-    stop_flag = StopFlag(run_dir, ranks.is_main, _deadline(config, run_dir) if ranks.is_main else None)
+    stop_flag = StopFlag(run_dir, mesh.is_main, _deadline(config, run_dir) if mesh.is_main else None)
     stop_flag.install()
-    if ranks.is_main:
+    if mesh.is_main:
         reserve_exit(run_dir)
-    with _exit_recorded(run_dir, ranks), swap_removed(zero, ranks):
-        hardware = start_process_group(config, zero, ranks)
-        watch = Watch(run_dir, ranks, config.hang_timeout, tell_all(token)[0])
+    with _exit_recorded(run_dir, mesh), swap_removed(zero, mesh):
+        hardware = start_process_group(config, zero, mesh)
+        watch = Watch(run_dir, mesh, config.hang_timeout, tell_all(token)[0])
         watch.start()
         with closing(watch):
             if task == "eval":
                 assert model is not None, "eval needs the weights to evaluate"
-                _evaluate(config, zero, ranks, hardware, model, stop_flag)
+                _evaluate(config, zero, mesh, hardware, model, stop_flag)
                 comm.barrier()
             else:
                 train_set = open_prepared(config, "train")
                 assert train_set is not None, "a run has a training set"
                 eval_set = open_prepared(config, "eval")
                 trains = task == "train"
-                session = build_session(config, zero, ranks, hardware, train_set, eval_set, stop_flag, watch, trains)
+                session = build_session(config, zero, mesh, hardware, train_set, eval_set, stop_flag, watch, trains)
                 if trains:
                     _train(session, run_dir)
                 with watch.slow("the end of the reports"):
@@ -100,31 +100,31 @@ def _deadline(config: RunConfig, run_dir: RunDir) -> float | None:
 
 
 @contextmanager
-def _exit_recorded(run_dir: RunDir, ranks: Ranks) -> Iterator[None]:
+def _exit_recorded(run_dir: RunDir, mesh: Mesh) -> Iterator[None]:
     """Write output_dir/EXIT on the main rank, however the body ends."""
     try:
         yield
     except DsdpoError as error:
-        if ranks.is_main:
-            write_exit(run_dir, ExitRecord(error.exit_code, str(error), ranks.rank))
+        if mesh.is_main:
+            write_exit(run_dir, ExitRecord(error.exit_code, str(error), mesh.rank))
         elif isinstance(error, StopRequested):
             wait_for_exit(run_dir)  # a launcher ends the others as soon as one has ended
         raise
     except BaseException as error:
-        if ranks.is_main:
+        if mesh.is_main:
             is_full = isinstance(error, OSError) and error.errno in _REFUSED
             code = IOFailure.exit_code if is_full else 1
-            write_exit(run_dir, ExitRecord(code, traceback.format_exc(), ranks.rank))
-        if isinstance(error, Exception) and ranks.world_size > 1:
+            write_exit(run_dir, ExitRecord(code, traceback.format_exc(), mesh.rank))
+        if isinstance(error, Exception) and mesh.world_size > 1:
             delay_exit()
         raise
-    if ranks.is_main:
-        write_exit(run_dir, ExitRecord(0, "done", ranks.rank))
+    if mesh.is_main:
+        write_exit(run_dir, ExitRecord(0, "done", mesh.rank))
 
 
 def _train(session: Session, run_dir: RunDir) -> None:
     """The run itself, the export of its weights and its last evaluation."""
-    config, is_main = session.config, session.ranks.is_main
+    config, is_main = session.config, session.mesh.is_main
     if is_main:
         write_atomically(run_dir.run_config, yaml.safe_dump(config.model_dump(), sort_keys=False))
         if session.first_step < session.schedule.total_steps:
@@ -153,30 +153,28 @@ def _train(session: Session, run_dir: RunDir) -> None:
         write_atomically(run_dir.completed, "")
 
 
-def _evaluate(
-    config: RunConfig, zero: ZeroConfig, ranks: Ranks, hardware: Hardware, model: str, stop: StopFlag
-) -> None:
+def _evaluate(config: RunConfig, zero: ZeroConfig, mesh: Mesh, hardware: Hardware, model: str, stop: StopFlag) -> None:
     """Loss, accuracy and margin of trained weights on the held-out pairs, printed as one JSON line."""
     pairs = open_prepared(config, "eval")
     if pairs is None:
         raise DataError("there is nothing to evaluate on: name an eval_dataset, or a val_size above 0")
 
     def say(line: str) -> None:
-        if ranks.is_main:
+        if mesh.is_main:
             print(line, flush=True)
 
     ids, device = np.arange(len(pairs)), hardware.device
     # without gradients a row takes little: no need to look how much memory there is
-    loader = PairLoader(pairs, ranks, config.row_tokens or 4 * config.max_length, config.share_prefix)
+    loader = PairLoader(pairs, mesh, config.row_tokens or 4 * config.max_length, config.share_prefix)
     reference: Reference = NoReference()
     if config.reference_kind != "none":
-        store = open_store(config, ranks, hardware)
+        store = open_store(config, mesh, hardware)
 
         def untrained() -> DeepSpeedEngine:
-            return build_engine(config, zero, ranks, hardware)
+            return build_engine(config, zero, mesh, hardware)
 
         reference = reference_for(loader, ids, store, untrained, device, say, stop)
-    engine = build_engine(config, zero, ranks, hardware, weights=model)
+    engine = build_engine(config, zero, mesh, hardware, weights=model)
 
     def goes_on() -> bool:
         return not any_rank(bool(stop), device)

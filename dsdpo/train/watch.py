@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from dsdpo.errors import HangError
 from dsdpo.lock import holder, holder_is_gone, this_process
 from dsdpo.rundir import RunDir
@@ -35,14 +35,14 @@ class Watch:
 
     Args:
         run_dir: of the run; the ranks share it.
-        ranks: this rank's place.
+        mesh: this rank's place.
         hang_timeout: seconds without a beat that are allowed, in the steps after the first ones.
         token: of the lock that this run holds: without its holder a rank ends at once. None: there is no lock.
     """
 
-    def __init__(self, run_dir: RunDir, ranks: Ranks, hang_timeout: float, token: str | None) -> None:
+    def __init__(self, run_dir: RunDir, mesh: Mesh, hang_timeout: float, token: str | None) -> None:
         self._run_dir = run_dir
-        self._ranks = ranks
+        self._mesh = mesh
         self._hang_timeout = hang_timeout
         self.token = token
         self._parent = os.getppid()
@@ -133,9 +133,9 @@ class Watch:
 
     def _neighbour_has_died(self) -> bool:
         """Whether the next rank, on this host, is gone: NCCL would wait for it, and a launcher for each in turn."""
-        if self._ranks.world_size == 1:
+        if self._mesh.world_size == 1:
             return False
-        facts, _ = self._seen((self._ranks.rank + 1) % self._ranks.world_size, 0.0)
+        facts, _ = self._seen((self._mesh.rank + 1) % self._mesh.world_size, 0.0)
         return self._has_died(facts)
 
     def _has_died(self, facts: dict[str, Any]) -> bool:
@@ -143,7 +143,7 @@ class Watch:
 
     def _renew(self) -> None:
         """Write this rank's heartbeat. Not atomic by fsync: nothing depends on it after a crash."""
-        path = self._run_dir.heartbeat(self._ranks.rank)
+        path = self._run_dir.heartbeat(self._mesh.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {"token": self.token, "beats": self._beats, **self._me}
         temporary = path.with_suffix(".tmp")
@@ -157,14 +157,14 @@ class Watch:
         try:
             told, first = self.diagnose(waited)
         except OSError as error:
-            told, first = f"rank {self._ranks.rank} cannot see the other ranks: {error}", self._ranks.rank
-        with suppress(OSError), self._run_dir.stacks(self._ranks.rank).open("w") as stream:
+            told, first = f"rank {self._mesh.rank} cannot see the other ranks: {error}", self._mesh.rank
+        with suppress(OSError), self._run_dir.stacks(self._mesh.rank).open("w") as stream:
             faulthandler.dump_traceback(stream, all_threads=True)
-        if self._ranks.rank == first:
+        if self._mesh.rank == first:
             faulthandler.dump_traceback(all_threads=True)
             print(told, file=sys.stderr, flush=True)
             with suppress(Exception):
-                write_exit(self._run_dir, ExitRecord(HangError.exit_code, told, self._ranks.rank))
+                write_exit(self._run_dir, ExitRecord(HangError.exit_code, told, self._mesh.rank))
         else:  # whoever ends first cuts the others' connections: let that one say first what happened
             wait_for_exit(self._run_dir)
         os._exit(HangError.exit_code)
@@ -175,10 +175,10 @@ class Watch:
         Args:
             waited: seconds since this rank's last beat.
         """
-        now = self._run_dir.heartbeat(self._ranks.rank).stat().st_mtime
+        now = self._run_dir.heartbeat(self._mesh.rank).stat().st_mtime
         alive: dict[int, dict[str, Any]] = {}
         silent: list[str] = []
-        for rank in range(self._ranks.world_size):
+        for rank in range(self._mesh.world_size):
             facts, age = self._seen(rank, now)
             name = f"rank {rank} (host {facts.get('host', '?')}, pid {facts.get('pid', '?')})"
             if self._has_died(facts):
@@ -194,12 +194,12 @@ class Watch:
         elif behind:
             who = f"{', '.join(behind)} is behind the others"
         else:
-            who = f"rank {self._ranks.rank} and all others have come equally far: a collective call hangs"
+            who = f"rank {self._mesh.rank} and all others have come equally far: a collective call hangs"
         return (
             f"{who}. No progress for {waited:.0f} s in {self._where} (hang_timeout is {self._hang_timeout:g} s); the "
             f"stacks of the ranks that wait are in {self._run_dir.ranks}. The same command goes on from the newest "
             "checkpoint"
-        ), min(alive, default=self._ranks.rank)
+        ), min(alive, default=self._mesh.rank)
 
     def _seen(self, rank: int, now: float) -> tuple[dict[str, Any], float]:
         """What a rank's file says, and its age in seconds of the file system's clock."""

@@ -15,7 +15,7 @@ from typing import Any
 import dsdpo
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from dsdpo.errors import ConfigError, DsdpoError
 
 _PACKAGES = ("deepspeed", "torch", "transformers", "peft", "trl", "datasets", "tokenizers", "safetensors", "numpy")
@@ -151,18 +151,18 @@ def summary(everyone: Sequence[dict[str, Any]]) -> str:
     return f"{len(everyone)} ranks{kind}, on {len(hosts)} node{'s' if len(hosts) > 1 else ''}: {_hosts(hosts)}"
 
 
-def missing(ranks: Ranks, came: Sequence[int], hosts: Sequence[str], seconds: float) -> str:
+def missing(mesh: Mesh, came: Sequence[int], hosts: Sequence[str], seconds: float) -> str:
     """What to say of ranks that did not come.
 
     Args:
         came: ranks that did.
         hosts: of those.
     """
-    absent = [rank for rank in range(ranks.world_size) if rank not in set(came)]
+    absent = [rank for rank in range(mesh.world_size) if rank not in set(came)]
     told = ", ".join(map(str, absent[:_SHOWN])) + (" …" if len(absent) > _SHOWN else "")
     here = _hosts(list(dict.fromkeys(hosts)))
     return (
-        f"rank{'s' if len(absent) > 1 else ''} {told} of {ranks.world_size} did not come within {seconds:.0f} s (those "
+        f"rank{'s' if len(absent) > 1 else ''} {told} of {mesh.world_size} did not come within {seconds:.0f} s (those "
         f"on {here} did): their node is unreachable, or Python failed there or is slow to start. See their output; "
         "start_timeout in the run config waits longer"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from dsdpo.errors import ConfigError, DsdpoError, IOFailure
 from dsdpo.lock import RunLock
 from dsdpo.rundir import RunDir
@@ -22,7 +22,7 @@ from dsdpo.use.rendezvous import rendezvous
 from dsdpo.use.task import Task, clear_marks, finish, is_finished, prepare_data
 
 
-def join(task: Task, ranks: Ranks, token: str | None) -> int:
+def join(task: Task, mesh: Mesh, token: str | None) -> int:
     """Take this rank's place. Raises DsdpoError; the main rank's cause is in output_dir/EXIT as well.
 
     Args:
@@ -32,19 +32,19 @@ def join(task: Task, ranks: Ranks, token: str | None) -> int:
     if not os.environ.get("PYTHONWARNINGS"):  # a supervisor sets it, for the launcher too
         warnings.simplefilter("ignore", FutureWarning)  # of libraries, to libraries, once per rank
     gc.disable()  # collections during the imports take a sixth of them, and free nothing
-    config, zero, trouble = _read(task, ranks, supervised)
+    config, zero, trouble = _read(task, mesh, supervised)
     run_dir = None if config is None else RunDir(Path(config.output_dir))
     if run_dir is not None and token is not None:
         take_environment(run_dir, token)
     if config is not None and not supervised and is_finished(task, config):
         return 0
-    if run_dir is not None and not supervised and ranks.is_main:
+    if run_dir is not None and not supervised and mesh.is_main:
         token = _take_lock(task, run_dir)
     try:
-        meeting = rendezvous(ranks, config, zero, trouble, token)
+        meeting = rendezvous(mesh, config, zero, trouble, token)
         assert config is not None and zero is not None, "a rank without a config has raised its trouble"
         if not supervised:
-            _prepare_as_rank(config, ranks)
+            _prepare_as_rank(config, mesh)
         from dsdpo.train.tasks import run
 
         gc.freeze()
@@ -53,14 +53,14 @@ def join(task: Task, ranks: Ranks, token: str | None) -> int:
         del meeting
     except DsdpoError as error:
         if run_dir is not None:
-            _write_exit(run_dir, ranks, error)
+            _write_exit(run_dir, mesh, error)
         raise
-    if ranks.is_main and not supervised:
+    if mesh.is_main and not supervised:
         finish(task, config)
     return 0
 
 
-def _read(task: Task, ranks: Ranks, supervised: bool) -> tuple[RunConfig | None, ZeroConfig | None, DsdpoError | None]:
+def _read(task: Task, mesh: Mesh, supervised: bool) -> tuple[RunConfig | None, ZeroConfig | None, DsdpoError | None]:
     """The config and its DeepSpeed JSON, or what is wrong with them on a node other than rank 0's.
 
     That must be told at the meeting.
@@ -75,7 +75,7 @@ def _read(task: Task, ranks: Ranks, supervised: bool) -> tuple[RunConfig | None,
             raise ConfigError("--fresh works where `dsdpo train` is started plainly; here, empty output_dir instead")
         return *preflight(task.path, task.overrides, task.name, model=task.model), None
     except DsdpoError as error:
-        if ranks.is_main:
+        if mesh.is_main:
             raise
         return None, None, error
 
@@ -88,19 +88,19 @@ def _take_lock(task: Task, run_dir: RunDir) -> str:
     return lock.token
 
 
-def _write_exit(run_dir: RunDir, ranks: Ranks, error: DsdpoError) -> None:
+def _write_exit(run_dir: RunDir, mesh: Mesh, error: DsdpoError) -> None:
     """Write this rank's exit record for the supervisor, unless `run` has written it."""
-    record = ExitRecord(error.exit_code, str(error), ranks.rank)
+    record = ExitRecord(error.exit_code, str(error), mesh.rank)
     with suppress(OSError, IOFailure):
-        if not ranks.is_main:
+        if not mesh.is_main:
             write_peer_exit(run_dir, record)
         elif not run_dir.exit.exists():
             write_exit(run_dir, record)
 
 
-def _prepare_as_rank(config: RunConfig, ranks: Ranks) -> None:
+def _prepare_as_rank(config: RunConfig, mesh: Mesh) -> None:
     """Without a supervisor the main rank prepares; the others wait for its files, not in a collective."""
-    if ranks.is_main:
+    if mesh.is_main:
         prepare_data(config)
         return
     from dsdpo.data.prepare import wait_prepared

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.dist import Ranks, elastic_agent, take_place
+from dsdpo.dist import Mesh, elastic_agent, take_place
 from dsdpo.errors import ConfigError, DsdpoError, HangError, IOFailure
 from dsdpo.lock import is_held_by
 from dsdpo.rundir import RunDir
@@ -37,7 +37,7 @@ class NoAnswer(HangError):
 
 
 def rendezvous(
-    ranks: Ranks, config: RunConfig | None, zero: ZeroConfig | None, trouble: DsdpoError | None, token: str | None
+    mesh: Mesh, config: RunConfig | None, zero: ZeroConfig | None, trouble: DsdpoError | None, token: str | None
 ) -> Store | None:
     """Wait for all ranks and compare what they are about to do.
 
@@ -55,44 +55,44 @@ def rendezvous(
         NodesDiffer: a node has other code, packages, settings or another output_dir.
         DsdpoError: `trouble` of a rank, on all of them.
     """
-    address, port = take_place(ranks)
-    if ranks.world_size == 1:
+    address, port = take_place(mesh)
+    if mesh.world_size == 1:
         return None
     timeout = config.start_timeout if config else _DEFAULT_TIMEOUT_S
     try:
-        store = _open(ranks, address, port, timeout)
+        store = _open(mesh, address, port, timeout)
     except NoAnswer:
-        error = trouble or NoAnswer(_no_answer(ranks, address, port, timeout))
+        error = trouble or NoAnswer(_no_answer(mesh, address, port, timeout))
         error.for_each_node = True  # rank 0 will not tell it
         raise error from None
-    if ranks.is_main:
+    if mesh.is_main:
         store.set("token", token or "")
-        verdict = _verdict(store, ranks, facts(config, zero), timeout)
+        verdict = _verdict(store, mesh, facts(config, zero), timeout)
         store.set("verdict", json.dumps(verdict))
         _until(lambda: store.add("received", 0) >= len(verdict["came"]) - 1, _GRACE_S)
     else:
         found = facts(config, zero, trouble or _other_folder(config, _receive(store, "token", timeout)))
-        store.set(f"facts/{ranks.rank}", json.dumps(found))
+        store.set(f"facts/{mesh.rank}", json.dumps(found))
         verdict = json.loads(_receive(store, "verdict", timeout + _GRACE_S))
         store.add("received", 1)
     if verdict["code"]:
         raise _error(verdict["code"], verdict["problems"])
-    for line in verdict["remarks"] if ranks.is_main else ():
+    for line in verdict["remarks"] if mesh.is_main else ():
         print(line, flush=True)
     return store
 
 
-def _open(ranks: Ranks, address: str, port: int, timeout: float) -> Store:
+def _open(mesh: Mesh, address: str, port: int, timeout: float) -> Store:
     """The store at `address`, which rank 0 serves unless torchrun does. Raises NoAnswer, IOFailure."""
     from torch.distributed import PrefixStore, TCPStore
 
     attempt = elastic_agent()
-    serves = ranks.is_main and attempt is None
+    serves = mesh.is_main and attempt is None
     try:
         store = TCPStore(
             address,
             port,
-            ranks.world_size,
+            mesh.world_size,
             serves,
             timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
@@ -108,9 +108,9 @@ def _open(ranks: Ranks, address: str, port: int, timeout: float) -> Store:
     return PrefixStore(f"dsdpo/{attempt or 0}", store)
 
 
-def _no_answer(ranks: Ranks, address: str, port: int, timeout: float) -> str:
+def _no_answer(mesh: Mesh, address: str, port: int, timeout: float) -> str:
     return (
-        f"rank {ranks.rank} on {socket.gethostname()} got no answer from rank 0 at {address}:{port} within "
+        f"rank {mesh.rank} on {socket.gethostname()} got no answer from rank 0 at {address}:{port} within "
         f"{timeout:.0f} s: that node is unreachable, a firewall closes the port, or rank 0 failed (see its output). "
         "MASTER_ADDR and MASTER_PORT name another address, start_timeout in the run config waits longer"
     )
@@ -148,9 +148,9 @@ def _receive(store: Store, key: str, seconds: float) -> str:
         ) from error
 
 
-def _verdict(store: Store, ranks: Ranks, mine: dict[str, Any], timeout: float) -> dict[str, Any]:
+def _verdict(store: Store, mesh: Mesh, mine: dict[str, Any], timeout: float) -> dict[str, Any]:
     """Rank 0's answer to what all ranks have found."""
-    keys = {rank: f"facts/{rank}" for rank in range(1, ranks.world_size)}
+    keys = {rank: f"facts/{rank}" for rank in range(1, mesh.world_size)}
     _until(lambda: store.check(list(keys.values())), timeout)
     everyone = {0: mine, **{rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}}
     verdict: dict[str, Any] = {"code": 0, "problems": [], "remarks": [], "came": sorted(everyone)}
@@ -158,9 +158,9 @@ def _verdict(store: Store, ranks: Ranks, mine: dict[str, Any], timeout: float) -
     if told := problems_of(found):
         code = next(rank["trouble"][0] for rank in found if rank["trouble"])
         return {**verdict, "code": code, "problems": told}
-    if len(found) < ranks.world_size:
+    if len(found) < mesh.world_size:
         hosts = [rank["host"] for rank in found]
-        return {**verdict, "code": HangError.exit_code, "problems": [missing(ranks, verdict["came"], hosts, timeout)]}
+        return {**verdict, "code": HangError.exit_code, "problems": [missing(mesh, verdict["came"], hosts, timeout)]}
     if told := differences(found):
         return {**verdict, "code": NodesDiffer.exit_code, "problems": told}
     return {**verdict, "remarks": [summary(found), *remarks(found)]}

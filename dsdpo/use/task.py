@@ -49,8 +49,8 @@ def is_finished(task: Task, config: RunConfig) -> bool:
     """Whether this training has ended well before; said once."""
     if task.name != "train" or not RunDir(Path(config.output_dir)).completed.exists():
         return False
-    ranks = launched()
-    if ranks is None or ranks.is_main:
+    mesh = launched()
+    if mesh is None or mesh.is_main:
         print(f"{config.output_dir} holds this run, finished: nothing to do. --fresh trains it again", flush=True)
     return True
 

@@ -97,15 +97,15 @@ def logits_of(engine: Any, ids: list[int]) -> torch.Tensor:
 
 def train_and_export(cases: list[dict[str, Any]], folders: list[str], ids: list[int]) -> list[Any]:
     """Train each case for a few steps, export it to its folder, and return the engine's logits for `ids`."""
-    ranks = launched()
-    assert ranks is not None
+    mesh = launched()
+    assert mesh is not None
     logits = []
     for case, folder in zip(cases, folders, strict=True):
         config = run_config(folder=Path(folder), **case)
         zero = ZeroConfig.load(config)
-        hardware = start_process_group(config, zero, ranks)
+        hardware = start_process_group(config, zero, mesh)
         pairs = ListOfPairs(random_pairs(17))
-        session = build_session(config, zero, ranks, hardware, pairs, None, StopFlag(RunDir(Path(folder))))
+        session = build_session(config, zero, mesh, hardware, pairs, None, StopFlag(RunDir(Path(folder))))
         train(session)
         session.saver.save(config.max_steps or 0)
         session.save_final()
@@ -128,8 +128,8 @@ def fill_store(folder: str, runs: list[dict[str, Any]]) -> list[tuple[int, np.nd
     Returns:
         For each run: how many pairs all ranks computed together, and the reference as the run got it, or the error.
     """
-    ranks = launched()
-    assert ranks is not None
+    mesh = launched()
+    assert mesh is not None
     reference_pass._PAIRS_PER_PASS, reference_pass._PASSES_PER_CHUNK = 2, 1
     write_chunk = ReferenceStore.write_chunk
     results: list[tuple[int, np.ndarray | str]] = []
@@ -140,16 +140,16 @@ def fill_store(folder: str, runs: list[dict[str, Any]]) -> list[tuple[int, np.nd
         damage, blind = changes.pop("damage", False), changes.pop("blind", None)
         config = run_config(folder=Path(tempfile.mkdtemp()), cache_dir=str(store), max_tokens_per_row=128, **changes)
         zero = ZeroConfig.load(config)
-        hardware = start_process_group(config, zero, ranks)
-        if damage and ranks.is_main:
+        hardware = start_process_group(config, zero, mesh)
+        if damage and mesh.is_main:
             _damage_chunks(store)
-        engine = build_engine(config, zero, ranks, hardware)
+        engine = build_engine(config, zero, mesh, hardware)
         written = _Counted(write_chunk, die_after)
         ReferenceStore.write_chunk = written.write_chunk  # type: ignore[method-assign]
-        if blind == ranks.rank:
+        if blind == mesh.rank:
             ReferenceStore.reload = _blind_once(ReferenceStore.reload)  # type: ignore[method-assign]
-        source = reference_pass.reference_source(config, zero, ranks, hardware, engine, lambda line: None)
-        loader = PairLoader(ListOfPairs(random_pairs(n_pairs)), ranks, 128, config.share_prefix)
+        source = reference_pass.reference_source(config, zero, mesh, hardware, engine, lambda line: None)
+        loader = PairLoader(ListOfPairs(random_pairs(n_pairs)), mesh, 128, config.share_prefix)
         try:
             reference = source(loader, np.arange(n_pairs))
             assert isinstance(reference, reference_pass.StoredReference)
@@ -202,12 +202,12 @@ def _damage_chunks(store: Path) -> None:
 
 def parameter_bytes(folder: str, model: str) -> tuple[int, int]:
     """What this rank holds of the parameters of policy and live reference between two ZeRO-3 steps, in bytes."""
-    ranks = launched()
-    assert ranks is not None
+    mesh = launched()
+    assert mesh is not None
     config = run_config(model, Path(folder), stage=3, reference="live")
     zero = ZeroConfig.load(config)
-    hardware = start_process_group(config, zero, ranks)
-    engines = build_engine(config, zero, ranks, hardware), build_reference_engine(config, zero, ranks, hardware)
+    hardware = start_process_group(config, zero, mesh)
+    engines = build_engine(config, zero, mesh, hardware), build_reference_engine(config, zero, mesh, hardware)
     held = [sum(p.data.nbytes + p.ds_tensor.nbytes for p in engine.module.parameters()) for engine in engines]
     torch.distributed.destroy_process_group()
     return held[0], held[1]
@@ -219,13 +219,13 @@ def second_copies(folder: str, model: str, hpz: int) -> list[dict[str, int]]:
     Returns:
         For each: `first` and `second`, what it holds of the one and the other copy; `whole`, the parameters' elements.
     """
-    ranks = launched()
-    assert ranks is not None
+    mesh = launched()
+    assert mesh is not None
     config = run_config(model, Path(folder), stage=3, reference="live", zero={"zero_hpz_partition_size": hpz})
     zero = ZeroConfig.load(config)
-    hardware = start_process_group(config, zero, ranks)
+    hardware = start_process_group(config, zero, mesh)
     found = []
-    for engine in (build_engine(config, zero, ranks, hardware), build_reference_engine(config, zero, ranks, hardware)):
+    for engine in (build_engine(config, zero, mesh, hardware), build_reference_engine(config, zero, mesh, hardware)):
         parameters = list(engine.module.parameters())
         found.append(
             {
@@ -243,23 +243,23 @@ def run_cases(cases: list[dict[str, Any]], n_pairs: int) -> list[dict[str, Any]]
 
     Returns, for each case: the metrics of each step, this rank's pair ids of each step, micro-steps of each step.
     """
-    ranks = launched()
-    assert ranks is not None
+    mesh = launched()
+    assert mesh is not None
     pairs = ListOfPairs(random_pairs(n_pairs))
     results = []
     for case in cases:
         folder = Path(tempfile.mkdtemp())
         config = run_config(folder=folder, **case)
         zero = ZeroConfig.load(config)
-        hardware = start_process_group(config, zero, ranks)
-        session = build_session(config, zero, ranks, hardware, pairs, None, StopFlag(RunDir(folder)))
+        hardware = start_process_group(config, zero, mesh)
+        session = build_session(config, zero, mesh, hardware, pairs, None, StopFlag(RunDir(folder)))
         batches = list(session.loader.training_batches(range(STEPS), config.train_batch_size, config.seed))
         train(session)
         session.reporter.close()
         metrics = Path(config.output_dir, "metrics.jsonl")
         results.append(
             {
-                "metrics": [json.loads(line) for line in metrics.read_text().splitlines()] if ranks.is_main else [],
+                "metrics": [json.loads(line) for line in metrics.read_text().splitlines()] if mesh.is_main else [],
                 "pair_ids": [[i for row in b.rows for i in b.pair_ids[row.pairs].tolist()] for b in batches],
                 "micro_steps": [len(b.rows) for b in batches],
             }

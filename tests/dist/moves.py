@@ -52,8 +52,8 @@ def go(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         For each: `losses` of all its steps so far, as its metrics say; `state`.
     """
-    ranks = launched()
-    assert ranks is not None
+    mesh = launched()
+    assert mesh is not None
     results = []
     for number, task in enumerate(tasks):
         task = dict(task)
@@ -62,9 +62,9 @@ def go(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         folder.mkdir(parents=True, exist_ok=True)
         config = run_config(folder=folder, save_steps=None, **task)
         zero = ZeroConfig.load(config)
-        hardware = start_process_group(config, zero, ranks)
+        hardware = start_process_group(config, zero, mesh)
         pairs = ListOfPairs(random_pairs(PAIRS))
-        session = build_session(config, zero, ranks, hardware, pairs, None, StopFlag(RunDir(folder)))
+        session = build_session(config, zero, mesh, hardware, pairs, None, StopFlag(RunDir(folder)))
         state = state_of(session) if looks else {}
         total = session.schedule.total_steps
         stop = _Stop(session, until)
@@ -76,8 +76,8 @@ def go(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
             session.saver.finish()
         session.reporter.close()
         metrics = Path(config.output_dir, "metrics.jsonl")
-        lines = metrics.read_text().splitlines() if ranks.is_main else []
-        results.append({"losses": [json.loads(line)["loss"] for line in lines], "state": state if ranks.is_main else {}})
+        lines = metrics.read_text().splitlines() if mesh.is_main else []
+        results.append({"losses": [json.loads(line)["loss"] for line in lines], "state": state if mesh.is_main else {}})
         session.engine.destroy()
     torch.distributed.destroy_process_group()
     return results

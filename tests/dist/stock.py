@@ -73,22 +73,22 @@ def train_and_save(folder: str, cases: list[Case], ids: list[int]) -> list[tuple
     Returns:
         For each case, by parameter name the trained fp32 master weights, and the engine's fp32 logits for `ids`.
     """
-    ranks = launched()
-    assert ranks is not None
+    mesh = launched()
+    assert mesh is not None
     deepspeed.init_distributed("gloo", verbose=False)
     deepspeed.comm.barrier()
-    unlink_shared_buffers(ranks.rank)
+    unlink_shared_buffers(mesh.rank)
     results = []
     for case in cases:
         engine = _engine(Path(folder), case)
         for step in range(STEPS):
-            generator = torch.Generator().manual_seed(2 * step + ranks.rank)
+            generator = torch.Generator().manual_seed(2 * step + mesh.rank)
             batch = torch.randint(3, VOCAB, (1, 12), generator=generator)
             logits = engine(batch).logits.float()
             engine.backward(nn.functional.cross_entropy(logits[0, :-1], batch[0, 1:]))
             engine.step()
         results.append((_masters(engine, case), _logits(engine, ids)))
-        _save(engine, Path(folder, case.name, "checkpoint-2"), case, ranks.is_main)
+        _save(engine, Path(folder, case.name, "checkpoint-2"), case, mesh.is_main)
         engine.destroy()
     torch.distributed.destroy_process_group()
     return results

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from dsdpo.data.loader import PairLoader
 from dsdpo.data.shards import PreparedSet
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from tests.dist.test_whole_runs import ROOT, metrics_of, run
 from tests.helpers.real import shared_file, smollm2
 from tests.helpers.tiny import save_model, tiny_llama_config
@@ -55,7 +55,7 @@ def test_prepare_and_train_hh_harmless(tmp_path: Path) -> None:
     assert len(losses) == 10 and np.isfinite(losses).all()
     assert abs(losses[0] - np.log(2)) < 1e-5 and max(abs(loss - np.log(2)) for loss in losses[1:]) > 1e-3
 
-    dealt = PairLoader(PreparedSet(prepared.parent), Ranks(0, 8, 0), max_tokens_per_row=4096, share_prefix=True)
+    dealt = PairLoader(PreparedSet(prepared.parent), Mesh(0, 8, 0), max_tokens_per_row=4096, share_prefix=True)
     batches = list(dealt.training_batches(range(told["pairs"] // 64), train_batch_size=64, seed=42))
     idle = np.average([b.idle_share for b in batches], weights=[b.physical_tokens for b in batches])
     assert idle < 0.03, "8 ranks wait for each other"

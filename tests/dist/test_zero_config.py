@@ -15,10 +15,10 @@ from tests.helpers.zero import count_opens
 
 def train(run: str, zero: str) -> int:
     """All that a rank does. Returns how often it has opened the file `zero`."""
-    ranks = launched()
-    assert ranks is not None
+    mesh = launched()
+    assert mesh is not None
     opens = count_opens(Path(zero))
-    assert join(Task("train", run, []), ranks, None) == 0
+    assert join(Task("train", run, []), mesh, None) == 0
     return len(opens)
 
 

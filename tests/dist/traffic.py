@@ -39,8 +39,8 @@ def count(cases: list[dict[str, Any]]) -> list[tuple[Sizes, int, dict[str, int]]
     Returns, for each case: the numbers of weights, micro-steps of a step, and in its last step the bytes gathered or
     reduced by each function of torch.distributed.
     """
-    ranks = launched()
-    assert ranks is not None
+    mesh = launched()
+    assert mesh is not None
     sent: Counter[str] = Counter()
     for name, (place, argument) in _WHOLE.items():
         setattr(torch.distributed, name, _counted(getattr(torch.distributed, name), name, place, argument, sent))
@@ -61,9 +61,9 @@ def count(cases: list[dict[str, Any]]) -> list[tuple[Sizes, int, dict[str, int]]
         options: dict[str, Any] = {"save_steps": None, "precision": "bf16", **changes}
         config = run_config(folder=folder, **options).model_copy(update={"deepspeed": str(folder / "zero.json")})
         zero = ZeroConfig.load(config)
-        hardware = start_process_group(config, zero, ranks)
+        hardware = start_process_group(config, zero, mesh)
         stop = StopFlag(RunDir(folder))
-        session = build_session(config, zero, ranks, hardware, ListOfPairs(random_pairs(40)), None, stop)
+        session = build_session(config, zero, mesh, hardware, ListOfPairs(random_pairs(40)), None, stop)
         weights = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in session.engine.module.parameters()]
         sizes = Sizes(sum(n for n, _ in weights), sum(n for n, trains in weights if trains), largest=0, modules=0)
         (*_, batch) = session.loader.training_batches(range(5), config.train_batch_size, config.seed)

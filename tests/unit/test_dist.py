@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsdpo.dist import Allocation, Ranks, allocation, first_node, job_port, launched, node_address, take_place
+from dsdpo.dist import Allocation, Mesh, allocation, first_node, job_port, launched, node_address, take_place
 
 STEP = {
     "SLURM_JOB_ID": "7",
@@ -33,24 +33,32 @@ def put(monkeypatch: pytest.MonkeyPatch, *groups: dict[str, str]) -> None:
             monkeypatch.setenv(name, value)
 
 
+def test_data_and_sequence_parallel_ranks() -> None:
+    mesh = [Mesh(rank, 6, rank, sp_size=2) for rank in range(6)]
+    assert {(place.dp_size, place.sp_size) for place in mesh} == {(3, 2)}
+    assert [(place.dp_rank, place.sp_rank) for place in mesh] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    plain = Mesh(3, 4, 1)
+    assert (plain.dp_rank, plain.dp_size, plain.sp_rank, plain.sp_size) == (3, 4, 0, 1)
+
+
 def test_started_plainly() -> None:
     assert launched() is None and allocation() is None
 
 
 def test_a_launchers_word_goes_before_slurms(monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, STEP, TASK, {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "2"})
-    assert launched() == Ranks(5, 8, 2)
+    assert launched() == Mesh(5, 8, 2)
 
 
 def test_a_task_of_srun_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, STEP, TASK)
-    assert launched() == Ranks(3, 4, 1) and allocation() is None
+    assert launched() == Mesh(3, 4, 1) and allocation() is None
 
 
 @pytest.mark.parametrize(("visible", "local"), [("0,1", 1), ("3", 0)])
 def test_a_task_with_a_gpu_of_its_own_takes_that(monkeypatch: pytest.MonkeyPatch, visible: str, local: int) -> None:
     put(monkeypatch, STEP, TASK, {"CUDA_VISIBLE_DEVICES": visible})
-    assert launched() == Ranks(3, 4, local)
+    assert launched() == Mesh(3, 4, local)
 
 
 def test_a_batch_script_is_no_rank_but_has_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +128,7 @@ def test_a_shell_inside_a_job_is_no_rank(monkeypatch: pytest.MonkeyPatch, step: 
 def test_libraries_find_the_place_that_srun_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, STEP, TASK)
     monkeypatch.setattr(os, "environ", dict(os.environ))  # what take_place sets is gone with the test
-    address, port = take_place(Ranks(3, 4, 1))
+    address, port = take_place(Mesh(3, 4, 1))
     assert (address, port) == ("localhost", job_port("7"))
     assert {name: os.environ[name] for name in PLACE} == {
         "RANK": "3",
@@ -132,7 +140,7 @@ def test_libraries_find_the_place_that_srun_gives(monkeypatch: pytest.MonkeyPatc
 def test_a_launchers_meeting_point_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, STEP, TASK, {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4321"})
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    assert take_place(Ranks(3, 4, 1)) == ("10.0.0.1", 4321)
+    assert take_place(Mesh(3, 4, 1)) == ("10.0.0.1", 4321)
 
 
 @pytest.mark.parametrize(

@@ -43,14 +43,14 @@ def save(config: RunConfig, step: int) -> Path:
 
 def agree(config: RunConfig) -> tuple[dict[str, Any], list[int], list[int]]:
     """Runs on every rank: what it is told, and the sizes of what finding a checkpoint gathers and sends."""
-    ranks = launched()
-    assert ranks is not None
-    start_process_group(config, ZeroConfig.load(config), ranks)
+    mesh = launched()
+    assert mesh is not None
+    start_process_group(config, ZeroConfig.load(config), mesh)
     told: dict[str, Any] = {
-        "value": on_main(ranks.is_main, lambda: {"rank": ranks.rank, "path": Path("a")}),
-        "error on main": _error(lambda: on_main(ranks.is_main, _fail)),
-        "error on 0": _error(lambda: together(_fail if ranks.is_main else int)),
-        "error on 1": _error(lambda: together(_fail if ranks.rank == 1 else int)),
+        "value": on_main(mesh.is_main, lambda: {"rank": mesh.rank, "path": Path("a")}),
+        "error on main": _error(lambda: on_main(mesh.is_main, _fail)),
+        "error on 0": _error(lambda: together(_fail if mesh.is_main else int)),
+        "error on 1": _error(lambda: together(_fail if mesh.rank == 1 else int)),
     }
     gathered, sent = [], []
     gather, broadcast = torch.distributed.all_gather_object, torch.distributed.broadcast_object_list
@@ -64,7 +64,7 @@ def agree(config: RunConfig) -> tuple[dict[str, Any], list[int], list[int]]:
         sent.append(len(pickle.dumps(object_list)))
 
     torch.distributed.all_gather_object, torch.distributed.broadcast_object_list = count_gathered, count_sent
-    start = find_start(config, ranks, IDENTITY | {"config": config.model_dump(mode="json")})
+    start = find_start(config, mesh, IDENTITY | {"config": config.model_dump(mode="json")})
     assert start.checkpoint is not None
     told["start"] = (start.step, start.remarks, len(start.checkpoint.manifest["parameters"]))
     torch.distributed.destroy_process_group()

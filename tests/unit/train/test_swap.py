@@ -12,23 +12,23 @@ import pytest
 from dsdpo.compat import can_swap
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from dsdpo.errors import ConfigError, IOFailure
 from dsdpo.train.swap import _check_room, _make_room, swap_removed
 
 
 def test_a_node_without_the_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"nvme_path: {socket.gethostname()} has no folder {tmp_path}/disk;"):
-        _make_room(tmp_path / "disk" / "dsdpo-0", Ranks(0, 1, 0))
+        _make_room(tmp_path / "disk" / "dsdpo-0", Mesh(0, 1, 0))
 
 
 @pytest.mark.skipif(not can_swap(), reason="libaio with its headers is not installed (libaio-dev)")
 def test_what_a_killed_run_left_is_removed_once_per_node(tmp_path: Path) -> None:
     left = tmp_path / "dsdpo-0" / "zero_stage_3" / "optimizer" / "rank7"
     left.mkdir(parents=True)
-    _make_room(tmp_path / "dsdpo-0", Ranks(1, 2, 1))
+    _make_room(tmp_path / "dsdpo-0", Mesh(1, 2, 1))
     assert left.is_dir()
-    _make_room(tmp_path / "dsdpo-0", Ranks(0, 2, 0))
+    _make_room(tmp_path / "dsdpo-0", Mesh(0, 2, 0))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -51,9 +51,9 @@ def test_each_rank_removes_its_own_and_the_last_one_the_folder(tmp_path: Path) -
     for file in files:
         file.parent.mkdir(parents=True)
         file.write_bytes(b"state")
-    with pytest.raises(ZeroDivisionError), swap_removed(zero, Ranks(0, 2, 0)):
+    with pytest.raises(ZeroDivisionError), swap_removed(zero, Mesh(0, 2, 0)):
         raise ZeroDivisionError
     assert not files[0].exists() and files[1].exists()
-    with swap_removed(zero, Ranks(1, 2, 1)):
+    with swap_removed(zero, Mesh(1, 2, 1)):
         pass
     assert list((tmp_path / "disk").iterdir()) == []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from dsdpo.lock import RunLock, this_process
 from dsdpo.rundir import RunDir
 from dsdpo.train.watch import Watch
@@ -44,13 +44,13 @@ def test_the_rank_that_is_silent_or_behind_is_named(
     for rank in range(3):
         tell(tmp_path, rank, beats[rank], ages[rank], tokens[rank])
     me = 0 if first == 0 else 1
-    text, found = Watch(RunDir(tmp_path), Ranks(me, 3, me), 120.0, "t").diagnose(121.0)
+    text, found = Watch(RunDir(tmp_path), Mesh(me, 3, me), 120.0, "t").diagnose(121.0)
     assert named in text and "No progress for 121 s" in text and found == first
 
 
 def test_a_rank_without_a_file_is_silent(tmp_path: Path) -> None:
     tell(tmp_path, 0, 3)
-    assert "rank 1 (host ?, pid ?)" in Watch(RunDir(tmp_path), Ranks(0, 2, 0), 120.0, "t").diagnose(121.0)[0]
+    assert "rank 1 (host ?, pid ?)" in Watch(RunDir(tmp_path), Mesh(0, 2, 0), 120.0, "t").diagnose(121.0)[0]
 
 
 def test_a_rank_on_this_host_that_has_died_is_known_at_once(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_rank_on_this_host_that_has_died_is_known_at_once(tmp_path: Path) -> N
     me = this_process()
     tell(tmp_path, 0, 3, **me)
     tell(tmp_path, 1, 3, **{**me, "pid": gone.pid})
-    watch = Watch(RunDir(tmp_path), Ranks(0, 2, 0), 120.0, "t")
+    watch = Watch(RunDir(tmp_path), Mesh(0, 2, 0), 120.0, "t")
     assert watch._neighbour_has_died() and f"pid {gone.pid}), which has died" in watch.diagnose(10.0)[0]
     for elsewhere in ({"host": "another"}, {"pid_namespace": "pid:[1]"}, {"boot_id": "another"}):
         tell(tmp_path, 1, 3, **{**me, "pid": gone.pid, **elsewhere})
@@ -70,11 +70,11 @@ RANK = """
 import sys, time
 from pathlib import Path
 import dsdpo.train.watch
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from dsdpo.rundir import RunDir
 from dsdpo.train.watch import Watch
 out, timeout, token, beats = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] or None, int(sys.argv[4])
-watch = Watch(RunDir(out), Ranks(0, 1, 0), timeout, token)
+watch = Watch(RunDir(out), Mesh(0, 1, 0), timeout, token)
 watch.start()
 for step in range(beats):
     watch.beat(step)

@@ -11,7 +11,7 @@ import pytest
 import dsdpo
 from dsdpo.config.load import load
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.dist import Ranks
+from dsdpo.dist import Mesh
 from dsdpo.errors import ConfigError, IOFailure
 from dsdpo.use.nodes import NodesDiffer, differences, facts, missing, problems_of, remarks, summary
 
@@ -86,9 +86,9 @@ def test_other_gpus_are_a_remark(mine: dict[str, Any]) -> None:
 
 
 def test_missing_ranks_are_named() -> None:
-    line = missing(Ranks(0, 4, 0), [0, 2], ["n1", "n2"], 45.0)
+    line = missing(Mesh(0, 4, 0), [0, 2], ["n1", "n2"], 45.0)
     assert line.startswith("ranks 1, 3 of 4 did not come within 45 s (those on n1, n2 did)")
-    assert missing(Ranks(0, 99, 0), [0], ["n1"], 45.0).count(",") < 20
+    assert missing(Mesh(0, 99, 0), [0], ["n1"], 45.0).count(",") < 20
 
 
 def test_a_long_report_is_cut(mine: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import pytest
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from dsdpo.config.load import load
-from dsdpo.dist import Allocation, Ranks
+from dsdpo.dist import Allocation, Mesh
 from dsdpo.errors import HangError, IOFailure, StopRequested
 from dsdpo.lock import RunLock
 from dsdpo.rundir import RunDir
@@ -204,13 +204,13 @@ def test_a_peers_record_counts_when_the_main_rank_knows_nothing(
     if main is not None:
         write_exit(RunDir(tmp_path), ExitRecord(main, "connection reset by peer", 0))
     for rank in (3, 4):
-        _write_exit(RunDir(tmp_path), Ranks(rank, 8, rank), IOFailure("disk full"))
+        _write_exit(RunDir(tmp_path), Mesh(rank, 8, rank), IOFailure("disk full"))
     assert exit_code_from("train", RunDir(tmp_path), 74) == 74
     assert capsys.readouterr().err == "rank 3: disk full\n"
 
 
 def test_the_main_ranks_record_goes_before_a_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _write_exit(RunDir(tmp_path), Ranks(1, 2, 1), StopRequested("stopped"))
+    _write_exit(RunDir(tmp_path), Mesh(1, 2, 1), StopRequested("stopped"))
     write_exit(RunDir(tmp_path), ExitRecord(75, "stopped", 0))
     assert exit_code_from("train", RunDir(tmp_path), 75) == 75
     assert capsys.readouterr().err == ""
