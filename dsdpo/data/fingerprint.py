@@ -56,7 +56,7 @@ def known_tokenizer_digest(folder: Path, load: Callable[[], PreTrainedTokenizerB
     stamp = stamps / f"tokenizer-{_digest(str(folder.absolute()))}.json"
     if stamp.exists():
         known = json.loads(stamp.read_bytes())
-        if known["state"] == state:
+        if known.get("state") == state:
             return str(known["digest"])
     digest = tokenizer_digest(load())
     if all(map(is_settled, state["files"])):
