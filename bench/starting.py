@@ -50,7 +50,9 @@ def main() -> None:
             start(checkout, config, Path(folder, f"{name}-first"), arguments.ranks)
         for number in range(arguments.rounds):
             for name, checkout in checkouts.items():
-                starts[name].append(start(checkout, config, Path(folder, f"{name}-{number}"), arguments.ranks))
+                found = start(checkout, config, Path(folder, f"{name}-{number}"), arguments.ranks)
+                starts[name].append(found)
+                print(f"{name} {number + 1}: CPU {found.cpu:.1f} s, wall {found.wall:.1f} s", flush=True)
     for name, measured in starts.items():
         print(f"{name}: {summary('CPU', [s.cpu for s in measured])}; {summary('wall', [s.wall for s in measured])}")
     if arguments.against:
