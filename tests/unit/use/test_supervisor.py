@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from dsdpo.config.load import load
@@ -33,7 +34,7 @@ from dsdpo.use.launcher import (
 )
 from dsdpo.use.preflight import ClusterRequest
 from dsdpo.use.rank import _write_exit
-from dsdpo.use.supervisor import _devices, exit_code_from, has_started_over, start_over
+from dsdpo.use.supervisor import _devices, _visible_devices, exit_code_from, has_started_over, start_over
 from dsdpo.use.task import Task, clear_marks
 
 REPOSITORY = Path(__file__).parents[3]
@@ -340,6 +341,10 @@ def test_gpus_of_a_job_are_those_slurm_gave_or_else_those_seen(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     monkeypatch.setattr(os, "environ", {"DS_ACCELERATOR": accelerator} if accelerator else {})
     assert _devices(ClusterRequest(), Allocation("41", 2, "n[1-2]", gpus, 0, "41", is_here)) == devices
+
+
+def test_devices_are_counted_as_torch_counts_them() -> None:
+    assert _visible_devices() == torch.cuda.device_count()
 
 
 def test_fresh_is_noted_for_the_job_that_began_again(tmp_path: Path) -> None:
