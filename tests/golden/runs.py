@@ -20,7 +20,7 @@ from tests.golden.inputs import save_model, save_pairs, save_tokenizer, zero_jso
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "golden"
-TIMEOUT_S = 900
+TIMEOUT_S, TIMED_OUT = 900, 124
 LOG_END = 4000  # characters of a failed run's log that are shown
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "trl", "numpy", "safetensors", "tokenizers", "accelerate")
 _RESULTS = ("metrics.jsonl", "final", "checkpoints")  # of an output_dir
@@ -64,13 +64,17 @@ def environment(code: Path) -> dict[str, str]:
 
 
 def train(code: Path, run: Path, ranks: int, log: Path, *arguments: str, cwd: Path) -> int:
-    """`dsdpo train run --num_accelerators ranks arguments…`; its output goes to `log`. Returns the exit code."""
+    """`dsdpo train run --num_accelerators ranks arguments…`; its output goes to `log`.
+
+    Returns the exit code: TIMED_OUT for a run that was killed after TIMEOUT_S.
+    """
     command = [sys.executable, "-m", "dsdpo", "train", str(run), "--num_accelerators", str(ranks), *arguments]
     with log.open("w") as output:
-        done = subprocess.run(
-            command, cwd=cwd, env=environment(code), stdout=output, stderr=subprocess.STDOUT, timeout=TIMEOUT_S
-        )
-    return done.returncode
+        streams = {"stdout": output, "stderr": subprocess.STDOUT}
+        try:
+            return subprocess.run(command, cwd=cwd, env=environment(code), **streams, timeout=TIMEOUT_S).returncode
+        except subprocess.TimeoutExpired:
+            return TIMED_OUT
 
 
 @dataclass(frozen=True)
