@@ -41,8 +41,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def go(world: int, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return run_ranks("tests.dist.moves:go", world, tasks)[0] if tasks else []
+def go(world: int, tasks: list[dict[str, Any]], fresh: bool = False) -> list[dict[str, Any]]:
+    return run_ranks("tests.dist.moves:go", world, tasks, fresh=fresh)[0] if tasks else []
 
 
 def task(base: Path, kind: str, folder: str, **more: Any) -> dict[str, Any]:
@@ -137,7 +137,10 @@ def test_chains_of_moves(base: Path, canonical: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_the_same_world_size_nothing_changes_at_all(base: Path, kind: str) -> None:
-    """State and losses to the bit, with dropout, in every stage, saved beside the training or not."""
+    """State and losses to the bit, with dropout, in every stage, saved beside the training or not.
+
+    One kind in new interpreters: no thread may import what a forked rank has at its start.
+    """
     more: dict[str, Any] = {"disable_dropout": True} if kind == "full" else {"lora_dropout": 0.2}
     wholes = [task(base, kind, f"one-go-{kind}-{i}", **p, **more, until=STEPS, save=True) for i, p in enumerate(MORE_PLACES)]
     halves = []
@@ -145,7 +148,7 @@ def test_at_the_same_world_size_nothing_changes_at_all(base: Path, kind: str) ->
         where = {**place, **more, "async_save": i % 2 == 0}
         halves.append(task(base, kind, f"two-goes-{kind}-{i}", **where, until=2, save=True))
         halves.append(task(base, kind, f"two-goes-{kind}-{i}", **where, until=STEPS, save=True))
-    found = go(2, [*wholes, *halves])
+    found = go(2, [*wholes, *halves], fresh=kind == "lora")
     for i in range(len(MORE_PLACES)):
         assert found[len(MORE_PLACES) + 2 * i + 1]["losses"] == found[i]["losses"]
         assert_same(saved_state(base / f"two-goes-{kind}-{i}"), saved_state(base / f"one-go-{kind}-{i}"))

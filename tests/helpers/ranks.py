@@ -1,20 +1,34 @@
-"""Run a function on several real ranks: processes with gloo between them."""
+"""Run a function on several real ranks: processes with gloo between them.
+
+A fresh interpreter imports torch, deepspeed and transformers for 6 to 8 s of CPU time. So ranks are forked by a server
+that has imported them (`tests.helpers.preload`), one server for each pytest process, and gone with it. Where the start
+of an interpreter is part of what is tested, `run_ranks(…, fresh=True)` starts new ones.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import gc
 import importlib
+import multiprocessing
 import os
 import pickle
+import random
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+_OUTPUT_END = 3000
+_starting = threading.Lock()
 
 
 def free_port() -> int:
@@ -39,35 +53,56 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def run_ranks(target: str, world_size: int, *args: Any, timeout: float = 600) -> list[Any]:
+def run_ranks(target: str, world_size: int, *args: Any, timeout: float = 900, fresh: bool = False) -> list[Any]:
     """Call `module:function`(*args) on every rank; returns what each rank returned.
 
+    Args:
+        target: `module:function`, importable in a rank.
+        world_size: number of ranks.
+        args: for the function; they are pickled.
+        timeout: seconds for all of it.
+        fresh: start each rank as a new interpreter, as a launcher does.
+
     Raises:
-        AssertionError: a rank failed; with the end of its output.
+        AssertionError: a rank failed, or was not done in time; with the end of each rank's output.
     """
     port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "call").write_bytes(pickle.dumps((target, args)))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "call").write_bytes(pickle.dumps((target, args)))
+        environments = [rank_environment(rank, world_size, port) for rank in range(world_size)]
+        start = _start_fresh if fresh else _fork
+        codes = _codes([start(folder, rank, environment) for rank, environment in enumerate(environments)], timeout)
+        logs = [(folder / f"log-{rank}").read_text(errors="replace")[-_OUTPUT_END:] for rank in range(world_size)]
+        assert codes == [0] * world_size, f"ranks ended with {codes} (None: killed after {timeout:g} s):\n" + (
+            "\n---\n".join(logs)
+        )
+        return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def run_commands(lines: list[list[str]], timeout: float = 900, **variables: str) -> list[tuple[int, str]]:
+    """Run `dsdpo` with each of these command lines as one rank of a group, as under a user's own launcher.
+
+    Args:
+        lines: arguments of each rank, without `dsdpo` itself.
+        timeout: seconds for all of it.
+        variables: of the environment, beside those that a launcher sets.
+
+    Returns:
+        Exit code and output of each rank. A rank that a signal ended has the signal's negative number.
+    """
+    port, world_size = free_port(), len(lines)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         processes = []
-        for rank in range(world_size):
-            with Path(folder, f"log-{rank}").open("wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "tests.helpers.ranks", folder, str(rank)],
-                        cwd=ROOT,
-                        env=rank_environment(rank, world_size, port),
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-        try:
-            codes = [process.wait(timeout) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        logs = [Path(folder, f"log-{rank}").read_text(errors="replace")[-3000:] for rank in range(world_size)]
-        assert not any(codes), f"ranks ended with {codes}:\n" + "\n---\n".join(logs)
-        return [pickle.loads(Path(folder, f"result-{rank}").read_bytes()) for rank in range(world_size)]
+        for rank, line in enumerate(lines):
+            environment = {**rank_environment(rank, world_size, port), **variables}
+            processes.append(_forked(_command, folder / f"log-{rank}", environment, line))
+        codes = _codes(processes, timeout)
+        outputs = [(folder / f"log-{rank}").read_text(errors="replace") for rank in range(world_size)]
+    ends = "\n---\n".join(output[-_OUTPUT_END:] for output in outputs)
+    assert None not in codes, f"ranks ended with {codes} (None: killed after {timeout:g} s):\n{ends}"
+    return [(code, output) for code, output in zip(codes, outputs) if code is not None]
 
 
 def imports_of_threads() -> list[str]:
@@ -86,15 +121,129 @@ def imports_of_threads() -> list[str]:
     return found
 
 
-def _main(folder: str, rank: str) -> None:
-    target, args = pickle.loads(Path(folder, "call").read_bytes())
+# --- processes ---
+
+
+class _Fresh:
+    """A rank in a new interpreter, with the methods of a multiprocessing.Process that are used here."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self.kill = process.kill
+
+    def join(self, timeout: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout)
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._process.poll()
+
+
+def _start_fresh(folder: Path, rank: int, environment: dict[str, str]) -> _Fresh:
+    line = [sys.executable, "-m", "tests.helpers.ranks", str(folder), str(rank)]
+    with (folder / f"log-{rank}").open("wb") as log:
+        return _Fresh(subprocess.Popen(line, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
+
+
+def _fork(folder: Path, rank: int, environment: dict[str, str]) -> Any:
+    return _forked(_call, folder / f"log-{rank}", environment, folder, rank)
+
+
+def _forked(function: Callable[..., None], log: Path, environment: dict[str, str], *args: Any) -> Any:
+    """A process, forked by this pytest's server, that calls function(*args)."""
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_as_rank, args=(function, log, environment, *args), name=log.name)
+    with _starting, _server_environment():
+        context.set_forkserver_preload(["tests.helpers.preload"])
+        forkserver.ensure_running()
+        process.start()
+    return process
+
+
+@contextlib.contextmanager
+def _server_environment() -> Iterator[None]:
+    """What the server must find when it starts: the folder, one thread, the accelerator that deepspeed looks for."""
+    needs = {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow starts one on import
+    }
+    before, cwd = {name: os.environ.get(name) for name in needs}, Path.cwd()
+    os.environ.update(needs)
+    os.chdir(ROOT)
+    try:
+        yield
+    finally:
+        os.chdir(cwd)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _codes(processes: list[Any], timeout: float) -> list[int | None]:
+    """The exit code of each process, all of which have ended then; None for one that had to be killed."""
+    deadline = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join(60)
+
+
+# --- inside a rank ---
+
+
+def _as_rank(function: Callable[..., None], log: Path, environment: dict[str, str], *args: Any) -> None:
+    """Make a forked process what a new interpreter in this environment would be, and call the function."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.close(output)
+    assert "tests.helpers.preload" in sys.modules, "the server could not import tests.helpers.preload"
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = [str(Path(__file__)), log.name]
+    multiprocessing.set_start_method(None, force=True)  # it would be forkserver
+    _seed_anew()
+    try:
+        function(*args)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing ends a child without them
+
+
+def _seed_anew() -> None:
+    """From the system's entropy, as on import: the server's generators would give every rank the same numbers."""
+    import numpy as np
+    import torch
+
+    random.seed()
+    np.random.seed()
+    torch.seed()
+
+
+def _call(folder: Path, rank: int) -> None:
+    target, args = pickle.loads((folder / "call").read_bytes())
     module, function = target.split(":")
     imported = imports_of_threads()
     result = getattr(importlib.import_module(module), function)(*args)
     assert not imported, f"threads import nothing, but: {', '.join(imported)}"
-    Path(folder, f"result-{rank}").write_bytes(pickle.dumps(result))
-    gc.freeze()  # as `dsdpo` ends
+    (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
+
+
+def _command(line: list[str]) -> None:
+    from dsdpo.cli import main
+
+    sys.exit(main(line))
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _call(Path(sys.argv[1]), int(sys.argv[2]))
+    gc.freeze()  # as `dsdpo` ends
