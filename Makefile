@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all there is to do: each first installs what is missing.
 #
 #   make PYTHON=/opt/python3.12/bin/python3 test    with another interpreter (3.10 to 3.12)
-#   make test SLOW=1 PYTEST_ARGS="-k packing -x"    with the slow tests, and with arguments for pytest
+#   make test PYTEST_ARGS="-k packing -x"           with arguments for pytest
 #
 # pip's own settings hold. The index's torch for Linux x86_64 carries CUDA (3 GB) and runs without a GPU too;
 # where that is too much, PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL can point at a CPU build of the same version.
@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults cluster-packages bench check format install clean
+.PHONY: help demo quick test test-all test-faults cluster-packages bench check format install clean
 
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
@@ -41,7 +41,9 @@ endef
 
 help:
 	@echo "make demo     install, then train a small model on text-to-SQL and show what changed"
-	echo "make test     install, then run the tests (SLOW=1: all of them)"
+	echo "make quick    install, then run the tests that start no run: a minute or so"
+	echo "make test     install, then run what a change must pass, with one real run for each promise: 20 minutes"
+	echo "make test-all install, then run every test with KILLS=60: hours (PART=i/4: a quarter, under an hour)"
 	echo "make test-faults KILLS=60    install, then kill as many runs, most inside a save, and count what was lost"
 	echo "make cluster-packages    install SLURM, ssh and the like from Debian: tests/cluster skips without them"
 	echo "make bench    install, then dsdpo beside TRL's DPOTrainer: hours (BENCH_ARGS=\"--cases 'hh-lora-*'\" for a part)"
@@ -57,18 +59,31 @@ demo: $(STAMP)
 
 # One thread per process, since tests start several ranks; nothing is fetched from a hub. Tests run in three streams
 # (tests/conftest.py; PYTEST_ARGS="-n 0" for a debugger), beside which kernels compile on half of the cores.
+define TEST_ENVIRONMENT
+$(WITH_VENV)
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+export MAX_JOBS=$${MAX_JOBS:-$$((($$(nproc) + 1) / 2))}
+if [ -z "$(GPUS)" ]; then export DS_ACCELERATOR=cpu; fi
+endef
+QUICK := tests/unit tests/parity/test_trl_losses.py
+
+quick: $(STAMP)
+	@$(TEST_ENVIRONMENT)
+	python -m pytest -n 2 -m "not slow and not start" $(PYTEST_ARGS) $(QUICK)
+
 test: $(STAMP)
-	@$(WITH_VENV)
-	export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
-	export MAX_JOBS=$${MAX_JOBS:-$$((($$(nproc) + 1) / 2))}
-	if [ -z "$(GPUS)" ]; then export DS_ACCELERATOR=cpu; fi
-	python -m pytest -n 3 -m "$(if $(SLOW),slow or )not slow" $(PYTEST_ARGS)
+	@$(TEST_ENVIRONMENT)
+	python -m pytest -n 3 -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	@$(TEST_ENVIRONMENT)
+	export KILLS=$(or $(KILLS),60)
+	python -m pytest -n 3 --part $(or $(PART),1/1) $(PYTEST_ARGS)
 
 test-faults: $(STAMP)
-	@$(WITH_VENV)
-	export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg KILLS=$(or $(KILLS),12)
-	if [ -z "$(GPUS)" ]; then export DS_ACCELERATOR=cpu; fi
-	python -m pytest -m slow tests/faults/test_kills.py $(PYTEST_ARGS)
+	@$(TEST_ENVIRONMENT)
+	export KILLS=$(or $(KILLS),12)
+	python -m pytest tests/faults/test_kills.py $(PYTEST_ARGS)
 
 # Ten short runs with the code of BASE and of the tree, compared: make golden BASE=COMMIT GOLDEN_ARGS=--tolerance
 .PHONY: golden

@@ -19,8 +19,6 @@ from tests.cluster.machine import programs_in, until
 from tests.faults.place import Place, losses, same_weights, steps_done
 from tests.helpers.ranks import ROOT, free_port
 
-pytestmark = pytest.mark.slow
-
 SECRETS = {"HF_TOKEN": "hf_sEcReTtOkEn", "WANDB_API_KEY": "wAnDbSeCrEtKeY", "MLFLOW_TRACKING_TOKEN": "mLfLoWsEcReT"}
 QUIET = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
@@ -35,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def whole(place: Place) -> Path:
     """A run on 2 ranks of this machine."""
-    code, output = place.run("whole", "--deepspeed", place.zero(3))
+    code, output = place.run_ranks("whole", "--deepspeed", place.zero(3))
     assert code == 0, output
     return place.folder / "whole"
 
@@ -95,6 +93,7 @@ def test_two_hosts_train_and_secrets_stay_secret(hosts: Hosts, place: Place, who
         assert len(files) > 20 and not [path for path in files if secret.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_a_stop_request_reaches_all_hosts(hosts: Hosts, place: Place, whole: Path) -> None:
     run = train(hosts, place, "stopped", DSDPO_FAULT="save:staged@2=12")
     staged = place.folder / "stopped" / "checkpoints" / "step-00000006.tmp"
@@ -108,6 +107,7 @@ def test_a_stop_request_reaches_all_hosts(hosts: Hosts, place: Place, whole: Pat
     assert same_weights(place.folder / "stopped", whole)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_no_rank_on_any_host(hosts: Hosts, place: Place) -> None:
     run = train(hosts, place, "interrupted", "--hang_timeout", "20", DSDPO_FAULT="save:staged@1=240")
     staged = place.folder / "interrupted" / "checkpoints" / "step-00000003.tmp"
@@ -124,6 +124,7 @@ def test_an_interrupted_run_leaves_no_rank_on_any_host(hosts: Hosts, place: Plac
     until(lambda: not left(), "the ranks to see that the lock is gone", 120)
 
 
+@pytest.mark.slow
 def test_an_unreachable_host_is_named(hosts: Hosts, place: Place) -> None:
     hosts.cut("h2")
     started = time.monotonic()
@@ -132,6 +133,7 @@ def test_an_unreachable_host_is_named(hosts: Hosts, place: Place) -> None:
     assert "h2: cannot be reached" in run.output or "h2: no answer over ssh" in run.output, run.output
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_on_a_host_is_named(hosts: Hosts, place: Place) -> None:
     path = ROOT / "dsdpo" / "objectives" / "dpo.py"
     hosts["h2"].overlay(path, path.read_text() + "\n# changed\n")
@@ -141,6 +143,7 @@ def test_a_file_that_differs_on_a_host_is_named(hosts: Hosts, place: Place) -> N
     assert "1. h2: dsdpo/objectives/dpo.py is another file than on h1; install the same dsdpo" in run.output
 
 
+@pytest.mark.slow
 def test_a_config_that_is_missing_on_a_host_is_named(hosts: Hosts, place: Place, tmp_path: Path) -> None:
     folder = tmp_path / "configs"
     folder.mkdir()
@@ -160,12 +163,14 @@ def test_a_config_that_is_missing_on_a_host_is_named(hosts: Hosts, place: Place,
     assert f"1. h2: there is no file {folder}/run.yaml" in run.output, run.output
 
 
+@pytest.mark.slow
 def test_one_host_of_a_hostfile_is_that_host(hosts: Hosts, place: Place) -> None:
     run = train(hosts, place, "other", "--include", "h2", "--max_steps", "2")
     assert run.wait() == 0 and "1 ranks on CPUs" not in run.output, run.output
     assert '"host": "h2"' in (place.folder / "other" / "ranks" / "rank-00000.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["no_ssh", "torchrun", "accelerate"])
 def test_every_launcher_gives_the_same_losses(hosts: Hosts, place: Place, whole: Path, launcher: str) -> None:
     port = str(free_port())

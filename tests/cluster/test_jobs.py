@@ -23,8 +23,6 @@ from tests.cluster.slurm import Slurm
 from tests.faults.place import Place, losses, same_weights, weights
 from tests.helpers.ranks import ROOT
 
-pytestmark = pytest.mark.slow
-
 SECRETS = {"HF_TOKEN": "hf_sEcReTtOkEn", "WANDB_API_KEY": "wAnDbSeCrEtKeY"}
 # One thread for each of several ranks on this machine; a step long enough to be met in the middle.
 QUIET = {"OMP_NUM_THREADS": "1", "DSDPO_ENV": sys.prefix, "DS_ACCELERATOR": "cpu"}
@@ -38,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def whole(place: Place) -> Path:
     """A run on 2 ranks without a scheduler, which nothing interrupts."""
-    code, output = place.run("whole", "--deepspeed", place.zero(3))
+    code, output = place.run_ranks("whole", "--deepspeed", place.zero(3))
     assert code == 0, output
     return place.folder / "whole"
 
@@ -80,7 +78,7 @@ def test_two_nodes_train_policy_and_reference_in_shares(slurm: Slurm, place: Pla
     assert "reference: a frozen engine, 50 % of the parameters on a rank" in log
     assert "2 ranks on CPUs, on 2 nodes: n1, n2" in log
     assert (place.folder / "two" / "logs" / f"{job}-n2.log").exists()
-    code, output = place.run("one", "--deepspeed", place.zero(3), *arguments, ranks=1)
+    code, output = place.run_ranks("one", "--deepspeed", place.zero(3), *arguments, ranks=1)
     assert code == 0, output
     np.testing.assert_allclose(losses(place.folder / "two"), losses(place.folder / "one"), rtol=1e-5)
     one, two = weights(place.folder / "one"), weights(place.folder / "two")
@@ -117,6 +115,7 @@ def test_before_the_time_limit_a_job_saves_and_comes_back(
     assert same_weights(place.folder / "limit", whole) and losses(place.folder / "limit") == losses(whole)
 
 
+@pytest.mark.slow
 def test_a_preempted_job_saves_and_comes_back(
     slurm: Slurm, place: Place, whole: Path, submit: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -130,6 +129,7 @@ def test_a_preempted_job_saves_and_comes_back(
     assert step in (10, 11) and same_weights(place.folder / "preempted", whole)
 
 
+@pytest.mark.slow
 def test_a_job_that_is_requeued_by_hand_goes_on(
     slurm: Slurm, place: Place, whole: Path, submit: Callable[..., str]
 ) -> None:
@@ -145,6 +145,7 @@ def test_a_job_that_is_requeued_by_hand_goes_on(
     assert step >= 6 and same_weights(place.folder / "requeued", whole)
 
 
+@pytest.mark.slow
 def test_a_controller_that_is_away_is_asked_again(slurm: Slurm, tmp_path: Path) -> None:
     job = slurm.sbatch("--wrap=sleep 600", cwd=tmp_path)
     slurm.wait(job, "RUNNING")
@@ -163,6 +164,7 @@ def test_a_controller_that_is_away_is_asked_again(slurm: Slurm, tmp_path: Path) 
     slurm.cancel(job)
 
 
+@pytest.mark.slow
 def test_fresh_is_done_once_and_not_forgotten(
     slurm: Slurm, place: Place, whole: Path, submit: Callable[..., str]
 ) -> None:
@@ -184,6 +186,7 @@ def test_fresh_is_done_once_and_not_forgotten(
     assert step >= 6 and same_weights(place.folder / "fresh", whole)
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_stays_away(slurm: Slurm, place: Place, submit: Callable[..., str]) -> None:
     job = submit("cancelled", DSDPO_FAULT="save:staged@2=12")
     until_saving(place, "cancelled", 6)
@@ -193,12 +196,14 @@ def test_a_cancelled_job_stays_away(slurm: Slurm, place: Place, submit: Callable
     assert slurm.job(job)["JobState"] == "CANCELLED" and done["Restarts"] == "0"
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_config_ends_the_job(slurm: Slurm, submit: Callable[..., str]) -> None:
     job = submit("mistake", "--beta", "-1")
     done = slurm.wait(job, "FAILED")
     assert (done["ExitCode"], done["Restarts"]) == ("64:0", "0") and "beta" in slurm.log(job)
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_at_the_same_step_is_given_up(slurm: Slurm, place: Place, submit: Callable[..., str]) -> None:
     job = submit("loop", DSDPO_FAULT="save:staged@1#1")
     done = slurm.wait(job, "FAILED")
@@ -207,6 +212,7 @@ def test_a_job_that_fails_at_the_same_step_is_given_up(slurm: Slurm, place: Plac
     assert [record["JobState"] for record in records_of(slurm, job)].count("FAILED") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dead", "nodes"), [("n2", "2"), ("n1", "1-3")], ids=["any node", "the first node"])
 def test_when_a_node_dies_the_job_goes_on_without_it(
     slurm: Slurm, place: Place, whole: Path, submit: Callable[..., str], dead: str, nodes: str
@@ -227,6 +233,7 @@ def test_when_a_node_dies_the_job_goes_on_without_it(
     np.testing.assert_allclose(losses(place.folder / out), losses(whole), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_job_goes_on_with_more_nodes(
     slurm: Slurm, place: Place, whole: Path, submit: Callable[..., str]
 ) -> None:
@@ -239,6 +246,7 @@ def test_another_job_goes_on_with_more_nodes(
     np.testing.assert_allclose(losses(place.folder / "more"), losses(whole), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_plain_srun_starts_ranks_that_stop_and_go_on(slurm: Slurm, place: Place, whole: Path, tmp_path: Path) -> None:
     """Without train.sbatch: SLURM_PROCID makes a rank, and a signal to the step is one to all ranks."""
     train = [sys.executable, "-m", "dsdpo", "train", str(place.folder / "run.yaml"), "--deepspeed", place.zero(3)]
@@ -255,6 +263,7 @@ def test_plain_srun_starts_ranks_that_stop_and_go_on(slurm: Slurm, place: Place,
     assert same_weights(place.folder / "srun", whole) and losses(place.folder / "srun") == losses(whole)
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_line_on_what_was_prepared(slurm: Slurm, place: Place) -> None:
     settings = {**QUIET, "PYTHONPATH": str(ROOT), "DSDPO_SWEEP_DIR": str(place.folder / "sweep")}
     (place.folder / "sweep.txt").write_text('--beta 0.2 --run_name "a b"\n--beta 0.3\n')

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from dsdpo.data.loader import PairLoader
 from dsdpo.data.shards import PreparedSet
 from dsdpo.dist import Mesh
-from tests.dist.test_whole_runs import ROOT, metrics_of, run
+from tests.dist.test_whole_runs import ROOT, metrics_of, run_forked
 from tests.helpers.real import shared_file, smollm2
 from tests.helpers.tiny import save_model, tiny_llama_config
 
@@ -40,7 +40,7 @@ def test_prepare_and_train_hh_harmless(tmp_path: Path) -> None:
         "output_dir": str(tmp_path / "out"),
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    code, output = run(tmp_path)
+    code, output = run_forked(tmp_path)
     assert code == 0, output
 
     prepared = next(tmp_path.glob(".dsdpo_cache/prepared/*/manifest.json"))

@@ -13,8 +13,6 @@ from tests.dist.test_elastic import assert_same, saved_state
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
 
-pytestmark = pytest.mark.slow
-
 WORLD, GROUP = 4, 2
 HPZ: dict[str, Any] = {"zero": {"zero_hpz_partition_size": GROUP}}
 PLAIN: dict[str, Any] = {}

@@ -113,7 +113,6 @@ def test_a_killed_pass_goes_on_where_it_was(base: Path, tmp_path: Path, found: d
     np.testing.assert_allclose(values, found["first"][1], **CLOSE)
 
 
-@pytest.mark.slow
 def test_two_jobs_at_once_share_a_store(base: Path, tmp_path: Path) -> None:
     runs = [{"model": str(base), "pairs": n} for n in (N, N + 4)]
     with ThreadPoolExecutor(2) as pool:

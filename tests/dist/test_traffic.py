@@ -10,8 +10,6 @@ from bench.traffic import Setup, Sizes, collectives
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
 
-pytestmark = pytest.mark.slow
-
 WORLD = 2
 SMALL = 200  # bytes of norms, metrics, flags and padding
 RELEASE_AT_ONCE = {

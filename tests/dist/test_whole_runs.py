@@ -21,7 +21,7 @@ from dsdpo.checkpoint.commit import checkpoints
 from dsdpo.compat import can_swap
 from tests.helpers.disks import mounted
 from tests.helpers.nvme import built_async_io
-from tests.helpers.ranks import free_port
+from tests.helpers.ranks import free_port, run_as_ranks
 from tests.helpers.tiny import save_model, save_pairs, save_tokenizer, tiny_llama_config
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +82,11 @@ def run(place: Path, *arguments: str, command: str = "train") -> tuple[int, str]
     return process.returncode, output
 
 
+def run_forked(place: Path, *arguments: str, command: str = "train") -> tuple[int | None, str]:
+    """As `run`, by two ranks alone: for what is not about supervisor and launcher."""
+    return run_as_ranks(2, command, str(place / "run.yaml"), *arguments)
+
+
 def metrics_of(output_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Lines of training steps, and of evaluations."""
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
@@ -128,7 +133,7 @@ def test_a_finished_output_dir_is_not_touched(place: Path, first: tuple[int, str
 
 def test_eval_of_the_trained_weights_gives_the_last_evaluation(place: Path, first: tuple[int, str]) -> None:
     final = str(place / "first" / "final")
-    code, output = run(place, "--model", final, "--output_dir", str(place / "eval"), command="eval")
+    code, output = run_forked(place, "--model", final, "--output_dir", str(place / "eval"), command="eval")
     assert code == 0, output
     found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     expected = metrics_of(place / "first")[1][-1]
@@ -138,7 +143,7 @@ def test_eval_of_the_trained_weights_gives_the_last_evaluation(place: Path, firs
 
 
 def test_another_beta_finds_its_reference_in_the_store(place: Path, first: tuple[int, str]) -> None:
-    code, output = run(place, "--beta", "0.3", "--max_steps", "1", "--output_dir", str(place / "beta"))
+    code, output = run_forked(place, "--beta", "0.3", "--max_steps", "1", "--output_dir", str(place / "beta"))
     assert code == 0 and "found in" in output and "computing" not in output
 
 
@@ -151,6 +156,7 @@ def test_a_loss_that_is_not_finite_ends_with_70_and_names_step_and_pairs(place: 
     assert not checkpoints(RunDir(out)), "nothing that is not finite is saved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_request_saves_and_ends_with_75(place: Path, number: signal.Signals) -> None:
     out = place / number.name
@@ -184,7 +190,8 @@ def test_under_torchrun_it_is_a_rank_and_prepares_by_itself(place: Path) -> None
 def test_hpz_that_does_not_fit_the_ranks_is_told(place: Path) -> None:
     """The number of ranks is not known before they are started."""
     out = place / "hpz"
-    code, output = run(place, "--deepspeed", str(ROOT / "ds_configs" / "zero3_hpz.json"), "--output_dir", str(out))
+    arguments = ["--deepspeed", str(ROOT / "ds_configs" / "zero3_hpz.json"), "--output_dir", str(out)]
+    code, output = run_forked(place, *arguments)
     assert code == 64, output
     assert "zero_hpz_partition_size is 8, but 2 ranks train" in output and "allowed for 2: 1, 2." in output
 

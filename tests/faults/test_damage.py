@@ -20,8 +20,6 @@ from tests.faults.place import Place, same_weights
 from tests.helpers.disks import mounted
 from tests.helpers.tiny import save_model, tiny_llama_config
 
-pytestmark = pytest.mark.slow
-
 STOPPED = ["--max_steps", "6", "--save_steps", "2"]
 
 
@@ -33,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def whole(place: Place) -> Path:
     """A run on two ranks with checkpoints after steps 2, 4 and 6, finished."""
-    code, output = place.run("whole", "--deepspeed", place.zero(3), *STOPPED)
+    code, output = place.run_ranks("whole", "--deepspeed", place.zero(3), *STOPPED)
     assert code == 0, output
     assert [c.step for c in checkpoints(RunDir(place.folder / "whole"))] == [6, 4, 2]
     return place.folder / "whole"
@@ -75,7 +73,7 @@ HARMS: dict[str, Callable[[Path], object]] = {
 def test_a_harmed_shard_is_passed_over(place: Place, whole: Path, run: Path, harm: str, rank: int) -> None:
     """The run goes on from the checkpoint before."""
     HARMS[harm](run / "checkpoints" / "step-00000004" / f"rank-{rank:05d}-of-00002.safetensors")
-    code, output = place.run(run.name, "--deepspeed", place.zero(3), *STOPPED)
+    code, output = place.run_ranks(run.name, "--deepspeed", place.zero(3), *STOPPED)
     assert code == 0 and "resumed after step 2" in output and "step-00000004: rank-" in output, output
     assert same_weights(run, whole)
 
@@ -84,7 +82,7 @@ def test_a_flipped_bit_in_the_description_is_passed_over(place: Place, whole: Pa
     """Of the settings that it holds, so that it would tell of another run."""
     path = run / "checkpoints" / "step-00000004" / "run.json"
     path.write_bytes(path.read_bytes().replace(b'"seed": 42', b'"seed": 43'))
-    code, output = place.run(run.name, "--deepspeed", place.zero(3), *STOPPED)
+    code, output = place.run_ranks(run.name, "--deepspeed", place.zero(3), *STOPPED)
     assert code == 0 and "resumed after step 2" in output and "step-00000004: run.json is damaged" in output, output
     assert same_weights(run, whole)
 
@@ -94,7 +92,8 @@ def test_nothing_usable_is_66_and_no_fresh_start(place: Place, run: Path, harm: 
     for folder in (run / "checkpoints").iterdir():
         HARMS[harm](folder / "rank-00001-of-00002.safetensors")
     before = digest(run)
-    code, output = place.run(run.name, "--deepspeed", place.zero(3), *STOPPED)
+    run_again = place.run if harm == "bit-flipped" else place.run_ranks  # once with supervisor and launcher
+    code, output = run_again(run.name, "--deepspeed", place.zero(3), *STOPPED)
     assert code == 66 and "cannot be used" in output and "rank-00001-of-00002" in output, output
     after = digest(run)
     assert {name: after[name] for name in before if name.startswith("checkpoints")} == {
@@ -106,7 +105,7 @@ def test_nothing_usable_is_66_and_no_fresh_start(place: Place, run: Path, harm: 
 @pytest.mark.parametrize("name", ["MANIFEST.json", "run.json"])
 def test_a_missing_manifest(place: Place, whole: Path, run: Path, name: str) -> None:
     (run / "checkpoints" / "step-00000004" / name).unlink()
-    code, output = place.run(run.name, "--deepspeed", place.zero(3), *STOPPED)
+    code, output = place.run_ranks(run.name, "--deepspeed", place.zero(3), *STOPPED)
     assert code == 0 and "resumed after step 2" in output and name in output, output
     assert same_weights(run, whole)
 
@@ -114,15 +113,17 @@ def test_a_missing_manifest(place: Place, whole: Path, run: Path, name: str) -> 
 def test_a_named_checkpoint_with_a_fault_is_66(place: Place, run: Path) -> None:
     named = run / "checkpoints" / "step-00000004"
     flip(named / "rank-00000-of-00002.safetensors")
-    code, output = place.run(run.name, "--deepspeed", place.zero(3), *STOPPED, "--resume_from_checkpoint", str(named))
+    code, output = place.run_ranks(
+        run.name, "--deepspeed", place.zero(3), *STOPPED, "--resume_from_checkpoint", str(named)
+    )
     assert code == 66 and "is damaged" in output, output
-    code, output = place.run(run.name, *STOPPED, "--resume_from_checkpoint", str(run / "nowhere"))
+    code, output = place.run_supervisor(run.name, *STOPPED, "--resume_from_checkpoint", str(run / "nowhere"))
     assert code == 66 and "no MANIFEST.json" in output, output
 
 
 def test_going_back_to_an_earlier_checkpoint(place: Place, whole: Path, run: Path) -> None:
     named = ["--resume_from_checkpoint", str(run / "checkpoints" / "step-00000002")]
-    code, output = place.run(run.name, "--deepspeed", place.zero(3), *STOPPED, *named)
+    code, output = place.run_ranks(run.name, "--deepspeed", place.zero(3), *STOPPED, *named)
     assert code == 0 and "resumed after step 2" in output, output
     assert (run / "checkpoints" / "step-00000004.superseded").exists(), "nothing is lost"
     assert same_weights(run, whole)
@@ -139,14 +140,14 @@ def test_going_back_to_an_earlier_checkpoint(place: Place, whole: Path, run: Pat
 )
 def test_another_run_is_66_with_every_difference(place: Place, run: Path, change: list[str], said: str) -> None:
     before = digest(run)
-    code, output = place.run(run.name, *STOPPED, *change)
+    code, output = place.run_supervisor(run.name, *STOPPED, *change)
     assert code == 66 and said in output, output
     assert digest(run) == before
 
 
 def test_a_learning_rate_may_change_with_consent(place: Place, run: Path) -> None:
     consent = ["--learning_rate", "0.005", "--change_on_resume", "learning_rate"]
-    code, output = place.run(run.name, "--deepspeed", place.zero(3), *STOPPED, *consent)
+    code, output = place.run_ranks(run.name, "--deepspeed", place.zero(3), *STOPPED, *consent)
     assert code == 0 and "resumed after step 4" in output, output
 
 
@@ -165,22 +166,23 @@ def test_other_content_under_the_same_name_is_66(place: Place, run: Path, what: 
         change = ["--dataset_dir", str(other)]
     assert settings["dataset"] == "pairs.jsonl"
     before = digest(run / "checkpoints")
-    code, output = place.run(run.name, "--deepspeed", place.zero(3), *STOPPED, *change)
+    code, output = place.run_ranks(run.name, "--deepspeed", place.zero(3), *STOPPED, *change)
     assert code == 66 and f"the content of {what} was" in output, output
     assert digest(run / "checkpoints") == before
 
 
 def test_a_finished_run_is_left_alone(place: Place, whole: Path) -> None:
     before = digest(whole)
-    code, output = place.run("whole", "--deepspeed", place.zero(3), *STOPPED)
+    code, output = place.run_supervisor("whole", "--deepspeed", place.zero(3), *STOPPED)
     assert code == 0 and "nothing to do" in output
     assert digest(whole) == before
 
 
+@pytest.mark.slow
 def test_fresh_moves_the_earlier_run_aside_when_confirmed(place: Place, whole: Path, run: Path) -> None:
     before = digest(run)
     arguments = ["--deepspeed", place.zero(3), *STOPPED, "--fresh"]
-    code, output = place.run(run.name, *arguments)
+    code, output = place.run_supervisor(run.name, *arguments)
     assert code == 66 and "--yes" in output and digest(run) == before
     code, output = place.run(run.name, *arguments, "--yes")
     assert code == 0 and "resumed" not in output, output
@@ -207,7 +209,7 @@ def fill(path: Path) -> None:
 def test_a_full_disk_is_told_before_the_steps_that_would_fill_it(place: Place, small_disk: Path) -> None:
     """An estimate in front of every interval."""
     (small_disk / "filler").write_bytes(b"x" * 30_000_000)
-    code, output = place.run(str(small_disk / "out"), *STOPPED)
+    code, output = place.run_ranks(str(small_disk / "out"), *STOPPED)
     assert code == 74 and "the next checkpoint takes" in output and "step 1/6" not in output, output
 
 
@@ -221,10 +223,11 @@ def test_a_disk_that_fills_during_a_save_leaves_the_earlier_checkpoints(place: P
     assert code == 74 and "No space left" in output, output
     (small_disk / "filler").unlink()
     assert [c.step for c in checkpoints(RunDir(out)) if not c.problem] == [2]
-    code, output = place.run(str(out), *STOPPED, ranks=1)
+    code, output = place.run_ranks(str(out), *STOPPED, ranks=1)
     assert code == 0 and "resumed after step 2" in output, output
 
 
+@pytest.mark.slow
 def test_a_save_beside_the_training_that_fails_is_an_error(place: Place, small_disk: Path) -> None:
     out = small_disk / "out"
     more = ["--max_steps", "5000", "--save_steps", "50", "--async_save", "true"]
@@ -239,7 +242,7 @@ def test_a_save_beside_the_training_that_fails_is_an_error(place: Place, small_d
 def test_a_read_only_folder(place: Place, tmp_path: Path) -> None:
     """A mount, since root may write into a folder without the right to."""
     with mounted(tmp_path / "disk", "ro") as folder:
-        code, output = place.run(str(folder / "out"), *STOPPED)
+        code, output = place.run_supervisor(str(folder / "out"), *STOPPED)
         assert code in (64, 74) and "Read-only" in output, output
 
 

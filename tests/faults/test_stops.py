@@ -18,7 +18,6 @@ from dsdpo.rundir import RunDir
 from tests.faults.place import ROOT, Place, Run, losses, records, same_weights, steps_done
 from tests.helpers.ranks import free_port
 
-pytestmark = pytest.mark.slow
 LONG = ["--max_steps", "80", "--save_steps", "1000"]
 
 
@@ -38,7 +37,7 @@ def whole(place: Place) -> Callable[[int], Path]:
     def made(ranks: int) -> Path:
         out = place.folder / f"whole-{ranks}"
         if not out.exists():
-            code, output = place.run(out.name, *zero3(place), *LONG, ranks=ranks)
+            code, output = place.run_ranks(out.name, *zero3(place), *LONG, ranks=ranks)
             assert code == 0, output
         return out
 
@@ -57,7 +56,15 @@ REQUESTS: dict[str, Callable[[Run], None]] = {
 }
 
 
-@pytest.mark.parametrize(("request_", "ranks"), [("SIGTERM", 2), ("SIGUSR1", 2), ("Ctrl-C", 3), ("STOP file", 2)])
+@pytest.mark.parametrize(
+    ("request_", "ranks"),
+    [
+        ("SIGTERM", 2),
+        pytest.param("SIGUSR1", 2, marks=pytest.mark.slow),
+        pytest.param("Ctrl-C", 3, marks=pytest.mark.slow),
+        pytest.param("STOP file", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_request_saves_and_the_same_command_goes_on(
     place: Place, whole: Callable[[int], Path], request_: str, ranks: int
 ) -> None:
@@ -73,19 +80,22 @@ def test_a_request_saves_and_the_same_command_goes_on(
     done = checkpoints(RunDir(run.out))[0].step
     assert not checkpoints(RunDir(run.out))[0].problem and 20 <= done < 80 and done >= steps_done(run.out)
     assert not (run.out / "final").exists() and not (run.out / "COMPLETED").exists()
-    code, output = place.run(name, *zero3(place), *LONG, ranks=ranks)
+    run_again = place.run if request_ == "SIGTERM" else place.run_ranks  # once with supervisor and launcher
+    code, output = run_again(name, *zero3(place), *LONG, ranks=ranks)
     assert code == 0 and f"resumed after step {done}" in output, output
     assert losses(run.out) == losses(expected) and same_weights(run.out, expected)
 
 
+@pytest.mark.slow
 def test_max_time(place: Place, whole: Callable[[int], Path]) -> None:
     code, output = place.run("time", *zero3(place), "--max_time", "1s", *LONG)
     assert code == 75 and "stopped on request after step" in output, output
-    code, output = place.run("time", *zero3(place), *LONG)
+    code, output = place.run_ranks("time", *zero3(place), *LONG)
     assert code == 0, output
     assert same_weights(place.folder / "time", whole(2))
 
 
+@pytest.mark.slow
 def test_a_request_during_a_save_of_40_s(place: Place, whole: Callable[[int], Path]) -> None:
     """DeepSpeed's own launcher would kill the ranks after 30 s."""
     run = place.start(
@@ -97,10 +107,11 @@ def test_a_request_during_a_save_of_40_s(place: Place, whole: Callable[[int], Pa
     code, output = run.wait()
     assert code == 75 and time.monotonic() - started > 35, output
     run.until_nobody_is_left()
-    code, output = place.run("slow-save", *zero3(place), *LONG)
+    code, output = place.run_ranks("slow-save", *zero3(place), *LONG)
     assert code == 0 and same_weights(run.out, whole(2)), output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "done", "save_steps"),
     [pytest.param(1, 2, "2", id="on the way"), pytest.param(5, 6, "", id="the last one, and no checkpoint")],
@@ -110,7 +121,7 @@ def test_a_request_during_an_evaluation(place: Place, batch: int, done: int, sav
     more = [*zero3(place), "--max_steps", "6", "--save_steps", save_steps, "--eval_steps", "2", "--val_size", "16"]
     whole = place.folder / "evaluated"
     if not whole.exists():
-        code, output = place.run(whole.name, *more)
+        code, output = place.run_ranks(whole.name, *more)
         assert code == 0, output
     run = place.start(f"evaluation-{done}", *more, DSDPO_FAULT=f"evaluation:batch@{batch}#0=15")
     assert run.until_step(done)
@@ -123,12 +134,13 @@ def test_a_request_during_an_evaluation(place: Place, batch: int, done: int, sav
     code, output = again.wait()
     assert code == 75 and [c.step for c in checkpoints(RunDir(run.out))] == [done], output
     assert (run.out / "final").exists() == (done == 6) and not (run.out / "COMPLETED").exists()
-    code, output = place.run(run.out.name, *more)
+    code, output = place.run_ranks(run.out.name, *more)
     assert code == 0 and f"resumed after step {done}" in output, output
     means = [[{k: x[k] for k in x if "loss" in k or k == "step"} for x in records(out)] for out in (run.out, whole)]
     assert means[0] == means[1] and same_weights(run.out, whole)
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_at_once_without_harm(place: Place, whole: Callable[[int], Path]) -> None:
     more = [*LONG[:2], "--save_steps", "30"]
     run = place.start("twice", *zero3(place), *more, DSDPO_FAULT="save:rank-written@2#1=120")
@@ -140,7 +152,7 @@ def test_a_second_interrupt_ends_at_once_without_harm(place: Place, whole: Calla
     code, _ = run.wait()
     assert code == 130 and time.monotonic() - started < 60
     run.until_nobody_is_left()
-    code, output = place.run("twice", *zero3(place), *more)
+    code, output = place.run_ranks("twice", *zero3(place), *more)
     assert code == 0 and "resumed after step 30" in output, output
     assert same_weights(run.out, whole(2))
 
@@ -159,6 +171,7 @@ def test_a_rank_that_is_stopped_is_named(place: Place, whole: Callable[[int], Pa
     run.until_nobody_is_left()
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run_with_71(place: Place) -> None:
     run = place.start("dead", *zero3(place), "--max_steps", "100000")
     assert run.until_step(10)
@@ -184,6 +197,7 @@ def with_own_launcher(place: Place, name: str, *more: str) -> Run:
     return Run(line, out, {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
 
 
+@pytest.mark.slow
 def test_under_a_users_own_launcher(place: Place, whole: Callable[[int], Path]) -> None:
     """The STOP file gives a committed checkpoint."""
     run = with_own_launcher(place, "own", *LONG)
@@ -193,10 +207,11 @@ def test_under_a_users_own_launcher(place: Place, whole: Callable[[int], Path]) 
     run.wait()
     run.until_nobody_is_left()
     assert not checkpoints(RunDir(out))[0].problem
-    code, output = place.run("own", *zero3(place), *LONG)
+    code, output = place.run_ranks("own", *zero3(place), *LONG)
     assert code == 0 and "resumed after step" in output and same_weights(out, whole(2)), output
 
 
+@pytest.mark.slow
 def test_what_sigterm_cannot_do_under_a_users_own_launcher(place: Place) -> None:
     """`deepspeed` ends at once and saves nothing. Ranks that are left alone end too: nobody would stop them."""
     more = ["--max_steps", "100000", "--save_steps", "10", "--save_total_limit", "2"]
@@ -215,10 +230,11 @@ def test_what_sigterm_cannot_do_under_a_users_own_launcher(place: Place) -> None
     assert not checkpoints(RunDir(out))[0].problem
 
 
+@pytest.mark.slow
 def test_two_jobs(place: Place) -> None:
     first = place.start("two", *zero3(place), "--max_steps", "100000")
     assert first.until_step(2)
-    code, output = place.run("two", *zero3(place), "--max_steps", "100000")
+    code, output = place.run_supervisor("two", *zero3(place), "--max_steps", "100000")
     assert code == 74 and str(first.process.pid) in output and "in use by dsdpo train" in output, output
     first.process.send_signal(signal.SIGTERM)
     assert first.wait()[0] == 75

@@ -28,6 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 _OUTPUT_END = 3000
+_PEERS_S = 60  # that peers of a rank that failed have to fail too
 _starting = threading.Lock()
 
 
@@ -80,29 +81,35 @@ def run_ranks(target: str, world_size: int, *args: Any, timeout: float = 900, fr
         return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def run_commands(lines: list[list[str]], timeout: float = 900, **variables: str) -> list[tuple[int, str]]:
-    """Run `dsdpo` with each of these command lines as one rank of a group, as under a user's own launcher.
+def run_commands(
+    *calls: tuple[list[str], dict[str, str]], timeout: float = 900, peers: float = _PEERS_S
+) -> list[tuple[int | None, str]]:
+    """Run `dsdpo` in processes beside each other.
 
     Args:
-        lines: arguments of each rank, without `dsdpo` itself.
+        calls: arguments and environment of each; with that of a rank (`rank_environment`), it is one.
         timeout: seconds for all of it.
-        variables: of the environment, beside those that a launcher sets.
+        peers: seconds that the others have when one has failed.
 
     Returns:
-        Exit code and output of each rank. A rank that a signal ended has the signal's negative number.
+        Exit code and output of each. What a signal ended has its negative number, what had to be killed None.
     """
-    port, world_size = free_port(), len(lines)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        processes = []
-        for rank, line in enumerate(lines):
-            environment = {**rank_environment(rank, world_size, port), **variables}
-            processes.append(_forked(_command, folder / f"log-{rank}", environment, line))
-        codes = _codes(processes, timeout)
-        outputs = [(folder / f"log-{rank}").read_text(errors="replace") for rank in range(world_size)]
-    ends = "\n---\n".join(output[-_OUTPUT_END:] for output in outputs)
-    assert None not in codes, f"ranks ended with {codes} (None: killed after {timeout:g} s):\n{ends}"
-    return [(code, output) for code, output in zip(codes, outputs) if code is not None]
+        logs = [Path(name, f"log-{number}") for number in range(len(calls))]
+        processes = [_forked(_command, log, environment, line) for log, (line, environment) in zip(logs, calls)]
+        codes = _codes(processes, timeout, peers)
+        return list(zip(codes, [log.read_text(errors="replace") for log in logs]))
+
+
+def run_as_ranks(world_size: int, *line: str) -> tuple[int | None, str]:
+    """Run `dsdpo` with these arguments on each rank of a group, as under a user's own launcher.
+
+    Returns the main rank's exit code, and all output. As launchers do, it ends the others when one has failed.
+    """
+    port = free_port()
+    calls = [(list(line), rank_environment(rank, world_size, port)) for rank in range(world_size)]
+    ends = run_commands(*calls, peers=5)
+    return ends[0][0], "\n---\n".join(output for _, output in ends)
 
 
 def imports_of_threads() -> list[str]:
@@ -183,13 +190,21 @@ def _server_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _codes(processes: list[Any], timeout: float) -> list[int | None]:
-    """The exit code of each process, all of which have ended then; None for one that had to be killed."""
-    deadline = time.monotonic() + timeout
+def _codes(processes: list[Any], timeout: float, peers: float = _PEERS_S) -> list[int | None]:
+    """The exit code of each process, all of which have ended then; None for one that had to be killed.
+
+    Args:
+        processes: of one group.
+        timeout: seconds for all of them.
+        peers: seconds that the others have when one has failed.
+    """
+    deadline, has_failed = time.monotonic() + timeout, False
     try:
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        return [process.exitcode for process in processes]
+        while None in (codes := [process.exitcode for process in processes]) and time.monotonic() < deadline:
+            if any(codes) and not has_failed:
+                has_failed, deadline = True, min(deadline, time.monotonic() + peers)
+            time.sleep(0.02)
+        return codes
     finally:
         for process in processes:
             process.kill()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.ranks import ROOT, run_commands, run_ranks
+from tests.helpers.ranks import ROOT, run_as_ranks, run_ranks
 
 HERE = "tests.unit.helpers.test_ranks"
 
@@ -62,6 +62,7 @@ def import_beside() -> None:
     thread.join()
 
 
+@pytest.mark.start
 def test_a_forked_rank_finds_what_a_new_interpreter_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OF_THIS_TEST", "1")
     forked = run_ranks(f"{HERE}:look", 2)
@@ -95,5 +96,6 @@ def test_a_thread_that_imports_fails_the_rank() -> None:
 
 
 def test_a_command_ends_with_its_code_and_output(tmp_path: Path) -> None:
-    [(code, output)] = run_commands([["train", str(tmp_path / "none.yaml")]])
+    """And its peers are ended with it: they would wait for the main rank."""
+    code, output = run_as_ranks(2, "train", str(tmp_path / "none.yaml"))
     assert code == 64 and "none.yaml" in output
