@@ -78,7 +78,7 @@ def start(place: Path, *arguments: str, command: str = "train") -> subprocess.Po
 def run(place: Path, *arguments: str, command: str = "train") -> tuple[int, str]:
     """Exit code and output."""
     process = start(place, *arguments, command=command)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     return process.returncode, output
 
 
@@ -161,12 +161,12 @@ def test_a_loss_that_is_not_finite_ends_with_70_and_names_step_and_pairs(place: 
 def test_a_stop_request_saves_and_ends_with_75(place: Path, number: signal.Signals) -> None:
     out = place / number.name
     process = start(place, "--max_steps", "100000", "--output_dir", str(out))
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 75, output
     assert not checkpoints(RunDir(out))[0].problem and not (out / "final").exists() and not (out / "COMPLETED").exists()
 
@@ -177,7 +177,7 @@ def test_under_torchrun_it_is_a_rank_and_prepares_by_itself(place: Path) -> None
     arguments = [str(place / "run.yaml"), "--output_dir", str(out), "--cache_dir", str(place / "other-cache")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-m", *line, *arguments], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300
+        [sys.executable, "-m", *line, *arguments], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (out / "COMPLETED").exists()
