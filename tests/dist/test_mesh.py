@@ -9,6 +9,7 @@ import torch
 
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.dist import Mesh
+from dsdpo.rundir import RunDir
 from dsdpo.train.engine import start_process_group
 from dsdpo.train.loop import train
 from dsdpo.train.session import build_session
@@ -28,7 +29,7 @@ def train_as(places: list[Mesh], folder: Path) -> list[list[dict[str, float]]]:
         zero = ZeroConfig.load(config)
         hardware = start_process_group(config, zero, mesh)
         pairs, held_out = ListOfPairs(random_pairs(17)), ListOfPairs(random_pairs(9, seed=1))
-        session = build_session(config, zero, mesh, hardware, pairs, held_out, StopFlag(out))
+        session = build_session(config, zero, mesh, hardware, pairs, held_out, StopFlag(RunDir(out)))
         train(session)
         session.reporter.close()
         found.append([json.loads(line) for line in Path(config.output_dir, "metrics.jsonl").read_text().splitlines()])
