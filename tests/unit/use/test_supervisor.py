@@ -338,7 +338,7 @@ def test_an_argument_arrives_on_another_host_as_it_was(argument: str) -> None:
 def test_gpus_of_a_job_are_those_slurm_gave_or_else_those_seen(
     monkeypatch: pytest.MonkeyPatch, gpus: int | None, is_here: bool, accelerator: str | None, devices: int
 ) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("dsdpo.use.supervisor._visible_devices", lambda: 8)
     monkeypatch.setattr(os, "environ", {"DS_ACCELERATOR": accelerator} if accelerator else {})
     assert _devices(ClusterRequest(), Allocation("41", 2, "n[1-2]", gpus, 0, "41", is_here)) == devices
 
