@@ -17,7 +17,7 @@ from typing import Any
 from bench.cases import ROOT, Case
 from bench.sides import Run, Side
 from dsdpo import __version__
-from dsdpo.use.launcher import cores
+from dsdpo.launch.deepspeed import cores
 
 MEMORY_TARGET = 0.7
 _PACKAGES = ("torch", "trl", "transformers", "peft", "deepspeed")

@@ -42,12 +42,12 @@ def main() -> None:
 
 
 def _saves(rounds: int) -> None:
-    from dsdpo.checkpoint.zero import set_adam_step
+    from dsdpo.checkpoint.saver import Saver, checkpoint_bytes
     from dsdpo.config.schema import RunConfig
     from dsdpo.config.zero import ZeroConfig
-    from dsdpo.dist import launched
-    from dsdpo.train.engine import build_engine, start_process_group
-    from dsdpo.train.saving import Saver, checkpoint_bytes
+    from dsdpo.engine.engine import build_engine, start_process_group
+    from dsdpo.engine.zero_state import set_adam_step
+    from dsdpo.runtime.env import launched
 
     mesh = launched()
     assert mesh is not None
@@ -122,7 +122,7 @@ class _Endless:
 
 def _seeks(rounds: int) -> None:
     from dsdpo.data.loader import PairLoader
-    from dsdpo.dist import Mesh
+    from dsdpo.runtime.env import Mesh
 
     loader = PairLoader(_Endless(), Mesh(0, 8, 0), 4096, share_prefix=True)
 

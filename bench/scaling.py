@@ -78,7 +78,7 @@ def cells(step: Step, one: Step) -> list[str]:
 def memory_lines(model: Model, job: Job, counts: list[int]) -> list[str]:
     """GiB of each GPU by part, a line for each number of GPUs."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # importing DeepSpeed looks for a GPU
-    from dsdpo.train.memory import activation_bytes_per_token
+    from dsdpo.plan.memory import activation_bytes_per_token
 
     per_token = activation_bytes_per_token(model.config, job.setup.element, job.checkpointing)
     lines = []

@@ -26,7 +26,7 @@ from dsdpo.data.order import step_pair_ids
 from dsdpo.data.prepare import prepare
 from dsdpo.data.shards import PreparedSet
 from dsdpo.errors import DsdpoError
-from dsdpo.use.launcher import KEEP_FREED_MEMORY, cores, end_session, free_port
+from dsdpo.launch.deepspeed import KEEP_FREED_MEMORY, cores, end_session, free_port
 
 Side = Literal["trl", "dsdpo"]
 Log = list[tuple[float, str]]  # lines with the second at which each came

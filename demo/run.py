@@ -58,8 +58,8 @@ def compare(rows: list[dict[str, str]]) -> tuple[list[str], list[str]]:
     """Answers of the base and of the tuned model to every row's question."""
     from transformers.utils.logging import disable_progress_bar
 
-    from dsdpo.data.formats import SQL_PROMPT
-    from dsdpo.use.chat import AnswerSettings, load_both
+    from dsdpo.data.formats.preference import SQL_PROMPT
+    from dsdpo.tools.chat import AnswerSettings, load_both
 
     disable_progress_bar()
 
@@ -70,7 +70,7 @@ def compare(rows: list[dict[str, str]]) -> tuple[list[str], list[str]]:
 
 def show(rows: list[dict[str, str]], base: list[str], tuned: list[str]) -> None:
     """The first few questions with both answers side by side."""
-    from dsdpo.use.screen import side_by_side
+    from dsdpo.tools.screen import side_by_side
 
     width = min(shutil.get_terminal_size((110, 24)).columns, 110)
     for row, left, right in list(zip(rows, base, tuned))[:SHOWN]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from dsdpo import __version__
-from dsdpo.dist import launched
 from dsdpo.errors import CheckpointError, ConfigError, DsdpoError
-from dsdpo.rundir import RunDir
+from dsdpo.runtime.env import launched
+from dsdpo.runtime.rundir import RunDir
 
 INTERRUPTED = 130
 
@@ -43,10 +43,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
-    from dsdpo.use.preflight import ClusterRequest
-    from dsdpo.use.rank import join
-    from dsdpo.use.supervisor import supervise
-    from dsdpo.use.task import Task
+    from dsdpo.launch.preflight import ClusterRequest
+    from dsdpo.launch.supervisor import supervise
+    from dsdpo.launch.task import Task
+    from dsdpo.launch.worker import join
 
     more = {name: getattr(args, name) for name in ("model", "fresh", "confirmed") if hasattr(args, name)}
     task = Task(args.command, args.config, overrides, **more)
@@ -59,8 +59,8 @@ def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dsdpo.use.preflight import preflight
-    from dsdpo.use.task import prepare_data
+    from dsdpo.launch.preflight import preflight
+    from dsdpo.launch.task import prepare_data
 
     config, _ = preflight(args.config, overrides, "prepare")
     prepare_data(config)
@@ -70,13 +70,13 @@ def _export(args: argparse.Namespace, _: list[str]) -> None:
     source, target = Path(args.output_dir), Path(args.to)
     if not source.is_dir():
         raise CheckpointError(f"there is no folder {source}; give the output_dir of a run")
-    from dsdpo.checkpoint.export import export
+    from dsdpo.export.huggingface import export
 
     print(f"exported {export(source, target, args.merge, args.step)} to {target}")
 
 
 def _checkpoints(args: argparse.Namespace, _: list[str]) -> int:
-    from dsdpo.use.checkpoints import show
+    from dsdpo.tools.checkpoints import show
 
     return show(RunDir(Path(args.output_dir)), args.verify, args.prune)
 
@@ -85,7 +85,7 @@ def _import_checkpoint(args: argparse.Namespace, _: list[str]) -> None:
     source, target = Path(args.checkpoint), Path(args.to)
     if not source.is_dir():
         raise CheckpointError(f"there is no folder {source}; give a DeepSpeed checkpoint, such as out/checkpoint-500")
-    from dsdpo.checkpoint.stock import import_checkpoint
+    from dsdpo.export.deepspeed_import import import_checkpoint
 
     print(f"imported {import_checkpoint(source, target, args.tag, args.model)} to {target}")
 
@@ -93,7 +93,7 @@ def _import_checkpoint(args: argparse.Namespace, _: list[str]) -> None:
 def _chat(args: argparse.Namespace, _: list[str]) -> None:
     if args.prompts and not Path(args.prompts).is_file():
         raise ConfigError(f"--prompts: there is no file {args.prompts}")
-    from dsdpo.use.chat import chat
+    from dsdpo.tools.chat import chat
 
     chat(args.model, args.compare, args.prompts, args.max_new_tokens, args.template, args.system)
 
@@ -102,7 +102,7 @@ def _plot(args: argparse.Namespace, _: list[str]) -> None:
     folder = Path(args.output_dir)
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}; give the output_dir of a run")
-    from dsdpo.use.plots import plot
+    from dsdpo.tools.plots import plot
 
     for picture in plot(RunDir(folder)):
         print(picture)

@@ -21,9 +21,9 @@ from typing import IO, Any
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, IOFailure
-from dsdpo.faults import fault_point
-from dsdpo.files import fsync_folder, write_atomically
-from dsdpo.rundir import RunDir
+from dsdpo.runtime.faults import fault_point
+from dsdpo.runtime.files import fsync_folder, write_atomically
+from dsdpo.runtime.rundir import RunDir
 
 MANIFEST = "MANIFEST.json"
 RUN_FILE = "run.json"
@@ -256,7 +256,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def candidates(config: RunConfig) -> list[Checkpoint]:
+def resume_candidates(config: RunConfig) -> list[Checkpoint]:
     """What a run could go on from, the best first: the newest of its output_dir, or what its config names.
 
     A checkpoint that is named counts until the run that went on from it has saved one itself: so the same command goes
@@ -271,7 +271,7 @@ def candidates(config: RunConfig) -> list[Checkpoint]:
     return [*went_on, read(named)]
 
 
-def set_later_aside(run_dir: RunDir, chosen: Checkpoint) -> None:
+def supersede_later(run_dir: RunDir, chosen: Checkpoint) -> None:
     """Rename checkpoints later than the one that a run goes back to: they would be taken next time, or be damaged."""
     for checkpoint in checkpoints(run_dir):
         if checkpoint.step > chosen.step and checkpoint.path.resolve() != chosen.path.resolve():

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dsdpo.checkpoint.commit import FileRecord, hashed_file
-from dsdpo.checkpoint.zero import STATES, Piece
+from dsdpo.engine.zero_state import STATES, Piece
 from dsdpo.errors import CheckpointError
 
 Index = dict[str, Any]

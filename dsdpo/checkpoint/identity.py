@@ -8,7 +8,7 @@ from typing import Any
 from dsdpo.config.schema import RunConfig, options_with
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any], consented: Sequence[str]) -> list[str]:
+def config_diff(saved: dict[str, Any], now: dict[str, Any], consented: Sequence[str]) -> list[str]:
     """Settings of a saved run that another run config changes and may not, a line each.
 
     An option that is newer than the saved run had its default's meaning then.

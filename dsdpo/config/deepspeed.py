@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dsdpo.config.aliases import did_you_mean
 from dsdpo.config.deepspeed_keys import (
     BLOCKS,
     FIXED,
@@ -25,7 +26,6 @@ from dsdpo.config.deepspeed_keys import (
     ZERO,
 )
 from dsdpo.config.load import LoadResult
-from dsdpo.config.names import did_you_mean
 from dsdpo.config.zero import AUTO, ZeroConfig, block_of, is_off, read_json
 from dsdpo.errors import ConfigError
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dsdpo.config.names import suggest
+from dsdpo.config.aliases import suggest
 from dsdpo.config.options import options, value_kinds
 from dsdpo.config.schema import RunConfig
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.digest import DIGEST_BYTES, pair_digest
-from dsdpo.data.formats import to_pair
+from dsdpo.data.formats.preference import to_pair
 from dsdpo.data.messages import Pair, Refused
 from dsdpo.data.readers import RawRow, parse_row
 from dsdpo.data.registry import DatasetEntry

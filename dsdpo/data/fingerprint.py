@@ -15,7 +15,7 @@ from dsdpo.data.encode import Limits
 from dsdpo.data.readers import load_hub
 from dsdpo.data.registry import DatasetEntry
 from dsdpo.errors import DataError
-from dsdpo.files import file_digest, file_state, is_settled, write_atomically
+from dsdpo.runtime.files import file_digest, file_state, is_settled, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ import numpy as np
 
 from dsdpo.data.order import step_pair_ids
 from dsdpo.data.packing import Row, TokenPair, build_row, dummy_row, idle_share, plan_step, row_lengths
-from dsdpo.dist import Mesh
+from dsdpo.runtime.env import Mesh
 
 
 class PairSource(Protocol):

@@ -23,14 +23,14 @@ import pyarrow.compute as pc
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.encode import Limits, RowEncoder
-from dsdpo.data.formats import FORMATS, READS, detect, unread
+from dsdpo.data.formats.preference import FORMATS, READS, detect, unread
 from dsdpo.data.messages import Pair, Refused
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import INFO_FILE, DatasetEntry
 from dsdpo.data.shards import LENGTHS, MANIFEST, REJECTED, SCHEMA, fsync_path, write_shards
 from dsdpo.data.templates import PairEncoder
 from dsdpo.errors import DataError
-from dsdpo.files import write_atomically
+from dsdpo.runtime.files import write_atomically
 
 if TYPE_CHECKING:
     from datasets import Dataset

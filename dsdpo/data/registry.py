@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsdpo.config.names import did_you_mean
-from dsdpo.data.formats import COLUMNS, FORMATS, READS, TAGS, unread
+from dsdpo.config.aliases import did_you_mean
+from dsdpo.data.formats.preference import COLUMNS, FORMATS, READS, TAGS, unread
 
 INFO_FILE = "dataset_info.json"
 FILE_KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".arrow")

@@ -19,8 +19,10 @@ from transformers import (
 from dsdpo.compat import zero3_loading
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import ConfigError
-from dsdpo.files import file_digest
-from dsdpo.model.families import check_supported
+from dsdpo.model.support import check_supported
+from dsdpo.runtime.collectives import run_on_main
+from dsdpo.runtime.env import Mesh
+from dsdpo.runtime.files import file_digest
 
 # keys of a config that change no log-prob; the precision in memory is the run's own
 _NO_EFFECT = (
@@ -98,3 +100,12 @@ def weights_digest(model_name_or_path: str, stamps: Path) -> str:
             settings[name] = {key: value for key, value in found.items() if key not in _NO_EFFECT}
     weights = [file_digest(file.resolve(), stamps) for file in files]
     return hashlib.sha256(json.dumps([weights, settings], sort_keys=True).encode()).hexdigest()
+
+
+def weights_digests(config: RunConfig, mesh: Mesh) -> dict[str, str]:
+    """Hash of the weights that a run starts from: `model`, and `adapter` where there is one. A collective call."""
+    sources = {"model": config.model_name_or_path, "adapter": config.adapter_name_or_path}
+    stamps = config.cache_path / "reference" / "weights"
+    return run_on_main(
+        mesh.is_main, lambda: {what: weights_digest(name, stamps) for what, name in sources.items() if name}
+    )

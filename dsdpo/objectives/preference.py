@@ -8,8 +8,8 @@ import torch
 
 from dsdpo.config.losses import LOSSES
 from dsdpo.config.schema import RunConfig
-from dsdpo.objectives import dpo, reference_free, sft  # noqa: F401  their losses register themselves
-from dsdpo.objectives.pairs import PairFacts, PairLogps
+from dsdpo.objectives import preference_losses  # noqa: F401  the losses register themselves
+from dsdpo.objectives.pair_logps import PairFacts, PairLogps
 from dsdpo.objectives.registry import LOSS_FUNCTIONS
 
 STATS = (
@@ -48,7 +48,7 @@ class PreferenceObjective:
         """Losses of pairs: of a row, or of a whole step.
 
         Args:
-            outputs: fp32 [2P, 2 or 3] from `RowModel`, chosen and rejected in turn.
+            outputs: fp32 [2P, 2 or 3] from `PackedModel`, chosen and rejected in turn.
             reference: fp32 [2P, 2] from the reference, likewise; None without one.
             facts: of the same pairs.
         """

@@ -9,7 +9,7 @@ import torch
 
 from dsdpo.config.losses import LOSSES
 from dsdpo.config.schema import RunConfig
-from dsdpo.objectives.pairs import PairLogps
+from dsdpo.objectives.pair_logps import PairLogps
 
 LossFunction: TypeAlias = Callable[[PairLogps, RunConfig], torch.Tensor]
 

@@ -19,7 +19,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from dsdpo.data.digest import DIGEST
-from dsdpo.files import write_atomically
+from dsdpo.runtime.files import write_atomically
 
 
 def store_key(settings: dict[str, object]) -> str:

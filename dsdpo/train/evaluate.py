@@ -9,11 +9,11 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from dsdpo.data.loader import PairLoader
-from dsdpo.model.rows import RowTensors
+from dsdpo.model.packed import RowTensors
+from dsdpo.objectives.batch import step_objective
 from dsdpo.objectives.preference import PreferenceObjective
+from dsdpo.reference.source import Reference
 from dsdpo.train.metrics import StepVector
-from dsdpo.train.objective import step_objective
-from dsdpo.train.reference import Reference
 
 
 def evaluate(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
-from dsdpo.model.rows import RowTensors
-from dsdpo.train.engine import optimizer_step, set_learning_rate
+from dsdpo.engine.optimizer import optimizer_step, set_learning_rate
+from dsdpo.model.packed import RowTensors
+from dsdpo.objectives.batch import step_objective
 from dsdpo.train.metrics import StepVector
-from dsdpo.train.objective import step_objective
-from dsdpo.train.session import Session
+from dsdpo.train.setup import Session
 from dsdpo.train.steplog import StepEnd, StepLog
 
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import IOFailure
-from dsdpo.files import write_atomically
 from dsdpo.objectives.preference import STATS
-from dsdpo.rundir import RunDir
+from dsdpo.runtime.files import write_atomically
+from dsdpo.runtime.rundir import RunDir
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dsdpo.errors import IOFailure, NumericError
 from dsdpo.train.metrics import StepVector, memory_peak_gb
 
 if TYPE_CHECKING:
-    from dsdpo.train.session import Session
+    from dsdpo.train.setup import Session
 
 _NAMED_PAIRS = 8
 
@@ -78,7 +78,7 @@ class StepLog:
             raise NumericError(self._diagnose(held, totals.bad_losses, grad_norm))
         self.stopping = self.stopping or totals.stop
         with session.watch.slow("a checkpoint"):
-            if session.saver.heed(held.step, totals.written, totals.failed):
+            if session.saver.poll(held.step, totals.written, totals.failed):
                 session.check_room(held.step)
         session.reporter.step(
             {

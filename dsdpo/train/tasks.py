@@ -16,24 +16,22 @@ import yaml
 from deepspeed import DeepSpeedEngine, comm
 from transformers.utils.logging import disable_progress_bar
 
-from dsdpo.checkpoint.export import set_aside
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.loader import PairLoader
 from dsdpo.data.prepare import open_prepared
-from dsdpo.dist import Mesh, launched
+from dsdpo.engine.engine import Hardware, build_engine, start_process_group
+from dsdpo.engine.nvme import swap_removed
 from dsdpo.errors import DataError, DsdpoError, IOFailure, StopRequested
-from dsdpo.files import write_atomically
-from dsdpo.lock import holder
+from dsdpo.export.huggingface import set_aside
 from dsdpo.objectives.preference import PreferenceObjective
-from dsdpo.rundir import RunDir
-from dsdpo.train.agree import any_rank, tell_all
-from dsdpo.train.engine import Hardware, build_engine, start_process_group
-from dsdpo.train.evaluate import evaluate
-from dsdpo.train.loop import train
-from dsdpo.train.reference import NoReference, Reference, open_store, reference_for
-from dsdpo.train.session import Session, build_session
-from dsdpo.train.stop import (
+from dsdpo.reference.source import NoReference, Reference, open_store, reference_for
+from dsdpo.runtime.collectives import all_gather_object, any_rank
+from dsdpo.runtime.env import Mesh, launched
+from dsdpo.runtime.files import write_atomically
+from dsdpo.runtime.lock import holder
+from dsdpo.runtime.rundir import RunDir
+from dsdpo.runtime.stop import (
     ExitRecord,
     StopFlag,
     delay_exit,
@@ -41,8 +39,10 @@ from dsdpo.train.stop import (
     wait_for_exit,
     write_exit,
 )
-from dsdpo.train.swap import swap_removed
-from dsdpo.train.watch import Watch
+from dsdpo.runtime.watchdog import Watch
+from dsdpo.train.evaluate import evaluate
+from dsdpo.train.loop import train
+from dsdpo.train.setup import Session, build_session
 
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
@@ -71,7 +71,7 @@ def run(
         reserve_exit(run_dir)
     with _exit_recorded(run_dir, mesh), swap_removed(zero, mesh):
         hardware = start_process_group(config, zero, mesh)
-        watch = Watch(run_dir, mesh, config.hang_timeout, tell_all(token)[0])
+        watch = Watch(run_dir, mesh, config.hang_timeout, all_gather_object(token)[0])
         watch.start()
         with closing(watch):
             if task == "eval":

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from dsdpo.rundir import RunDir
+from dsdpo.runtime.rundir import RunDir
 from tests.cluster.machine import until
 from tests.cluster.slurm import Slurm
 from tests.faults.place import Place, losses, same_weights, weights
@@ -153,7 +153,7 @@ def test_a_controller_that_is_away_is_asked_again(slurm: Slurm, tmp_path: Path) 
     line = [
         sys.executable,
         "-c",
-        f"from dsdpo.dist import Allocation; from dsdpo.use.slurm import _put_back; {put_back}",
+        f"from dsdpo.runtime.env import Allocation; from dsdpo.launch.slurm import _put_back; {put_back}",
     ]
     with slurm.controller_away():
         asking = subprocess.Popen(line, cwd=ROOT, env=slurm.environment, text=True, stdout=subprocess.PIPE)

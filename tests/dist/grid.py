@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsdpo.rundir import RunDir
+from dsdpo.runtime.rundir import RunDir
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.loader import PairLoader
 from dsdpo.data.packing import Segment
-from dsdpo.dist import launched
+from dsdpo.runtime.env import launched
 from dsdpo.errors import NumericError
-from dsdpo.files import write_atomically
-from dsdpo.model.attention import RowLayout
+from dsdpo.runtime.files import write_atomically
+from dsdpo.model.attention.register import PackedLayout
 from dsdpo.reference.store import ReferenceStore
-from dsdpo.train import reference as reference_pass
-from dsdpo.train.engine import build_engine, build_reference_engine, start_process_group
+from dsdpo.reference import source as reference_pass
+from dsdpo.engine.engine import build_engine, build_reference_engine, start_process_group
 from dsdpo.train.loop import train
-from dsdpo.train.session import build_session
-from dsdpo.train.stop import StopFlag
+from dsdpo.train.setup import build_session
+from dsdpo.runtime.stop import StopFlag
 from tests.helpers.tiny import ListOfPairs, random_pairs
 
 STEPS = 5
@@ -87,11 +87,11 @@ def run_config(
 
 def logits_of(engine: Any, ids: list[int]) -> torch.Tensor:
     """The engine's own logits [T, V] for one sequence; a collective call under ZeRO-3."""
-    layout = RowLayout([Segment(0, len(ids))], torch.device("cpu"))
+    layout = PackedLayout([Segment(0, len(ids))], torch.device("cpu"))
     engine.eval()
     with torch.no_grad():
         positions = torch.arange(len(ids))[None]
-        output = engine.module.model(input_ids=torch.tensor([ids]), position_ids=positions, row_layout=layout)
+        output = engine.module.model(input_ids=torch.tensor([ids]), position_ids=positions, packed_layout=layout)
     return output.logits[0]
 
 

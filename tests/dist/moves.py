@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from dsdpo.rundir import RunDir
-from dsdpo.checkpoint.zero import MOMENTS, STATES
+from dsdpo.runtime.rundir import RunDir
+from dsdpo.engine.zero_state import MOMENTS, STATES
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.dist import launched
-from dsdpo.train.engine import start_process_group
+from dsdpo.runtime.env import launched
+from dsdpo.engine.engine import start_process_group
 from dsdpo.train.loop import train
-from dsdpo.train.session import Session, build_session
-from dsdpo.train.stop import StopFlag
+from dsdpo.train.setup import Session, build_session
+from dsdpo.runtime.stop import StopFlag
 from tests.dist.grid import run_config
 from tests.helpers.tiny import ListOfPairs, random_pairs
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from dsdpo.compat import unlink_shared_buffers, zero3_loading
-from dsdpo.dist import launched
+from dsdpo.runtime.env import launched
 from tests.helpers.tiny import VOCAB, save_tokenizer
 
 STEPS = 2

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsdpo.rundir import RunDir
+from dsdpo.runtime.rundir import RunDir
 from dsdpo.checkpoint.commit import checkpoints
 from dsdpo.checkpoint.fragments import Fragments
-from dsdpo.checkpoint.zero import STATES
+from dsdpo.engine.zero_state import STATES
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
 

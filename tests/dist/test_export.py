@@ -14,8 +14,8 @@ from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dsdpo.checkpoint import assemble
-from dsdpo.checkpoint.export import export
+from dsdpo.export import assemble
+from dsdpo.export.huggingface import export
 from tests.dist.grid import STEPS
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from dsdpo.data.loader import PairLoader
 from dsdpo.data.shards import PreparedSet
-from dsdpo.dist import Mesh
+from dsdpo.runtime.env import Mesh
 from tests.dist.test_whole_runs import ROOT, metrics_of, run_forked
 from tests.helpers.real import shared_file, smollm2
 from tests.helpers.tiny import save_model, tiny_llama_config

@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from dsdpo.checkpoint.stock import import_checkpoint
+from dsdpo.export.deepspeed_import import import_checkpoint
 from tests.dist.stock import STEPS, Case
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.dist import Mesh
-from dsdpo.rundir import RunDir
-from dsdpo.train.engine import start_process_group
+from dsdpo.runtime.env import Mesh
+from dsdpo.runtime.rundir import RunDir
+from dsdpo.engine.engine import start_process_group
 from dsdpo.train.loop import train
-from dsdpo.train.session import build_session
-from dsdpo.train.stop import StopFlag
+from dsdpo.train.setup import build_session
+from dsdpo.runtime.stop import StopFlag
 from tests.dist.grid import STEPS, run_config
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import ListOfPairs, random_pairs, save_model, save_tokenizer, tiny_llama_config

@@ -10,7 +10,7 @@ import torch
 
 from dsdpo.config.losses import LOSSES, LossSpec
 from dsdpo.config.schema import RunConfig
-from dsdpo.objectives.pairs import PairLogps
+from dsdpo.objectives.pair_logps import PairLogps
 from dsdpo.objectives.registry import loss
 from tests.dist.grid import run_cases
 from tests.helpers.ranks import run_ranks

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dsdpo.rundir import RunDir
+from dsdpo.runtime.rundir import RunDir
 from dsdpo.checkpoint.commit import checkpoints
 from dsdpo.compat import can_swap
 from tests.helpers.disks import mounted

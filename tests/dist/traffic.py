@@ -13,14 +13,14 @@ import torch
 
 from bench.traffic import Sizes
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.rundir import RunDir
-from dsdpo.dist import launched
-from dsdpo.files import write_atomically
-from dsdpo.train.engine import start_process_group
+from dsdpo.runtime.rundir import RunDir
+from dsdpo.runtime.env import launched
+from dsdpo.runtime.files import write_atomically
+from dsdpo.engine.engine import start_process_group
 from dsdpo.train.loop import train
-from dsdpo.train.session import build_session
+from dsdpo.train.setup import build_session
 from dsdpo.train.steplog import StepLog
-from dsdpo.train.stop import StopFlag
+from dsdpo.runtime.stop import StopFlag
 from tests.dist.grid import run_config
 from tests.helpers.tiny import ListOfPairs, random_pairs
 

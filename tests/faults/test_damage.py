@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from dsdpo.checkpoint.commit import checkpoints
-from dsdpo.rundir import RunDir
+from dsdpo.runtime.rundir import RunDir
 from tests.faults.place import Place, same_weights
 from tests.helpers.disks import mounted
 from tests.helpers.tiny import save_model, tiny_llama_config

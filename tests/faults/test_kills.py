@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from dsdpo.checkpoint.commit import checkpoints
-from dsdpo.rundir import RunDir
+from dsdpo.runtime.rundir import RunDir
 from tests.faults.place import Place, Run, losses, same_weights, steps_done
 
 KILLS = int(os.environ.get("KILLS", "12"))

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from dsdpo.checkpoint.commit import checkpoints
-from dsdpo.rundir import RunDir
+from dsdpo.runtime.rundir import RunDir
 from tests.faults.place import ROOT, Place, Run, losses, records, same_weights, steps_done
 from tests.helpers.ranks import free_port
 

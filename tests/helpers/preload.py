@@ -22,8 +22,8 @@ MODULES = (
     "safetensors.torch",
     "dsdpo.cli",
     "dsdpo.train.tasks",
-    "dsdpo.use.rank",
-    "dsdpo.use.supervisor",
+    "dsdpo.launch.worker",
+    "dsdpo.launch.supervisor",
 )
 for _module in MODULES:
     importlib.import_module(_module)

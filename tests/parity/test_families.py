@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dsdpo.config.rules import missing_flash_package
 from dsdpo.data.packing import TokenPair, build_row
-from dsdpo.model.attention import NAMES, register
-from dsdpo.model.backends import varlen_attention
-from dsdpo.model.families import COMPARED, check_supported
-from dsdpo.model.rows import RowModel, RowTensors
+from dsdpo.model.attention.backends import varlen_attention
+from dsdpo.model.attention.register import NAMES, register
+from dsdpo.model.packed import PackedModel, RowTensors
+from dsdpo.model.support import COMPARED, check_supported
 from tests.helpers.tiny import VOCAB, random_pairs
 from tests.helpers.varlen import varlen_in_plain_torch
 
@@ -122,7 +122,7 @@ def packed(model: PreTrainedModel, pairs: list[TokenPair], share_prefix: bool) -
     row = RowTensors.from_row(build_row(pairs, range(len(pairs)), share_prefix), model.device)
     each = torch.ones_like(row.targets)
     row.part_lengths = torch.stack([each, torch.zeros_like(each)], dim=1)
-    return RowModel(model)(row)[:, 0]
+    return PackedModel(model)(row)[:, 0]
 
 
 def gradients(model: PreTrainedModel, logps: torch.Tensor) -> dict[str, torch.Tensor]:

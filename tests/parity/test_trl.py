@@ -14,13 +14,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from dsdpo.data.formats import to_pair
+from dsdpo.data.formats.preference import to_pair
 from dsdpo.data.messages import Pair, Refused
 from dsdpo.data.packing import TokenPair, build_row
 from dsdpo.data.templates import EncodedPair, PairEncoder
-from dsdpo.model.attention import NAMES
-from dsdpo.model.rows import RowModel, RowTensors
-from dsdpo.objectives.pairs import PairFacts
+from dsdpo.model.attention.register import NAMES
+from dsdpo.model.packed import PackedModel, RowTensors
+from dsdpo.objectives.pair_logps import PairFacts
 from tests.helpers.objective import preference_objective
 from tests.helpers.real import hh_rows, smollm2
 
@@ -102,8 +102,8 @@ def trl(pairs: list[Pair], encoded: list[Any], tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module", params=[True, False], ids=["shared prefix", "plain rows"])
 def ours(request: pytest.FixtureRequest, encoded: list[EncodedPair]) -> Numbers:
     model = smollm2()
-    policy = RowModel(load(model, NAMES["sdpa"], perturbed=True))
-    reference = RowModel(load(model, NAMES["sdpa"], perturbed=False))
+    policy = PackedModel(load(model, NAMES["sdpa"], perturbed=True))
+    reference = PackedModel(load(model, NAMES["sdpa"], perturbed=False))
     objective = preference_objective({"sigmoid": 1.0}, beta=BETA)
     token_pairs = [TokenPair(np.array(e.prompt_ids), np.array(e.chosen_ids), np.array(e.rejected_ids)) for e in encoded]
     logps, ref_logps, loss = [], [], 0.0

@@ -17,9 +17,9 @@ from trl import DPOConfig, DPOTrainer
 from dsdpo.config.losses import LOSSES
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.packing import TokenPair, build_row
-from dsdpo.model.attention import NAMES
-from dsdpo.model.rows import RowModel, RowTensors
-from dsdpo.objectives.pairs import PairFacts
+from dsdpo.model.attention.register import NAMES
+from dsdpo.model.packed import PackedModel, RowTensors
+from dsdpo.objectives.pair_logps import PairFacts
 from dsdpo.objectives.preference import PreferenceObjective
 from tests.helpers.real import smollm2
 from tests.helpers.tiny import VOCAB, random_pairs, save_model, save_tokenizer, tiny_llama_config
@@ -84,8 +84,8 @@ class Setting:
 
     trainer: DPOTrainer
     stock: PreTrainedModel
-    packed: RowModel
-    reference: RowModel
+    packed: PackedModel
+    reference: PackedModel
     pairs: list[TokenPair]
     scale: float
 
@@ -162,7 +162,7 @@ def setting(model: Path, pairs: list[TokenPair], noise: float, folder: Path, sca
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    packed, reference = (RowModel(load(NAMES["sdpa"], perturbed)) for perturbed in (True, False))
+    packed, reference = (PackedModel(load(NAMES["sdpa"], perturbed)) for perturbed in (True, False))
     return Setting(trainer, stock, packed, reference, pairs, scale)
 
 

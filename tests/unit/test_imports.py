@@ -21,9 +21,26 @@ from tests.helpers.tiny import save_model, save_pairs, save_tokenizer, tiny_llam
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dsdpo"
 
-# Bottom up. A module may import from its own row and from those before it.
-ROWS = ["base", "config", "data", "model", "objectives", "reference", "checkpoint", "train", "use", "cli"]
-CLI = {"cli", "__main__"}
+# Bottom up. A module may import from its own folder and from those before it.
+FOLDERS = [
+    "errors",
+    "compat",
+    "runtime",
+    "config",
+    "data",
+    "model",
+    "objectives",
+    "engine",
+    "reference",
+    "checkpoint",
+    "plan",
+    "export",
+    "train",
+    "tools",
+    "launch",
+    "cli",
+    "__main__",
+]
 HEAVY = {
     "torch",
     "transformers",
@@ -38,8 +55,9 @@ HEAVY = {
 CHEAP = [
     *PACKAGE.glob("*.py"),
     *PACKAGE.glob("config/*.py"),
-    *(PACKAGE / name for name in ("data/registry.py", "train/stop.py")),
-    *(path for path in PACKAGE.glob("use/*.py") if path.stem not in ("chat", "plots", "checkpoints", "screen")),
+    *(path for path in PACKAGE.glob("runtime/*.py") if path.stem != "collectives"),
+    *PACKAGE.glob("launch/*.py"),
+    PACKAGE / "data/registry.py",
 ]
 
 
@@ -47,12 +65,10 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def row_of(module: str) -> int:
-    """Row of a dotted module name such as `dsdpo.data.order`."""
+def folder_of(module: str) -> int:
+    """Place of a dotted module name, such as `dsdpo.data.order`, in FOLDERS; -1 for the package itself."""
     parts = module.split(".")
-    if len(parts) == 1 or (len(parts) == 2 and parts[1] not in {*ROWS, *CLI}):
-        return 0
-    return ROWS.index("cli" if parts[1] in CLI else parts[1])
+    return FOLDERS.index(parts[1]) if len(parts) > 1 else -1
 
 
 def name_of(path: Path) -> str:
@@ -81,10 +97,9 @@ def imported_at_start(tree: ast.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_nothing_imports_upwards(path: Path) -> None:
-    row = row_of(name_of(path))
+    own = folder_of(name_of(path))
     ours = [name for name in imported(ast.parse(path.read_text())) if name.split(".")[0] == "dsdpo"]
-    upwards = [name for name in ours if row_of(name) > row]
-    assert not upwards, f"{name_of(path)} ({ROWS[row]}) imports {upwards}"
+    assert not [name for name in ours if folder_of(name) > own]
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
@@ -118,7 +133,7 @@ def loaded_after(code: str) -> set[str]:
 @pytest.fixture
 def prepared_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The YAML of a run with prepared data, whose files are taken for old enough to be known by their dates."""
-    monkeypatch.setattr("dsdpo.files._SETTLED_NS", 0)
+    monkeypatch.setattr("dsdpo.runtime.files._SETTLED_NS", 0)
     save_model(tmp_path / "model", tiny_llama_config())
     save_tokenizer(tmp_path / "model")
     save_pairs(tmp_path / "pairs.jsonl", 8)
@@ -186,12 +201,12 @@ def test_the_kernel_is_loaded_without_its_package() -> None:
 def test_only_dist_reads_the_ranks_variables() -> None:
     variables = re.compile(r"[\"'](RANK|WORLD_SIZE|LOCAL_RANK|SLURM_\w+)[\"']")
     readers = [name_of(path) for path in modules() if variables.search(path.read_text())]
-    assert readers == ["dsdpo.dist"]
+    assert readers == ["dsdpo.runtime.env"]
 
 
 def test_only_the_engine_initializes_deepspeed() -> None:
     callers = [name_of(path) for path in modules() if re.search(r"deepspeed\.initialize\(", path.read_text())]
-    assert callers == ["dsdpo.train.engine"]
+    assert callers == ["dsdpo.engine.engine"]
 
 
 def test_the_training_loop_is_on_one_screen() -> None:

@@ -14,7 +14,7 @@ import pytest
 from bench.models import BUILT_IN, Model, load_model, measure
 from bench.steptime import GPUS, Job, compute_flops, draw_lengths, efficiency, predict
 from bench.traffic import Setup, Sizes, collectives, memory, nvme_bytes, pcie_bytes
-from dsdpo.train.memory import optimizer_bytes
+from dsdpo.plan.memory import optimizer_bytes
 from tests.helpers.tiny import tiny_llama_config
 
 ROOT = Path(__file__).parents[2]

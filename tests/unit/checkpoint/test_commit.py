@@ -19,13 +19,13 @@ from dsdpo.checkpoint.commit import (
     leftovers,
     read,
     retain,
-    set_later_aside,
     stage,
     step_folder,
+    supersede_later,
     verify,
 )
 from dsdpo.errors import IOFailure
-from dsdpo.rundir import RunDir
+from dsdpo.runtime.rundir import RunDir
 
 FILES = {
     "rank-00000-of-00002.safetensors": b"a" * 1000,
@@ -166,7 +166,7 @@ def test_what_a_killed_save_has_left_is_removed_and_what_was_set_aside_stays(tmp
     save(tmp_path, 5)
     (stage(step_folder(RunDir(tmp_path), 9)) / "rank-00000-of-00002.safetensors").write_bytes(b"half")
     for _ in range(2):  # the second time the name is taken
-        set_later_aside(RunDir(tmp_path), checkpoints(RunDir(tmp_path))[-1])
+        supersede_later(RunDir(tmp_path), checkpoints(RunDir(tmp_path))[-1])
         save(tmp_path, 5)
     clear_unfinished(RunDir(tmp_path))
     names = [path.name for path in leftovers(RunDir(tmp_path))]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsdpo.checkpoint.fragments import Fragments, index_of, join_indices, rank_file, tensors_of, write_tensors
-from dsdpo.checkpoint.zero import STATES, Piece
+from dsdpo.engine.zero_state import STATES, Piece
 from dsdpo.errors import CheckpointError
 
 SHAPES = {"a.weight": (3, 4), "b": (7,), "scalar": ()}

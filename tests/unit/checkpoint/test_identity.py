@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from dsdpo.checkpoint.identity import differences, refusal
+from dsdpo.checkpoint.identity import config_diff, refusal
 from dsdpo.config.options import options
 from dsdpo.config.schema import RunConfig, options_with
 
@@ -96,23 +96,23 @@ def test_only_options_that_need_consent_can_be_named() -> None:
 
 def test_every_difference_is_told() -> None:
     saved = dump()
-    assert differences(saved, dump(logging_steps=5, deepspeed="x.json"), []) == []
-    found = differences(saved, dump(seed=1, learning_rate=0.5, beta=0.3), [])
+    assert config_diff(saved, dump(logging_steps=5, deepspeed="x.json"), []) == []
+    found = config_diff(saved, dump(seed=1, learning_rate=0.5, beta=0.3), [])
     assert [line.split()[0] for line in found] == ["beta", "learning_rate", "seed"]
     assert "change_on_resume" in found[1] and "change_on_resume" not in found[0]
-    assert differences(saved, dump(learning_rate=0.5), ["learning_rate"]) == []
+    assert config_diff(saved, dump(learning_rate=0.5), ["learning_rate"]) == []
     assert "in 3 points: beta was" in refusal("out/step-1", found)
 
 
 def test_an_option_that_a_version_adds_was_its_default() -> None:
     saved = dump()
     del saved["beta"], saved["loss_weights"]
-    assert differences(saved, dump(), []) == []
-    assert differences(saved, dump(beta=0.3), []) == ["beta was 0.1, now it is 0.3"]
+    assert config_diff(saved, dump(), []) == []
+    assert config_diff(saved, dump(beta=0.3), []) == ["beta was 0.1, now it is 0.3"]
 
 
 def test_an_option_that_this_version_lacks_counts_where_it_was_set() -> None:
     saved = dump() | {"old_one": None}
-    assert differences(saved, dump(), []) == []
-    [line] = differences(saved | {"old_one": 3}, dump(), [])
+    assert config_diff(saved, dump(), []) == []
+    [line] = config_diff(saved | {"old_one": 3}, dump(), [])
     assert line.startswith("old_one was 3, this version has no such option")

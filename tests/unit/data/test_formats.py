@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsdpo.data.formats import FORMATS, READS, SQL_PROMPT, detect, to_pair
+from dsdpo.data.formats.preference import FORMATS, READS, SQL_PROMPT, detect, to_pair
 from dsdpo.data.messages import Columns, Pair, Refused
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import resolve

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dsdpo.data.loader import PairLoader
-from dsdpo.dist import Mesh
+from dsdpo.runtime.env import Mesh
 from tests.helpers.tiny import ListOfPairs, random_pairs
 
 PAIRS = ListOfPairs(random_pairs(50))

@@ -282,7 +282,7 @@ def test_same_size_and_time_but_other_content_is_seen_unless_settled(settings, t
 
 
 def test_a_tokenizer_is_loaded_again_only_when_its_files_or_packages_change(tmp_path, monkeypatch):
-    monkeypatch.setattr("dsdpo.files._SETTLED_NS", 0)
+    monkeypatch.setattr("dsdpo.runtime.files._SETTLED_NS", 0)
     folder, loads = tmp_path / "tokenizer", []
     make_tokenizer("chatml").save_pretrained(folder)
 

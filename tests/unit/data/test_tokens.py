@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from dsdpo.data.formats import to_pair
+from dsdpo.data.formats.preference import to_pair
 from dsdpo.data.messages import Pair, Refused
 from dsdpo.data.named_templates import NAMED
 from dsdpo.data.readers import iter_rows

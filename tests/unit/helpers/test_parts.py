@@ -52,7 +52,7 @@ def test_a_part_that_is_none_is_told(text: str) -> None:
 def test_pytest_collects_each_test_in_one_part() -> None:
     """With -k beside it, which leaves the parts as they are."""
     line = [sys.executable, "-m", "pytest", "--collect-only", "-n0", "-k", "not zzz"]
-    line += [f"tests/unit/test_{name}.py" for name in ("errors", "lock", "files")]
+    line += [f"tests/unit/{name}.py" for name in ("test_errors", "runtime/test_lock", "runtime/test_files")]
 
     def collected(*more: str) -> list[str]:
         done = subprocess.run([*line, *more], cwd=ROOT, capture_output=True, text=True)

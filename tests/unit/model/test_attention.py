@@ -7,9 +7,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config
 from dsdpo.config.rules import missing_flash_package
 from dsdpo.data.packing import Segment, build_row
 from dsdpo.errors import ConfigError
-from dsdpo.model.attention import NAMES, choose
-from dsdpo.model.backends import BACKENDS, flex, sdpa, varlen_attention
-from dsdpo.model.layout import RowLayout
+from dsdpo.model.attention.backends import BACKENDS, flex, sdpa, varlen_attention
+from dsdpo.model.attention.masks import PackedLayout
+from dsdpo.model.attention.register import NAMES, choose
 from tests.helpers.tiny import random_pairs, tiny_llama_config
 from tests.helpers.varlen import varlen_in_plain_torch
 
@@ -23,7 +23,7 @@ def tensors(tokens: int, device: torch.device = CPU, dtype: torch.dtype = torch.
 
 
 def output_and_gradients(
-    attend: Callable[..., torch.Tensor], qkv: list[torch.Tensor], layout: RowLayout
+    attend: Callable[..., torch.Tensor], qkv: list[torch.Tensor], layout: PackedLayout
 ) -> list[torch.Tensor]:
     output = attend(*qkv, layout, 0.25)
     weights = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
@@ -34,7 +34,7 @@ def output_and_gradients(
 def test_the_varlen_call_computes_what_sdpa_per_segment_does(share_prefix: bool) -> None:
     row = build_row(random_pairs(4, seed=7), range(4), share_prefix)
     qkv = tensors(len(row.input_ids))
-    layout = RowLayout(row.segments, CPU)
+    layout = PackedLayout(row.segments, CPU)
     expected = output_and_gradients(BACKENDS["sdpa"], qkv, layout)
     found = output_and_gradients(lambda *args: varlen_attention(*args, kernel=varlen_in_plain_torch), qkv, layout)
     for a, b in zip(found, expected):
@@ -50,7 +50,7 @@ def test_cuda_backends_match_fp32_sdpa(backend: str, share_prefix: bool) -> None
         pytest.skip(missing)
     cuda = torch.device("cuda")
     row = build_row(random_pairs(4, seed=7), range(4), share_prefix)
-    layout = RowLayout(row.segments, cuda)
+    layout = PackedLayout(row.segments, cuda)
     expected = output_and_gradients(BACKENDS["sdpa"], tensors(len(row.input_ids), cuda), layout)
     found = output_and_gradients(BACKENDS[backend], tensors(len(row.input_ids), cuda, torch.bfloat16), layout)
     for a, b in zip(found, expected):
@@ -61,7 +61,7 @@ def test_cuda_backends_match_fp32_sdpa(backend: str, share_prefix: bool) -> None
 def test_the_block_mask_allows_what_sdpa_computes(share_prefix: bool) -> None:
     row = build_row(random_pairs(9, seed=3), range(9), share_prefix)
     assert len(row.input_ids) > 256, "several blocks of 128"
-    layout = RowLayout(row.segments, CPU)
+    layout = PackedLayout(row.segments, CPU)
     qkv = [x.detach() for x in tensors(len(row.input_ids))]
     torch.testing.assert_close(flex(*qkv, layout, 0.25), sdpa(*qkv, layout, 0.25), rtol=1e-5, atol=1e-5)
 
@@ -112,16 +112,16 @@ class Layer(torch.nn.Module):
     ],
 )
 def test_a_keyword_that_changes_the_result_is_refused(keywords: dict[str, object], said: str) -> None:
-    layout = RowLayout([Segment(0, 30), Segment(30, 20, 0, 30)], CPU)
+    layout = PackedLayout([Segment(0, 30), Segment(30, 20, 0, 30)], CPU)
     attend = AttentionInterface()["dsdpo_sdpa"]
     qkv = tensors(50)
-    attend(Layer(), *qkv, None, row_layout=layout, sliding_window=50, softcap=None, is_causal=True, use_cache=False)
+    attend(Layer(), *qkv, None, packed_layout=layout, sliding_window=50, softcap=None, is_causal=True, use_cache=False)
     with pytest.raises(ConfigError, match=said):
-        attend(Layer(), *qkv, None, row_layout=layout, **keywords)
+        attend(Layer(), *qkv, None, packed_layout=layout, **keywords)
 
 
 def test_a_layer_that_looks_ahead_is_refused() -> None:
     layer = Layer()
     layer.is_causal = False
     with pytest.raises(ConfigError, match="is_causal=False"):
-        AttentionInterface()["dsdpo_sdpa"](layer, *tensors(5), None, row_layout=RowLayout([Segment(0, 5)], CPU))
+        AttentionInterface()["dsdpo_sdpa"](layer, *tensors(5), None, packed_layout=PackedLayout([Segment(0, 5)], CPU))

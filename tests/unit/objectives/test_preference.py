@@ -9,11 +9,10 @@ import torch
 
 from dsdpo.config.losses import LOSSES, LossSpec, loss_table
 from dsdpo.config.schema import RunConfig
-from dsdpo.objectives.dpo import divergence_scores, smoothed_logistic
-from dsdpo.objectives.pairs import PairFacts, PairLogps
+from dsdpo.objectives.pair_logps import PairFacts, PairLogps
 from dsdpo.objectives.preference import STATS
+from dsdpo.objectives.preference_losses import divergence_scores, sft_loss, smoothed_logistic
 from dsdpo.objectives.registry import LOSS_FUNCTIONS, loss
-from dsdpo.objectives.sft import sft_loss
 from tests.helpers.objective import preference_objective
 
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,157 @@
+"""Going on from a checkpoint: which one, whether it belongs to this run, and its state into the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from safetensors import safe_open
+
+from dsdpo.checkpoint.commit import (
+    Checkpoint,
+    clear_unfinished,
+    none_usable,
+    read,
+    read_run,
+    resume_candidates,
+    supersede_later,
+    verify,
+)
+from dsdpo.checkpoint.fragments import Fragments, rank_file
+from dsdpo.checkpoint.identity import config_diff, refusal
+from dsdpo.checkpoint.random_state import random_keys, seed_anew, set_random_state
+from dsdpo.config.schema import RunConfig
+from dsdpo.engine.zero_state import iter_state_shards, set_adam_step, sync_model_weights, trainable_shapes
+from dsdpo.errors import CheckpointError, IOFailure
+from dsdpo.runtime.collectives import all_gather_object, raise_on_any_rank, run_on_main
+from dsdpo.runtime.env import Mesh
+from dsdpo.runtime.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a process begins.
+
+    Attributes:
+        identity: of this run.
+        checkpoint: to go on from, or None.
+        run: what its run.json says; empty without a checkpoint.
+        remarks: lines for the reader.
+    """
+
+    identity: dict[str, Any]
+    checkpoint: Checkpoint | None
+    run: dict[str, Any]
+    remarks: list[str]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken before."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    def row_tokens(self, config: RunConfig, mesh: Mesh, found: int) -> int:
+        """The longest row: as before, where it comes from memory, there is enough, and the ranks are as many."""
+        as_before = config.row_tokens is None and self.run.get("world_size") == mesh.world_size
+        return min(int(self.run["row_tokens"]), found) if as_before else found
+
+
+NO_RESUME_POINT = ResumePoint({}, None, {}, [])
+
+
+def find_resume_point(config: RunConfig, mesh: Mesh, identity: dict[str, Any]) -> ResumePoint:
+    """Find the checkpoint that the config names, or the newest that is whole.
+
+    Every byte is read and hashed, each rank taking its share of the files. Manifests grow with the number of ranks that
+    saved: only those that are tried are sent, one at a time. A collective call.
+
+    Args:
+        identity: of this run, as `facts.identity` gives it.
+
+    Raises:
+        CheckpointError: the one that is named, or every one that there is, is damaged; or the run is another one.
+        IOFailure: the file system could not read one that may be whole: passed over, it would be set aside.
+    """
+    found = run_on_main(mesh.is_main, lambda: _look(config))
+    faults = []
+    for folder in found:
+        checkpoint = run_on_main(mesh.is_main, partial(_read_surely, folder))
+        files = sorted(checkpoint.manifest.get("files", {}))[mesh.rank :: mesh.world_size]
+        problems = [problem for problem in all_gather_object(verify(checkpoint, files)) if problem]
+        if problems:
+            faults.append(f"{checkpoint.path.name}: {problems[0]}")
+            continue
+        run = run_on_main(mesh.is_main, partial(_own_run, checkpoint, config, identity))
+        remarks = [f"checkpoint passed over: {fault}" for fault in faults]
+        return ResumePoint({**identity, "resumed_from": run["resumed_from"]}, checkpoint, run, remarks)
+    if found:
+        raise none_usable(config, faults)
+    return ResumePoint({**identity, "resumed_from": None}, None, {}, [])
+
+
+def _look(config: RunConfig) -> list[Path]:
+    clear_unfinished(RunDir(Path(config.output_dir)))
+    return [checkpoint.path for checkpoint in resume_candidates(config)]
+
+
+def _read_surely(folder: Path) -> Checkpoint:
+    checkpoint = read(folder)
+    if checkpoint.uncertain:
+        raise IOFailure(
+            f"{folder}: {checkpoint.problem}; the same command tries again, or goes on from an earlier one where you "
+            "move this one away"
+        )
+    return checkpoint
+
+
+def _own_run(checkpoint: Checkpoint, config: RunConfig, now: dict[str, Any]) -> dict[str, Any]:
+    """What run.json of a checkpoint says, where it belongs to this run. Raises CheckpointError."""
+    run = read_run(checkpoint.path)
+    lines = config_diff(run["config"], now["config"], config.change_on_resume)
+    if run["dtype"] != now["dtype"]:
+        lines.append(f"precision was {run['dtype']}, now it is {now['dtype']}")
+    for what in sorted(run["fingerprints"].keys() | now["fingerprints"].keys()):
+        was, is_now = run["fingerprints"].get(what, "none"), now["fingerprints"].get(what, "none")
+        if was != is_now:
+            lines.append(f"the content of {what} was {was}, now it is {is_now}")
+    if lines:
+        raise CheckpointError(refusal(str(checkpoint.path), lines))
+    supersede_later(RunDir(Path(config.output_dir)), checkpoint)
+    if config.resume_from_checkpoint:
+        run["resumed_from"] = str(Path(config.resume_from_checkpoint).resolve())
+    return run
+
+
+def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint, config: RunConfig, mesh: Mesh) -> None:
+    """Put a checkpoint's state into an engine that has not trained yet, whatever its ranks and ZeRO stage.
+
+    A collective call.
+
+    Raises:
+        CheckpointError: the model has other trainable parameters, or a file cannot be read.
+    """
+    step = run_on_main(mesh.is_main, lambda: int(read_run(checkpoint.path)["adam_step"]))
+    raise_on_any_rank(lambda: _fill(engine, checkpoint, step))
+    sync_model_weights(engine)
+    engine.global_steps = checkpoint.step
+    raise_on_any_rank(lambda: _restore_random(checkpoint, config, mesh))
+
+
+def _fill(engine: DeepSpeedEngine, checkpoint: Checkpoint, adam_step: int) -> None:
+    set_adam_step(engine, adam_step)
+    manifest = checkpoint.manifest
+    with Fragments(checkpoint.path, manifest["parameters"], manifest["world_size"]) as fragments, torch.no_grad():
+        fragments.check(trainable_shapes(engine))
+        for pieces in iter_state_shards(engine, changes=True):
+            fragments.fill(pieces)
+
+
+def _restore_random(checkpoint: Checkpoint, config: RunConfig, mesh: Mesh) -> None:
+    if checkpoint.manifest["world_size"] != mesh.world_size:
+        seed_anew(config.seed, checkpoint.step, mesh.rank)
+        return
+    with safe_open(checkpoint.path / rank_file(mesh.rank, mesh.world_size), framework="pt") as file:
+        set_random_state({key: file.get_tensor(key) for key in random_keys(set(file.keys()))})

@@ -1,0 +1,143 @@
+"""The only place that starts a process group and calls deepspeed.initialize."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+from deepspeed import DeepSpeedEngine, comm
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import set_z3_leaf_modules
+from transformers import PreTrainedModel
+
+from dsdpo.compat import end_stale_builds, unlink_shared_buffers
+from dsdpo.config.schema import RunConfig
+from dsdpo.config.zero import ZeroConfig, engine_config, reference_engine_config
+from dsdpo.engine.nvme import check_swap_room, prepare_swap
+from dsdpo.engine.optimizer import build_optimizer, parameter_groups
+from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora
+from dsdpo.model.attention.register import choose
+from dsdpo.model.load import load_causal_lm
+from dsdpo.model.packed import PackedModel
+from dsdpo.runtime.env import Mesh
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where this rank computes: its device, and whether in bf16 or fp32."""
+
+    device: torch.device
+    bf16: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+
+def start_process_group(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Hardware:
+    """Join the other ranks (NCCL on CUDA, gloo on CPU) and pick this rank's device.
+
+    Raises:
+        ConfigError: the DeepSpeed JSON does not fit the number of ranks, or a node cannot offload to NVMe.
+    """
+    zero.check_world_size(mesh.world_size)
+    end_stale_builds()
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(mesh.local_rank)
+    deepspeed.init_distributed(verbose=False)
+    if accelerator.device_name() == "cpu":
+        comm.barrier()
+        unlink_shared_buffers(mesh.rank)
+    prepare_swap(zero, mesh)
+    device = torch.device(accelerator.current_device_name())
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return Hardware(device, bf16)
+
+
+def build_engine(
+    config: RunConfig, zero: ZeroConfig, mesh: Mesh, hardware: Hardware, weights: str | None = None
+) -> DeepSpeedEngine:
+    """The policy in a DeepSpeed engine: `engine(row)` gives a row's log-probs, as `PackedModel` does.
+
+    Args:
+        weights: a folder of trained weights, a whole model or an adapter of the run's model, in place of the
+            untrained policy.
+
+    Raises:
+        ConfigError: the model cannot be trained this way.
+        IOFailure: a node has no room on NVMe for the optimizer's state.
+    """
+    settings = engine_config(config, zero, mesh.dp_size, hardware.bf16)
+    attention = choose(config.attn_implementation, hardware.device, hardware.bf16)
+    torch.manual_seed(config.seed)
+    adapter = weights if weights is not None and is_adapter(weights) else None
+    whole = config.model_name_or_path if weights is None or adapter else weights
+    base = load_causal_lm(whole, config, settings, attention, hardware.dtype)
+    model: torch.nn.Module = base
+    if adapter:
+        model = load_lora(base, adapter)
+    elif weights is None and config.adapter_name_or_path:
+        keep_reference = config.reference_kind != "none"
+        model = continue_lora(base, config.adapter_name_or_path, keep_reference, config.lora_dropout)
+    elif weights is None and config.finetuning_type == "lora":
+        model = add_lora(base, config)
+    row_model = PackedModel(model, config.use_weighting)
+    if settings["zero_optimization"]["stage"] == 3:
+        gather_by_layer(row_model, base)
+    check_swap_room(row_model, zero, mesh)
+    optimizer = build_optimizer(parameter_groups(row_model, config.weight_decay), config, zero, hardware.device)
+    engine, *_ = deepspeed.initialize(model=row_model, optimizer=optimizer, config=settings)
+    if mesh.world_size == 1 and not engine.zero_optimization():
+        engine.enable_backward_allreduce = False  # it copies all gradients into one buffer and back, here for nothing
+    return engine
+
+
+def build_reference_engine(config: RunConfig, zero: ZeroConfig, mesh: Mesh, hardware: Hardware) -> DeepSpeedEngine:
+    """The untrained model, frozen and sharded with ZeRO-3 over the ranks, whatever the policy's stage."""
+    settings = reference_engine_config(config, zero, mesh.dp_size, hardware.bf16)
+    attention = choose(config.attn_implementation, hardware.device, hardware.bf16)
+    base = load_causal_lm(config.model_name_or_path, config, settings, attention, hardware.dtype)
+    base.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=PackedModel(base), config=settings)
+    engine.eval()
+    return engine
+
+
+def gather_by_layer(model: torch.nn.Module, base: PreTrainedModel) -> None:
+    """Let ZeRO-3 gather and release a decoder layer at once instead of each linear layer and adapter matrix.
+
+    ZeRO-3's bookkeeping in Python grows with the square of the modules that it hooks, of which LoRA makes 1500 in a
+    30-layer model. Memory grows by the parameters of one layer.
+
+    A layer is released when the gradient of its input is known, so the first layer's input must have one too, even
+    where the embeddings are frozen.
+    """
+    base.enable_input_require_grads()
+    classes = sorted(base._no_split_modules or [])
+    set_z3_leaf_modules(model, classes, raise_if_not_found=False)
+
+
+def held_here(engine: DeepSpeedEngine) -> str:
+    """How many of a model's parameters this rank holds: with ZeRO-3 a share."""
+    parameters = list(engine.module.parameters())
+    whole = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    here = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in parameters)
+    return f"{100 * here / whole:.0f} % of the parameters on a rank"
+
+
+def describe(engine: DeepSpeedEngine, config: RunConfig, zero: ZeroConfig, mesh: Mesh, hardware: Hardware) -> str:
+    """One line on what trains where."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
+    total, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+    stage, asked = engine.zero_optimization_stage(), zero.stage
+    raised = f" (stage {asked} with bf16 runs as stage 1)" if stage != asked else ""
+    groups = f" with a second copy in groups of {zero.hpz_size} ranks" if zero.hpz_size > 1 else ""
+    return (
+        f"{config.stage} of {config.model_name_or_path}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M "
+        f"trainable ({config.finetuning_type}), reference {config.reference_kind}; ZeRO stage {stage}{raised}{groups}, "
+        f"{mesh.world_size} ranks on {hardware.device.type}, {'bf16' if hardware.bf16 else 'fp32'}, "
+        f"{held_here(engine)}"
+    )

@@ -1,0 +1,63 @@
+"""What `dsdpo` can be asked to do on ranks, and what a supervisor and a rank without one both do around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.runtime.env import launched
+from dsdpo.runtime.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to do (`train`, `reference` or `eval`), on which YAML, with which overrides and `--model`.
+
+    `fresh` trains from the beginning though output_dir holds a run, which `confirmed` says without asking.
+    """
+
+    name: str
+    path: str
+    overrides: list[str]
+    model: str | None = None
+    fresh: bool = False
+    confirmed: bool = False
+
+    def argv(self, token: str) -> list[str]:
+        """The arguments that make a rank do this under a supervisor that holds the lock `token`."""
+        model = ["--model", self.model] if self.model else []
+        return [self.name, self.path, *model, "--supervised", token, *self.overrides]
+
+
+def prepare_data(config: RunConfig) -> None:
+    """Prepare both splits where missing and print what they hold."""
+    from dsdpo.data.prepare import prepare, summary
+
+    for prepared in (prepare(config, "train"), prepare(config, "eval")):
+        if prepared is not None:
+            print(summary(prepared), flush=True)
+
+
+def clear_marks(run_dir: RunDir) -> None:
+    """Forget how an earlier attempt was stopped and ended."""
+    for mark in (run_dir.stop, run_dir.exit, run_dir.peer_exit):
+        mark.unlink(missing_ok=True)
+
+
+def is_finished(task: Task, config: RunConfig) -> bool:
+    """Whether this training has ended well before; said once."""
+    if task.name != "train" or not RunDir(Path(config.output_dir)).completed.exists():
+        return False
+    mesh = launched()
+    if mesh is None or mesh.is_main:
+        print(f"{config.output_dir} holds this run, finished: nothing to do. --fresh trains it again", flush=True)
+    return True
+
+
+def finish(task: Task, config: RunConfig) -> None:
+    """What follows a training that reached its end."""
+    if task.name == "train" and config.plot_loss:
+        from dsdpo.tools.plots import plot
+
+        plot(RunDir(Path(config.output_dir)))

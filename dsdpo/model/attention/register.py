@@ -1,0 +1,102 @@
+"""Our backends as attention functions that transformers calls in place of its own, and the choice among them.
+
+`PackedLayout` travels to every attention layer as the model keyword `packed_layout`. No mask function is registered
+under our names, so transformers builds no mask and never guesses document borders from position ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from dsdpo.config.rules import missing_flash_package
+from dsdpo.errors import ConfigError
+from dsdpo.model.attention.backends import BACKENDS, VARLEN_KERNELS, Backend
+from dsdpo.model.attention.masks import PackedLayout
+
+# The name of each backend in transformers. No name may hold "flash" or "flex_attention": transformers takes such for
+# its own backends, fetches kernels for the first and refuses some models for the second.
+NAMES = {
+    "sdpa": "dsdpo_sdpa",
+    "varlen": "dsdpo_varlen",
+    "flex_attention": "dsdpo_flex",
+    "flash_attention_2": "dsdpo_fa2",
+    "flash_attention_3": "dsdpo_fa3",
+    "flash_attention_4": "dsdpo_fa4",
+}
+
+# Keywords of transformers' attention calls that change no result here: ids are rotated into the queries and keys
+# before, and caches and outputs of scores are never asked for.
+_WITHOUT_EFFECT = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
+
+
+def register(name: str, attend: Backend) -> None:
+    """Let transformers find a backend: models load with `attn_implementation=name`."""
+
+    def forward(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        packed_layout: PackedLayout | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """What each attention layer calls: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]."""
+        if packed_layout is None or attention_mask is not None:
+            raise RuntimeError("packed attention takes a packed_layout and no attention_mask")
+        if dropout:
+            raise RuntimeError("packed attention has no attention dropout: set disable_dropout")
+        _refuse_unknown(module, packed_layout, others)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend(query, key, value, packed_layout, scale).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(name, forward)
+
+
+def _refuse_unknown(module: torch.nn.Module, layout: PackedLayout, others: dict[str, Any]) -> None:
+    """Attention sinks, soft caps, biases, windows and the like arrive as keywords: refuse what we do not compute.
+
+    Raises:
+        ConfigError: a keyword that would change the result.
+    """
+    given = {name: value for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT}
+    causal = given.pop("is_causal", getattr(module, "is_causal", True))
+    window = given.pop("sliding_window", None)
+    if given or not causal or (window is not None and window < layout.longest):
+        found = sorted(given) or ("sliding_window" if causal else "is_causal=False")
+        raise ConfigError(
+            f"{type(module).__name__} asks for more than causal attention over the whole sequence: {found}. Packed "
+            "rows do not compute that; train another model"
+        )
+
+
+for _backend, _name in NAMES.items():
+    register(_name, BACKENDS[_backend])
+
+
+def choose(attn_implementation: str, device: torch.device, bf16: bool) -> str:
+    """The name under which transformers finds the backend for a run.
+
+    Raises:
+        ConfigError: the backend's device, precision or package is not there.
+    """
+    if attn_implementation == "auto":
+        attn_implementation = "varlen" if device.type == "cuda" and bf16 else "sdpa"
+    needs = ""
+    if attn_implementation in VARLEN_KERNELS and not (device.type == "cuda" and bf16):
+        needs = "CUDA and bf16"
+    elif attn_implementation == "flex_attention" and device.type != "cuda":
+        needs = "CUDA"
+    if needs:
+        raise ConfigError(
+            f"attn_implementation {attn_implementation} needs {needs}, this run is on {device.type} in "
+            f"{'bf16' if bf16 else 'fp32'}: use attn_implementation auto or sdpa"
+        )
+    if missing := missing_flash_package(attn_implementation):
+        raise ConfigError(missing)
+    return NAMES[attn_implementation]

@@ -1,0 +1,36 @@
+"""Named points at which a test kills this process or holds it, to prove that nothing is lost.
+
+DSDPO_FAULT is `name@n`, `name@n#rank` or either with `=seconds`: at the n-th time (1-based) that this process comes to
+that point, on every rank or one, it is killed as by a power cut, or sleeps. Without the variable, it costs a lookup.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+
+from dsdpo.runtime.env import launched
+
+_VARIABLE = "DSDPO_FAULT"
+_FORM = re.compile(r"(?P<name>[\w:-]+)@(?P<count>\d+)(#(?P<rank>\d+))?(=(?P<seconds>[\d.]+))?")
+_passed: dict[str, int] = {}
+
+
+def fault_point(name: str) -> None:
+    """Where a test may end this process."""
+    wanted = os.environ.get(_VARIABLE)
+    if wanted is None:
+        return
+    form = _FORM.fullmatch(wanted)
+    assert form, f"{_VARIABLE} is {wanted!r}"
+    _passed[name] = _passed.get(name, 0) + 1
+    mesh = launched()
+    if form["name"] != name or int(form["count"]) != _passed[name] or mesh is None:
+        return
+    if form["rank"] is not None and int(form["rank"]) != mesh.rank:
+        return
+    if form["seconds"] is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(float(form["seconds"]))
