@@ -73,7 +73,7 @@ def _saves(rounds: int) -> None:
                 started = time.perf_counter()
                 saver.save(number + 1)
                 saved = time.perf_counter()
-                while kind == "async" and not saver.is_written:
+                while kind == "async" and not saver.status.written:
                     time.sleep(0.01)
                 written = time.perf_counter()
                 saver.finish()
@@ -95,18 +95,25 @@ def _saves(rounds: int) -> None:
 
 
 class _Endless:
-    """10^8 pairs of made-up ids."""
+    """10^8 examples of made-up ids."""
 
     fingerprint = ""
 
     def __len__(self) -> int:
         return 10**8
 
-    def lengths(self, ids: np.ndarray) -> np.ndarray:
-        return np.tile([100, 40, 50], (len(ids), 1))
+    def lengths(self, ids: np.ndarray) -> Any:
+        from dsdpo.data.example import Lengths
+
+        n = len(ids)
+        tokens = np.tile([40, 50], n)
+        return Lengths(np.full(n, 100), np.full(n, 2), tokens, tokens)
 
     def scores(self, ids: np.ndarray) -> np.ndarray:
-        return np.full((len(ids), 2), np.nan)
+        return np.full(2 * len(ids), np.nan)
+
+    def weights(self, ids: np.ndarray) -> np.ndarray:
+        return np.ones(len(ids))
 
     def digests(self, ids: np.ndarray) -> np.ndarray:
         raise NotImplementedError
@@ -114,17 +121,18 @@ class _Endless:
     def where(self, index: int) -> str:
         return str(index)
 
-    def pair(self, index: int) -> Any:
-        from dsdpo.data.packing import TokenPair
+    def example(self, index: int) -> Any:
+        from dsdpo.data.example import TokenizedExample
 
-        return TokenPair(*(np.arange(n) + index % 7 for n in (100, 40, 50)))
+        prompt, *completions = (np.arange(n) + index % 7 for n in (100, 40, 50))
+        return TokenizedExample(prompt, tuple(completions))
 
 
 def _seeks(rounds: int) -> None:
-    from dsdpo.data.loader import PairLoader
+    from dsdpo.data.loader import BatchLoader
     from dsdpo.runtime.env import Mesh
 
-    loader = PairLoader(_Endless(), Mesh(0, 8, 0), 4096, share_prefix=True)
+    loader = BatchLoader(_Endless(), Mesh(0, 8, 0), 4096, share_prefix=True)
 
     def first_batch(step: int) -> float:
         started = time.perf_counter()

@@ -22,7 +22,7 @@ import yaml
 from bench.cases import ROOT, Case
 from bench.meter import RankMemory
 from dsdpo.config.load import load
-from dsdpo.data.order import step_pair_ids
+from dsdpo.data.order import step_example_ids
 from dsdpo.data.prepare import prepare
 from dsdpo.data.shards import PreparedSet
 from dsdpo.errors import DsdpoError
@@ -33,7 +33,7 @@ Log = list[tuple[float, str]]  # lines with the second at which each came
 
 _BETA = 0.1
 # What dsdpo says when its reference pass begins, and when it has what the run needs.
-_FILLING, _FILLED = re.compile(r"reference: computing \d+"), re.compile(r"\d+ pairs, \d+ steps of \d+ pairs")
+_FILLING, _FILLED = re.compile(r"reference: computing \d+"), re.compile(r"\d+ examples, \d+ steps of \d+")
 
 
 class BenchError(Exception):
@@ -183,14 +183,15 @@ def make_ready(case: Case, work: Path, timeout: float, same_malloc: bool) -> Ben
         raise BenchError(f"there is no model in {os.path.relpath(case.model, ROOT)}; run demo/fetch_model.py")
     (folder / "run.yaml").write_text(yaml.safe_dump(run_config(case, folder), sort_keys=False))
     pairs = _prepared(case, folder)
-    ids = np.concatenate([step_pair_ids(step, len(pairs), case.batch, case.seed) for step in range(case.steps)])
+    ids = np.concatenate([step_example_ids(step, len(pairs), case.batch, case.seed) for step in range(case.steps)])
     if len(ids) < case.steps * case.batch:
         raise BenchError(f"{len(pairs)} pairs are no whole steps of {case.batch}: take fewer steps")
     keys = ("prompt_ids", "chosen_ids", "rejected_ids")
-    rows = [dict(zip(keys, (part.tolist() for part in pairs.pair(int(i))))) for i in ids]
+    examples = [pairs.example(int(i)) for i in ids]
+    rows = [dict(zip(keys, (part.tolist() for part in (e.prompt_ids, *e.completion_ids)))) for e in examples]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "trl.json").write_text(json.dumps(trl_job(case, folder)))
-    return Bench(case, folder, pairs.lengths(ids), timeout, same_malloc)
+    return Bench(case, folder, pairs.lengths(ids).per_pair, timeout, same_malloc)
 
 
 def run_config(case: Case, folder: Path) -> dict[str, Any]:

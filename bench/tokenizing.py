@@ -34,8 +34,7 @@ from demo.fetch_model import fetch_model  # noqa: E402
 from dsdpo.data.encode import Limits, RowEncoder  # noqa: E402
 from dsdpo.data.readers import iter_rows  # noqa: E402
 from dsdpo.data.registry import DatasetEntry, resolve  # noqa: E402
-from dsdpo.data.shards import IDS  # noqa: E402
-from dsdpo.data.templates import PairEncoder, load_tokenizer  # noqa: E402
+from dsdpo.data.templates import ExampleEncoder, load_tokenizer  # noqa: E402
 
 SHARED = ROOT / "../shared/data"
 SETS = {
@@ -60,10 +59,11 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def measure(entry: DatasetEntry, encoder: PairEncoder, rounds: int, profile: bool) -> str:
+def measure(entry: DatasetEntry, encoder: ExampleEncoder, rounds: int, profile: bool) -> str:
     """One line: rows, tokens, both rates, their ratio and its range over the rounds."""
     rows, batches, tokenizer = RowEncoder(encoder, [entry], UNCUT), raw_batches(entry), encoder.tokenizer
-    found = [[ids for name in IDS for ids in encoded[name]] for encoded in map(rows, batches)]
+    parts = [zip(encoded["prompt_ids"], encoded["completion_ids"]) for encoded in map(rows, batches)]
+    found = [[ids for prompt, completions in batch for ids in (prompt, *completions)] for batch in parts]
     texts = [tokenizer.batch_decode([ids for ids in batch if ids]) for batch in found]
     tokens = sum(len(ids) for batch in found for ids in batch)
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--template", default="default")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    encoder = PairEncoder(load_tokenizer(str(fetch_model(ROOT / ".cache/SmolLM2-135M-Instruct"))), args.template)
+    encoder = ExampleEncoder(load_tokenizer(str(fetch_model(ROOT / ".cache/SmolLM2-135M-Instruct"))), args.template)
     for formatting, (folder, name) in SETS.items():
         entries, problems = resolve([name], folder)
         if problems:

@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from dsdpo import __version__
 from dsdpo.config.schema import RunConfig
-from dsdpo.data.loader import PairSource
+from dsdpo.data.loader import ExampleSource
 from dsdpo.engine.engine import Hardware
 from dsdpo.model.load import weights_digests
 from dsdpo.runtime.env import Mesh
@@ -18,7 +18,7 @@ from dsdpo.runtime.env import Mesh
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "trl")
 
 
-def identity(config: RunConfig, mesh: Mesh, hardware: Hardware, train_set: PairSource) -> dict[str, Any]:
+def identity(config: RunConfig, mesh: Mesh, hardware: Hardware, train_set: ExampleSource) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: settings, precision, content of weights and data.
 
     A collective call.
@@ -31,13 +31,13 @@ def identity(config: RunConfig, mesh: Mesh, hardware: Hardware, train_set: PairS
 
 
 def run_metadata(
-    config: RunConfig, mesh: Mesh, engine: DeepSpeedEngine, train_set: PairSource, row_tokens: int
+    config: RunConfig, mesh: Mesh, engine: DeepSpeedEngine, train_set: ExampleSource, row_tokens: int
 ) -> dict[str, Any]:
     """What may change from one process to the next."""
     model = engine.module.model
     adapter = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else None
     return {
-        "order": {"pairs": len(train_set), "train_batch_size": config.train_batch_size, "seed": config.seed},
+        "order": {"examples": len(train_set), "train_batch_size": config.train_batch_size, "seed": config.seed},
         "world_size": mesh.world_size,
         "zero_stage": engine.zero_optimization_stage(),
         "row_tokens": row_tokens,

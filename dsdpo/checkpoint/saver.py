@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -38,6 +38,13 @@ class _InFlight:
     folder: Path
     index: Index
     written: Future[dict[str, FileRecord]]
+
+
+class SaveStatus(NamedTuple):
+    """Whether a rank has written its part of the save in flight, well or not, and whether it could not."""
+
+    written: bool = False
+    failed: bool = False
 
 
 class Saver:
@@ -76,21 +83,17 @@ class Saver:
     # --- what the training loop sees ---
 
     @property
-    def is_written(self) -> bool:
-        """Whether this rank has written all of the save in flight, well or not."""
-        return self._in_flight is not None and self._in_flight.written.done()
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether this rank could not write its part of the save in flight."""
-        return self.is_written and self._in_flight.written.exception() is not None  # type: ignore[union-attr]
+    def status(self) -> SaveStatus:
+        """Of the save in flight on this rank."""
+        written = self._in_flight is not None and self._in_flight.written.done()
+        return SaveStatus(written, written and self._in_flight.written.exception() is not None)  # type: ignore[union-attr]
 
     def poll(self, step: int, written: int, failed: int) -> bool:
         """Commit the save in flight once every rank has written its part, or fail on all ranks where one could not.
 
         Args:
             step: whose end the counts tell of.
-            written, failed: ranks for which `is_written` and `has_failed` held then.
+            written, failed: ranks whose `status` said so then.
 
         Returns:
             Whether it was committed now.

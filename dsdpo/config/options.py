@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Union, get_args, get_origin
@@ -59,7 +60,8 @@ def allowed(field: FieldInfo) -> str:
     """Type and bounds of a field in words, such as `a whole number, at least 1, or empty`."""
     kinds = value_kinds(field)
     named = [kind for kind in kinds if kind is not type(None)]
-    text = " or ".join(_kind_text(kind) for kind in named)
+    marks = [mark for mark in field.metadata if isinstance(mark, OneOf)]
+    text = _values_text(marks[0].names()) if marks else " or ".join(_kind_text(kind) for kind in named)
     if len(named) > 1:
         text = text.replace("only ", "")
     for bound in field.metadata:
@@ -75,10 +77,14 @@ def value_kinds(field: FieldInfo) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
+def _values_text(values: Iterable[str]) -> str:
+    found = list(values)
+    return f"one of {', '.join(found)}" if len(found) > 1 else f"only {found[0]}"
+
+
 def _kind_text(kind: Any) -> str:
     if get_origin(kind) is Literal:
-        values = [str(value) for value in get_args(kind)]
-        return f"one of {', '.join(values)}" if len(values) > 1 else f"only {values[0]}"
+        return _values_text(map(str, get_args(kind)))
     if get_origin(kind) is list:
         item = get_args(kind)[0]
         if get_origin(item) is Literal:

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 from dsdpo.config.losses import LOSSES
+from dsdpo.config.stages import STAGES
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class RunConfig(BaseModel):
     model_name_or_path: str = Field(json_schema_extra=FREE)
     """Hugging Face model id, or a local folder with `config.json`, weights and tokenizer."""
 
-    stage: Literal["dpo"] = "dpo"
+    stage: Annotated[str, OneOf(STAGES.keys)] = "dpo"
     """Training stage. `dpo`: direct preference optimization on chosen/rejected pairs."""
 
     finetuning_type: Literal["full", "lora"] = "lora"

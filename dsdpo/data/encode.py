@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dsdpo.config.schema import RunConfig
-from dsdpo.data.digest import DIGEST_BYTES, pair_digest
-from dsdpo.data.formats.preference import to_pair
-from dsdpo.data.messages import Pair, Refused
+from dsdpo.data.example import DIGEST_BYTES, Example, TokenizedExample, example_digest
+from dsdpo.data.formats.preference import to_example
+from dsdpo.data.messages import Refused
 from dsdpo.data.readers import RawRow, parse_row
 from dsdpo.data.registry import DatasetEntry
-from dsdpo.data.templates import EncodedPair, PairEncoder
+from dsdpo.data.templates import EQUAL, EncodedExample, ExampleEncoder, has_equal
 
 _EXCERPT = 200  # characters of a refused row that are shown
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a pair may measure, in tokens.
+    """What an example may measure, in tokens.
 
     Attributes:
         max_length: prompt + completion.
         truncation_mode: as in RunConfig.
-        row_tokens: longest packed row, or None when no pair within max_length can exceed it.
-        share_prefix: whether the prompt stands once in a row.
+        row_tokens: longest micro-batch, or None when no pair within max_length can exceed it.
+        share_prefix: whether the prompt stands once in a micro-batch.
     """
 
     max_length: int
@@ -46,22 +49,22 @@ class Limits:
         )
 
 
-def fit(pair: EncodedPair, limits: Limits, bos_id: int | None) -> tuple[EncodedPair, bool]:
-    """Cut a pair to max_length.
+def fit(example: EncodedExample, limits: Limits, bos_id: int | None) -> tuple[EncodedExample, bool]:
+    """Cut an example to max_length.
 
     Args:
-        pair: the whole pair.
+        example: the whole example.
         limits: the run's limits.
         bos_id: kept in front when the prompt's oldest tokens go.
 
     Returns:
-        The pair that fits, and whether it was cut.
+        The example that fits, and whether it was cut.
 
     Raises:
-        Refused: nothing sensible is left, or truncation_mode is `refuse`, or the pair exceeds a packed row.
+        Refused: nothing sensible is left, or truncation_mode is `refuse`, or the example exceeds a micro-batch.
     """
-    prompt, chosen, rejected = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
-    over = len(prompt) + max(len(chosen), len(rejected)) - limits.max_length
+    prompt, completions = example.prompt_ids, example.completion_ids
+    over = len(prompt) + max(map(len, completions)) - limits.max_length
     if over > 0:
         size = f"{over + limits.max_length} tokens, max_length is {limits.max_length}"
         if limits.truncation_mode == "refuse":
@@ -71,20 +74,20 @@ def fit(pair: EncodedPair, limits: Limits, bos_id: int | None) -> tuple[EncodedP
             if room < 1:
                 detail = f"{len(prompt)} tokens, max_length is {limits.max_length}"
                 raise Refused("the prompt alone reaches max_length", detail)
-            chosen, rejected = chosen[:room], rejected[:room]
-            if chosen == rejected:
-                raise Refused("chosen and rejected are the same once cut to max_length", size)
+            completions = [ids[:room] for ids in completions]
+            if has_equal(completions):
+                raise Refused(f"{EQUAL} once cut to max_length", size)
         else:
-            kept = [bos_id] if bos_id is not None and prompt[0] == bos_id else []
+            kept = [bos_id] if bos_id is not None and prompt[:1] == [bos_id] else []
             prompt = [*kept, *prompt[over + len(kept) :]]
             if len(prompt) == len(kept):
                 raise Refused("a completion alone reaches max_length", size)
-    _check_row(len(prompt), len(chosen), len(rejected), limits)
-    return EncodedPair(prompt, chosen, rejected, pair.diverged), over > 0
+    _check_micro_batch(len(prompt), [len(ids) for ids in completions], limits)
+    return EncodedExample(prompt, completions, example.diverged), over > 0
 
 
-def _check_row(prompt: int, chosen: int, rejected: int, limits: Limits) -> None:
-    tokens = (1 if limits.share_prefix else 2) * prompt + chosen + rejected
+def _check_micro_batch(prompt: int, completions: list[int], limits: Limits) -> None:
+    tokens = (1 if limits.share_prefix else len(completions)) * prompt + sum(completions)
     if limits.row_tokens is not None and tokens > limits.row_tokens:
         detail = f"{tokens} tokens, max_tokens_per_row is {limits.row_tokens}"
         raise Refused("longer than max_tokens_per_row", detail)
@@ -99,7 +102,7 @@ class RowEncoder:
         limits: in tokens.
     """
 
-    def __init__(self, encoder: PairEncoder, entries: Sequence[DatasetEntry], limits: Limits) -> None:
+    def __init__(self, encoder: ExampleEncoder, entries: Sequence[DatasetEntry], limits: Limits) -> None:
         self.encoder = encoder
         self.entries = list(entries)
         self.limits = limits
@@ -113,23 +116,26 @@ class RowEncoder:
             The columns of a shard, and `reason`, `detail`, `excerpt` (all empty for accepted rows), `truncated`,
             `diverged`.
         """
-        pairs = [self.pair(raw, self.entries[number]) for raw, number in zip(rows["row"], rows["set"])]
-        encoded = iter(self.encoder.encode([pair for pair in pairs if isinstance(pair, Pair)]))
-        results = [self._accepted(pair, next(encoded)) if isinstance(pair, Pair) else _refused(pair) for pair in pairs]
+        examples = [self.example(raw, self.entries[number]) for raw, number in zip(rows["row"], rows["set"])]
+        encoded = iter(self.encoder.encode([example for example in examples if isinstance(example, Example)]))
+        results = [
+            self._accepted(example, next(encoded)) if isinstance(example, Example) else _refused(example)
+            for example in examples
+        ]
         for result, raw, source in zip(results, rows["row"], rows["source"]):
             result["source"] = source
             result["excerpt"] = _excerpt(raw) if result["reason"] else ""
         return {key: [result[key] for result in results] for key in results[0]}
 
-    def pair(self, raw: RawRow, entry: DatasetEntry) -> Pair | Refused:
-        """One row of `entry` as a Pair, or why not."""
+    def example(self, raw: RawRow, entry: DatasetEntry) -> Example | Refused:
+        """One record of `entry` as an Example, or why not."""
         assert entry.formatting is not None, "the formatting is told before rows are encoded"
         try:
-            return to_pair(parse_row(raw), entry.formatting, entry.columns, entry.tags, entry.allow_empty_rejected)
+            return to_example(parse_row(raw), entry.formatting, entry.columns, entry.tags, entry.allow_empty_rejected)
         except Refused as refused:
             return refused
 
-    def _accepted(self, pair: Pair, encoded: EncodedPair | Refused) -> dict[str, Any]:
+    def _accepted(self, example: Example, encoded: EncodedExample | Refused) -> dict[str, Any]:
         if isinstance(encoded, Refused):
             return _refused(encoded)
         try:
@@ -137,15 +143,7 @@ class RowEncoder:
         except Refused as refused:
             return _refused(refused)
         return {
-            "prompt_ids": fitted.prompt_ids,
-            "chosen_ids": fitted.chosen_ids,
-            "rejected_ids": fitted.rejected_ids,
-            "prompt_length": len(fitted.prompt_ids),
-            "chosen_length": len(fitted.chosen_ids),
-            "rejected_length": len(fitted.rejected_ids),
-            "digest": pair_digest((fitted.prompt_ids, fitted.chosen_ids, fitted.rejected_ids)),
-            "chosen_score": pair.chosen_score,
-            "rejected_score": pair.rejected_score,
+            **shard_row(fitted.prompt_ids, fitted.completion_ids, example.scores, example.weight),
             "reason": "",
             "detail": "",
             "truncated": truncated,
@@ -153,17 +151,40 @@ class RowEncoder:
         }
 
 
+def shard_row(
+    prompt_ids: Sequence[int],
+    completion_ids: Sequence[Sequence[int]],
+    scores: Sequence[float | None],
+    weight: float = 1.0,
+    loss_mask: Sequence[Sequence[bool]] | None = None,
+) -> dict[str, Any]:
+    """An example in the columns of a shard, but for its source."""
+    masks = None if loss_mask is None else tuple(np.asarray(mask, dtype=bool) for mask in loss_mask)
+    example = TokenizedExample(np.asarray(prompt_ids), tuple(map(np.asarray, completion_ids)), masks)
+    return {
+        "prompt_ids": prompt_ids,
+        "completion_ids": completion_ids,
+        "loss_mask": loss_mask,
+        "prompt_length": len(prompt_ids),
+        "completion_lengths": [len(ids) for ids in completion_ids],
+        "loss_tokens": example.loss_tokens,
+        "digest": example_digest(prompt_ids, completion_ids, loss_mask),
+        "scores": [math.nan if score is None else score for score in scores],
+        "weight": weight,
+    }
+
+
 def _refused(refused: Refused) -> dict[str, Any]:
     return {
         "prompt_ids": [],
-        "chosen_ids": [],
-        "rejected_ids": [],
+        "completion_ids": [],
+        "loss_mask": None,
         "prompt_length": 0,
-        "chosen_length": 0,
-        "rejected_length": 0,
+        "completion_lengths": [],
+        "loss_tokens": [],
         "digest": bytes(DIGEST_BYTES),
-        "chosen_score": None,
-        "rejected_score": None,
+        "scores": [],
+        "weight": 1.0,
         "reason": refused.reason,
         "detail": refused.detail,
         "truncated": False,

@@ -20,7 +20,8 @@ from dsdpo.runtime.files import file_digest, file_state, is_settled, write_atomi
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# raise it when the same inputs would give other shards
+# Raise it when the same inputs would give other examples: runs are not continued then. How shards are written is
+# shards.SHARD_FORMAT.
 CODE_VERSION = 3
 
 # What turns a tokenizer's files into a tokenizer.
@@ -84,7 +85,7 @@ def _version(package: str) -> str | None:
 
 
 def set_fingerprint(config: RunConfig, entries: list[DatasetEntry], tokenizer: str, sources: list[str]) -> str:
-    """Name of a prepared set.
+    """What a prepared set holds, as one hash.
 
     Args:
         config: the run; only what changes token ids or refusals counts.

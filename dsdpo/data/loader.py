@@ -1,109 +1,140 @@
-"""The rows of this rank for each optimizer step, streamed from the prepared shards."""
+"""The micro-batches of this rank for each optimizer step, streamed from the prepared shards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dsdpo.data.order import step_pair_ids
-from dsdpo.data.packing import Row, TokenPair, build_row, dummy_row, idle_share, plan_step, row_lengths
+from dsdpo.data.example import Lengths, TokenizedExample
+from dsdpo.data.order import step_example_ids
+from dsdpo.data.packing import MicroBatch, build_micro_batch, empty_micro_batch, idle_share, plan_step
 from dsdpo.runtime.env import Mesh
 
 
-class PairSource(Protocol):
-    """What the loader reads: a prepared set, or anything with these methods of one."""
+class ExampleSource(Protocol):
+    """What the loader reads: a prepared set, or anything with these methods of one. `ids` are int64 [B]."""
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Changes with the examples, their order or the split."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def lengths(self, ids: np.ndarray) -> np.ndarray: ...
+    def lengths(self, ids: np.ndarray) -> Lengths:
+        """Of B examples."""
+        ...
 
-    def digests(self, ids: np.ndarray) -> np.ndarray: ...
+    def digests(self, ids: np.ndarray) -> np.ndarray:
+        """DIGEST [B]: what stands for an example's token ids in the reference store."""
+        ...
 
-    def scores(self, ids: np.ndarray) -> np.ndarray: ...
+    def scores(self, ids: np.ndarray) -> np.ndarray:
+        """float64 [N], the data's rating of each completion, NaN where there is none."""
+        ...
 
-    def pair(self, index: int) -> TokenPair: ...
+    def weights(self, ids: np.ndarray) -> np.ndarray:
+        """float64 [B], the factor on each example's loss."""
+        ...
 
-    def where(self, index: int) -> str: ...
+    def example(self, index: int) -> TokenizedExample:
+        """Token ids of one example."""
+        ...
+
+    def where(self, index: int) -> str:
+        """The place that it comes from, such as `file.jsonl:17`."""
+        ...
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One optimizer step as this rank sees it.
+class Packing(NamedTuple):
+    """How a step's examples were packed, over all data-parallel ranks.
 
     Attributes:
-        pair_ids: int64 [B], the pairs of the step over all data-parallel ranks.
-        lengths: int64 [B, 3], tokens of prompt, chosen and rejected of each.
-        score_gaps: float64 [B], the data's score of chosen minus that of rejected; NaN where there are none.
-        rows: this rank's rows, one per micro-step; all ranks have the same number.
-        logical_tokens: 2p + c + r summed over all B pairs, what padded training would count.
-        physical_tokens: tokens in the rows of all data-parallel ranks.
-        idle_share: part of the step, in tokens, for which ranks wait for the longest row of their micro-step.
+        logical_tokens: tokens with the prompt repeated for each completion, what padded training would count.
+        physical_tokens: tokens in the micro-batches.
+        idle_share: part of the step, in tokens, for which ranks wait for the longest micro-batch of a micro-step.
     """
 
-    pair_ids: np.ndarray
-    lengths: np.ndarray
-    score_gaps: np.ndarray
-    rows: list[Row]
     logical_tokens: int
     physical_tokens: int
     idle_share: float
 
-    @property
-    def mean_chosen_tokens(self) -> float:
-        """Chosen tokens per pair over the whole step."""
-        return float(self.lengths[:, 1].mean())
 
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step as this rank sees it: B examples with N completions over all ranks.
 
-class PairLoader:
-    """Batches as a pure function of the pair ids, the number of data-parallel ranks and the row settings.
-
-    Args:
-        pairs: the prepared set.
-        mesh: this rank's place.
-        max_tokens_per_row: longest row.
-        share_prefix: whether a pair's prompt stands once in its row.
+    Attributes:
+        example_ids: int64 [B].
+        lengths: of the B examples.
+        scores: float64 [N], the data's rating of each completion; NaN where there is none.
+        weights: float64 [B].
+        micro_batches: of this rank, one for each micro-step; all ranks have the same number.
+        packing: see there.
+        mean_over: lengths of the examples over which a mean per token is taken: those of the step in training, those of
+            the whole set in an evaluation.
     """
 
-    def __init__(self, pairs: PairSource, mesh: Mesh, max_tokens_per_row: int, share_prefix: bool) -> None:
-        self.pairs = pairs
+    example_ids: np.ndarray
+    lengths: Lengths
+    scores: np.ndarray
+    weights: np.ndarray
+    micro_batches: list[MicroBatch]
+    packing: Packing
+    mean_over: Lengths
+
+    def completion_indices(self, micro_batch: MicroBatch) -> np.ndarray:
+        """int64 [S]: places of a micro-batch's completions among the batch's N."""
+        return self.lengths.starts[micro_batch.completions[:, 0]] + micro_batch.completions[:, 1]
+
+
+class BatchLoader:
+    """Batches as a pure function of the example ids, the number of data-parallel ranks and the packing settings.
+
+    Args:
+        source: the prepared set.
+        mesh: this rank's place.
+        max_tokens_per_row: longest micro-batch, in tokens.
+        share_prefix: whether a prompt stands once in its micro-batch.
+    """
+
+    def __init__(self, source: ExampleSource, mesh: Mesh, max_tokens_per_row: int, share_prefix: bool) -> None:
+        self.source = source
         self.mesh = mesh
         self.max_tokens_per_row = max_tokens_per_row
         self.share_prefix = share_prefix
 
-    def batch(self, pair_ids: np.ndarray) -> Batch:
-        """This rank's rows for one step's pairs."""
-        lengths, scores = self.pairs.lengths(pair_ids), self.pairs.scores(pair_ids)
-        tokens = row_lengths(lengths, self.share_prefix)
+    def batch(self, example_ids: np.ndarray, mean_over: Lengths | None = None) -> Batch:
+        """This rank's micro-batches for one step's examples. mean_over: see `Batch`; None: the step's."""
+        lengths = self.source.lengths(example_ids)
+        tokens = lengths.packed(self.share_prefix)
         plan = plan_step(tokens, self.mesh.dp_size, self.max_tokens_per_row)
-        rows = [self._row(pair_ids, micro_step[self.mesh.dp_rank]) for micro_step in plan]
         return Batch(
-            pair_ids=pair_ids,
+            example_ids=example_ids,
             lengths=lengths,
-            score_gaps=scores[:, 0] - scores[:, 1],
-            rows=rows,
-            logical_tokens=int(row_lengths(lengths, share_prefix=False).sum()),
-            physical_tokens=int(tokens.sum()),
-            idle_share=idle_share(plan, tokens),
+            scores=self.source.scores(example_ids),
+            weights=self.source.weights(example_ids),
+            micro_batches=[self._micro_batch(example_ids, step[self.mesh.dp_rank]) for step in plan],
+            packing=Packing(lengths.padded, int(tokens.sum()), idle_share(plan, tokens)),
+            mean_over=lengths if mean_over is None else mean_over,
         )
 
-    def _row(self, pair_ids: np.ndarray, indices: list[int]) -> Row:
+    def _micro_batch(self, example_ids: np.ndarray, indices: list[int]) -> MicroBatch:
         if not indices:
-            return dummy_row(self.share_prefix)
-        return build_row([self.pairs.pair(int(pair_ids[i])) for i in indices], indices, self.share_prefix)
+            return empty_micro_batch()
+        examples = [self.source.example(int(example_ids[i])) for i in indices]
+        return build_micro_batch(examples, indices, self.share_prefix)
 
-    def stream(self, id_batches: Iterable[np.ndarray]) -> Iterator[Batch]:
+    def stream(self, id_batches: Iterable[np.ndarray], mean_over: Lengths | None = None) -> Iterator[Batch]:
         """Batches in order, each built on a thread while the one before it is in use."""
         with ThreadPoolExecutor(max_workers=1) as pool:
             ahead = None
-            for pair_ids in id_batches:
-                following = pool.submit(self.batch, pair_ids)
+            for example_ids in id_batches:
+                following = pool.submit(self.batch, example_ids, mean_over)
                 if ahead is not None:
                     yield ahead.result()
                 ahead = following
@@ -112,9 +143,10 @@ class PairLoader:
 
     def training_batches(self, steps: range, train_batch_size: int, seed: int) -> Iterator[Batch]:
         """The batches of optimizer steps `steps`: starting anywhere costs nothing."""
-        n = len(self.pairs)
-        return self.stream(step_pair_ids(step, n, train_batch_size, seed) for step in steps)
+        n = len(self.source)
+        return self.stream(step_example_ids(step, n, train_batch_size, seed) for step in steps)
 
-    def in_order(self, pair_ids: np.ndarray, batch_size: int) -> Iterator[Batch]:
-        """Each of `pair_ids` once, in order: for evaluation and for the reference pass."""
-        return self.stream(pair_ids[i : i + batch_size] for i in range(0, len(pair_ids), batch_size))
+    def in_order(self, example_ids: np.ndarray, batch_size: int, mean_over: Lengths | None = None) -> Iterator[Batch]:
+        """Each of `example_ids` once, in order: for evaluation and for the reference pass."""
+        starts = range(0, len(example_ids), batch_size)
+        return self.stream((example_ids[start : start + batch_size] for start in starts), mean_over)

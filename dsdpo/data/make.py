@@ -23,12 +23,13 @@ import pyarrow.compute as pc
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.encode import Limits, RowEncoder
-from dsdpo.data.formats.preference import FORMATS, READS, detect, unread
-from dsdpo.data.messages import Pair, Refused
+from dsdpo.data.example import Example
+from dsdpo.data.formats.detect import READS, detect, unread
+from dsdpo.data.messages import Refused
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import INFO_FILE, DatasetEntry
-from dsdpo.data.shards import LENGTHS, MANIFEST, REJECTED, SCHEMA, fsync_path, write_shards
-from dsdpo.data.templates import PairEncoder
+from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SCHEMA, fsync_path, write_shards
+from dsdpo.data.templates import ExampleEncoder
 from dsdpo.errors import DataError
 from dsdpo.runtime.files import write_atomically
 
@@ -45,7 +46,9 @@ _LOOKED_AT = 100  # rows of a set that may be broken before its format cannot be
 _ABANDONED_S = 2 * 24 * 3600
 
 
-def make_set(config: RunConfig, entries: list[DatasetEntry], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+def make_set(
+    config: RunConfig, entries: list[DatasetEntry], tokenizer: PreTrainedTokenizerBase, path: Path, fingerprint: str
+) -> None:
     """Write a prepared set.
 
     Args:
@@ -53,17 +56,18 @@ def make_set(config: RunConfig, entries: list[DatasetEntry], tokenizer: PreTrain
         entries: the sets, in order.
         tokenizer: of the model.
         path: the set's folder; it appears whole or not at all. Another process may make it at the same time.
+        fingerprint: of the set.
 
     Raises:
         ConfigError: the template does not fit the tokenizer or the data.
         DataError: more than max_refused of the rows are refused, or none is left; the refused rows then stand in
-            `<path>.rejected.jsonl`.
+            `<path>.dropped_rows.jsonl`.
         OSError: the file system refused a write.
     """
-    encoder = PairEncoder(tokenizer, config.template, config.default_system)
+    encoder = ExampleEncoder(tokenizer, config.template, config.default_system)
     rows = RowEncoder(encoder, [_with_formatting(entry, config) for entry in entries], Limits.of(config))
     for entry in rows.entries:
-        _check_first_pair(rows, entry, config)
+        _check_first_example(rows, entry, config)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
@@ -71,13 +75,13 @@ def make_set(config: RunConfig, entries: list[DatasetEntry], tokenizer: PreTrain
     try:
         encoded = _encode(rows, config, temporary / "work")
         counts = _count(encoded)
-        _write_rejected(encoded, temporary / REJECTED)
-        _judge(config, counts, temporary / REJECTED, path.with_suffix(".rejected.jsonl"))
+        _write_dropped(encoded, temporary / DROPPED_ROWS)
+        _check_refused(config, counts, temporary / DROPPED_ROWS, path.with_suffix(".dropped_rows.jsonl"))
         write_shards(_accepted(encoded), temporary)
         del encoded
         shutil.rmtree(temporary / "work")
         described = [f"{entry.name} ({entry.formatting})" for entry in rows.entries]
-        manifest = {"fingerprint": path.name, "datasets": described, **_settings(config), **counts}
+        manifest = {"fingerprint": fingerprint, "datasets": described, **_settings(config), **counts}
         write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
         _publish(temporary, path)
     finally:
@@ -109,16 +113,16 @@ def _with_formatting(entry: DatasetEntry, config: RunConfig) -> DatasetEntry:
     found = f"it has the columns {', '.join(sorted(keys))}" if keys else "it holds no JSON object"
     raise DataError(
         f"cannot tell the format of {entry.name}: {found}; describe it in {INFO_FILE} with formatting "
-        f"({', '.join(FORMATS)}) and columns"
+        f"({', '.join(READS)}) and columns"
     )
 
 
-def _check_first_pair(rows: RowEncoder, entry: DatasetEntry, config: RunConfig) -> None:
+def _check_first_example(rows: RowEncoder, entry: DatasetEntry, config: RunConfig) -> None:
     """Tell a template that does not fit before all rows are refused for it. Raises ConfigError."""
     for number, (_, raw) in enumerate(iter_rows(entry, config.max_samples)):
-        pair = rows.pair(raw, entry)
-        if isinstance(pair, Pair):
-            rows.encoder.check_supports(pair)
+        example = rows.example(raw, entry)
+        if isinstance(example, Example):
+            rows.encoder.check_supports(example)
             return
         if number == _LOOKED_AT:
             return
@@ -209,20 +213,29 @@ def _accepted(encoded: Dataset) -> Iterator[pa.RecordBatch]:
 
 
 def _count(encoded: Dataset) -> dict[str, Any]:
-    """Rows, pairs, refusals by reason (the most frequent first), cuts and token totals."""
+    """Records, examples, refusals by reason (the most frequent first), cuts, and token totals by part of an example."""
     table = encoded.data.table
     found = pc.value_counts(table.column("reason")).to_pylist()
     refused = {item["values"]: item["counts"] for item in found if item["values"]}
-    pairs = len(table) - sum(refused.values())
+    examples = len(table) - sum(refused.values())
+    parts = [("prompt", *_totals(table.column("prompt_length"), examples))]
+    for number in range(pc.max(pc.list_value_length(table.column("completion_lengths"))).as_py() or 0):
+        has = pc.greater(pc.list_value_length(table.column("completion_lengths")), number)
+        lengths = pc.list_element(table.column("completion_lengths").filter(has), number)
+        parts.append((f"completion {number + 1}", *_totals(lengths, len(lengths))))
     return {
         "rows": len(table),
-        "pairs": pairs,
+        "examples": examples,
         "refused": dict(sorted(refused.items(), key=lambda item: -item[1])),
         "truncated": pc.sum(table.column("truncated")).as_py(),
         "diverged": pc.sum(table.column("diverged")).as_py(),
-        "tokens": {name.removesuffix("_length"): pc.sum(table.column(name)).as_py() for name in LENGTHS},
-        "longest": {name.removesuffix("_length"): pc.max(table.column(name)).as_py() for name in LENGTHS},
+        "mean_tokens": {part: total / max(count, 1) for part, total, _, count in parts},
+        "longest": {part: longest for part, _, longest, _ in parts},
     }
+
+
+def _totals(lengths: pa.ChunkedArray, count: int) -> tuple[int, int, int]:
+    return pc.sum(lengths).as_py() or 0, pc.max(lengths).as_py() or 0, count
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
@@ -230,7 +243,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"settings": {name: getattr(config, name) for name in kept}}
 
 
-def _write_rejected(encoded: Dataset, path: Path) -> None:
+def _write_dropped(encoded: Dataset, path: Path) -> None:
     with path.open("w") as stream:
         for batch in _tables(encoded):
             refused = batch.filter(pc.not_equal(batch.column("reason"), ""))
@@ -239,15 +252,15 @@ def _write_rejected(encoded: Dataset, path: Path) -> None:
     fsync_path(path)
 
 
-def _judge(config: RunConfig, counts: dict[str, Any], rejected: Path, keep_at: Path) -> None:
+def _check_refused(config: RunConfig, counts: dict[str, Any], dropped: Path, keep_at: Path) -> None:
     """Raise DataError when too many rows are refused; their list then stays at `keep_at`."""
-    n_refused = counts["rows"] - counts["pairs"]
-    if counts["pairs"] > 0 and n_refused <= config.max_refused * counts["rows"]:
+    n_refused = counts["rows"] - counts["examples"]
+    if counts["examples"] > 0 and n_refused <= config.max_refused * counts["rows"]:
         keep_at.unlink(missing_ok=True)
         return
-    os.replace(rejected, keep_at)
+    os.replace(dropped, keep_at)
     reasons = "; ".join(f"{count} x {reason}" for reason, count in list(counts["refused"].items())[:5])
-    allowed = f"max_refused allows {config.max_refused:.2%}" if counts["pairs"] else "no row is left"
+    allowed = f"max_refused allows {config.max_refused:.2%}" if counts["examples"] else "no row is left"
     raise DataError(
         f"{n_refused} of {counts['rows']} rows are refused, {allowed}. Reasons: {reasons}. Every one is listed in "
         f"{keep_at}; repair the rows, correct the entry in {INFO_FILE}, or raise max_refused"

@@ -1,14 +1,13 @@
-"""Pairs, refusals, and the checks that every format shares: text, messages, turns, scores."""
+"""Refusals, and the checks that every format shares: text, messages, turns, scores."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-Message = dict[str, Any]
+from dsdpo.data.example import Message
 
 
 class Refused(Exception):
@@ -23,25 +22,6 @@ class Refused(Exception):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One preference pair, either all text or all messages.
-
-    Attributes:
-        prompt: text, or messages ({"role", "content"}) from an optional system message to a user or tool message.
-        chosen, rejected: text, or one assistant message in a list. Rejected may be "" where the entry allows it.
-        chosen_score, rejected_score: ratings that came with the row, for filtering and margins. They are no log-probs.
-        tools: function descriptions for the chat template, or None.
-    """
-
-    prompt: str | list[Message]
-    chosen: str | list[Message]
-    rejected: str | list[Message]
-    chosen_score: float | None = None
-    rejected_score: float | None = None
-    tools: list[dict[str, Any]] | None = None
 
 
 class Columns:

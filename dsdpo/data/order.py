@@ -1,8 +1,8 @@
-"""Which pairs make up optimizer step s: a pure function of (seed, step), the same on every number of ranks.
+"""Which examples make up optimizer step s: a pure function of (seed, step), the same on every number of ranks.
 
 The order of an epoch is a keyed permutation of 0 … n-1: a balanced Feistel network over the smallest even number of
 bits that covers n, with cycle walking for values that fall outside (Black & Rogaway, "Ciphers with Arbitrary
-Finite Domains", 2002). It needs no table, so 10^8 pairs cost nothing and any step can be sought at once.
+Finite Domains", 2002). It needs no table, so 10^8 examples cost nothing and any step can be sought at once.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def _round_keys(seed: int, epoch: int) -> list[int]:
 
 
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Map positions of an epoch to pair ids.
+    """Map positions of an epoch to example ids.
 
     Args:
         positions: integers in [0, n), any shape.
-        n: number of pairs.
+        n: number of examples.
         seed, epoch: the key; another seed or epoch gives another order.
 
     Returns:
@@ -55,20 +55,20 @@ def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def steps_per_epoch(n: int, train_batch_size: int) -> int:
-    """Optimizer steps in one pass over n pairs; the last step may hold fewer pairs."""
+    """Optimizer steps in one pass over n examples; the last step may hold fewer."""
     return math.ceil(n / train_batch_size)
 
 
-def step_pair_ids(step: int, n: int, train_batch_size: int, seed: int) -> np.ndarray:
-    """Pair ids of optimizer step `step` (0-based, over all epochs): int64, train_batch_size or fewer."""
+def step_example_ids(step: int, n: int, train_batch_size: int, seed: int) -> np.ndarray:
+    """Example ids of optimizer step `step` (0-based, over all epochs): int64, train_batch_size or fewer."""
     epoch, step_in_epoch = divmod(step, steps_per_epoch(n, train_batch_size))
     start = step_in_epoch * train_batch_size
     positions = np.arange(start, min(start + train_batch_size, n))
     return permute(positions, n, seed, epoch)
 
 
-def pairs_of_steps(total_steps: int, n: int, train_batch_size: int, seed: int) -> np.ndarray:
-    """The pairs that the first `total_steps` steps use, each once: int64, all n of them from one epoch on."""
+def examples_of_steps(total_steps: int, n: int, train_batch_size: int, seed: int) -> np.ndarray:
+    """The examples that the first `total_steps` steps use, each once: int64, all n of them from one epoch on."""
     if total_steps >= steps_per_epoch(n, train_batch_size):
         return np.arange(n)
     return permute(np.arange(total_steps * train_batch_size), n, seed, epoch=0)

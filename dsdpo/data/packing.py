@@ -1,15 +1,14 @@
-"""The pairs of one optimizer step, laid out in rows: pure functions of lengths and token ids.
+"""The examples of one optimizer step, laid out in micro-batches: pure functions of lengths and token ids.
 
-A row is one sequence of tokens that the model computes at once. With a shared prefix it holds, pair after pair,
+A micro-batch is one sequence of tokens that the model computes at once. With a shared prefix it holds, example after
+example,
 
-    [prompt_1 | chosen_1 | rejected_1 | prompt_2 | chosen_2 | rejected_2 | …]
-    positions: prompt 0 … p-1, chosen p … p+c-1, rejected p … p+r-1
+    [prompt_1 | completion_1.0 | completion_1.1 | … | prompt_2 | completion_2.0 | …]
+    positions: prompt 0 … p-1, each completion p … p+n-1
 
 where each completion attends to its prompt and to itself. Without one it holds whole sequences:
 
-    [prompt_1 chosen_1 | prompt_1 rejected_1 | …]
-
-Completion 2k of a row is the chosen side of its k-th pair, completion 2k+1 the rejected side.
+    [prompt_1 completion_1.0 | prompt_1 completion_1.1 | …]
 """
 
 from __future__ import annotations
@@ -21,22 +20,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsdpo.data.example import TokenizedExample
 from dsdpo.errors import DataError
 
-# rows[micro_step][rank] -> indices into the step's list of pairs; empty where a rank has nothing to do
+# micro_batches[micro_step][rank] -> indices into the step's examples; empty where a rank has nothing to do
 StepPlan = list[list[list[int]]]
 
 
-class TokenPair(NamedTuple):
-    """One preference pair as token ids: int64 arrays of p, c and r tokens, the completions with their EOS."""
-
-    prompt_ids: np.ndarray
-    chosen_ids: np.ndarray
-    rejected_ids: np.ndarray
-
-
 class Segment(NamedTuple):
-    """Tokens start … start+length-1 of a row; they attend causally to themselves and to all of the prefix."""
+    """Tokens start … start+length-1 of a micro-batch; they attend causally to themselves and to all of the prefix."""
 
     start: int
     length: int
@@ -45,151 +37,166 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
-    """One packed row.
+class MicroBatch:
+    """What one data-parallel rank computes at once: T tokens, C of them scored, in S completions of E examples.
 
     Attributes:
         input_ids: int64 [T].
         position_ids: int64 [T].
-        segments: in row order, together covering all T tokens.
-        score_from: int64 [C], positions whose hidden state predicts a completion token.
-        targets: int64 [C], the tokens predicted.
-        part_lengths: int64 [n, 2], scored tokens of each completion, in order: those at places that the pair's other
-            completion has too, and those beyond its end. They add up to C.
-        pairs: int64 [P], indices of the row's pairs in the step; empty for a dummy row.
-        logical_tokens: tokens that plain padded training would have computed: 2p + c + r summed over pairs.
+        segments: in order, together covering all T tokens.
+        loss_positions: int64 [C], positions whose hidden state predicts a scored token.
+        target_ids: int64 [C], the tokens predicted.
+        completions: int64 [S, 3]: index of the example in the batch, number of the completion in it, scored tokens.
+            The scored tokens add up to C, except in a micro-batch without examples, which has no completions.
+        last_positions: int64 [S], position of the last token of each completion.
     """
 
     input_ids: np.ndarray
     position_ids: np.ndarray
     segments: list[Segment]
-    score_from: np.ndarray
-    targets: np.ndarray
-    part_lengths: np.ndarray
-    pairs: np.ndarray
-    logical_tokens: int
+    loss_positions: np.ndarray
+    target_ids: np.ndarray
+    completions: np.ndarray
+    last_positions: np.ndarray
 
-
-def row_lengths(lengths: np.ndarray, share_prefix: bool) -> np.ndarray:
-    """Tokens that each pair takes in a row.
-
-    Args:
-        lengths: int [N, 3], tokens of prompt, chosen and rejected.
-        share_prefix: whether the prompt stands once or twice.
-
-    Returns:
-        int64 [N]: p+c+r, or 2p+c+r.
-    """
-    weights = np.array([1 if share_prefix else 2, 1, 1], dtype=np.int64)
-    return np.asarray(lengths, dtype=np.int64) @ weights
+    @property
+    def examples(self) -> np.ndarray:
+        """int64 [E]: indices of its examples in the batch, in order."""
+        return self.completions[self.completions[:, 1] == 0, 0]
 
 
 def plan_step(tokens: np.ndarray, dp_size: int, max_tokens_per_row: int) -> StepPlan:
-    """Deal a step's pairs out to ranks and micro-steps.
+    """Deal a step's examples out to data-parallel ranks and micro-steps.
 
-    Longest pairs first, each to the row with the fewest tokens so far, over dp_size * m rows with the smallest
-    m for which no row overflows. Rows of like size then share a micro-step, since with ZeRO-3 every rank waits for
-    the longest row of each micro-step.
+    Longest examples first, each to the micro-batch with the fewest tokens so far, over dp_size * m micro-batches with
+    the smallest m for which none overflows. Micro-batches of like size then share a micro-step, since with ZeRO-3 every
+    rank waits for the longest of each micro-step.
 
     Args:
-        tokens: int [B], row tokens of each pair.
+        tokens: int [B], tokens of each example in a micro-batch.
         dp_size: number of data-parallel ranks.
-        max_tokens_per_row: the longest row allowed.
+        max_tokens_per_row: the longest micro-batch allowed.
 
     Returns:
-        rows[micro_step][dp_rank], lists of indices into `tokens`; the same m for all ranks.
+        micro_batches[micro_step][rank], lists of indices into `tokens`; the same m for all ranks.
 
     Raises:
-        DataError: a single pair is longer than max_tokens_per_row.
+        DataError: a single example is longer than max_tokens_per_row.
     """
     longest = int(tokens.max(initial=0))
     if longest > max_tokens_per_row:
         raise DataError(
-            f"a pair takes {longest} tokens in a row, max_tokens_per_row is {max_tokens_per_row}: raise it, "
-            "lower max_length, or prepare the data again"
+            f"an example takes {longest} tokens, max_tokens_per_row is {max_tokens_per_row}: raise it, lower "
+            "max_length, or prepare the data again"
         )
     micro_steps = max(1, math.ceil(int(tokens.sum()) / (dp_size * max_tokens_per_row)))
-    while (rows := _fill(tokens, dp_size * micro_steps, max_tokens_per_row)) is None:
+    while (found := _fill(tokens, dp_size * micro_steps, max_tokens_per_row)) is None:
         micro_steps += 1
-    rows.sort(key=lambda row: -int(tokens[row].sum()))
-    return [rows[m * dp_size : (m + 1) * dp_size] for m in range(micro_steps)]
+    found.sort(key=lambda indices: -int(tokens[indices].sum()))
+    return [found[m * dp_size : (m + 1) * dp_size] for m in range(micro_steps)]
 
 
-def _fill(tokens: np.ndarray, n_rows: int, capacity: int) -> list[list[int]] | None:
-    """Longest-first list scheduling into n_rows rows; None when the least full row cannot take the next pair."""
-    rows: list[list[int]] = [[] for _ in range(n_rows)]
-    load = np.zeros(n_rows, dtype=np.int64)
+def _fill(tokens: np.ndarray, number: int, capacity: int) -> list[list[int]] | None:
+    """Longest-first list scheduling into `number` micro-batches; None when the least full one cannot take the next."""
+    found: list[list[int]] = [[] for _ in range(number)]
+    load = np.zeros(number, dtype=np.int64)
     for index in np.argsort(-tokens, kind="stable"):
-        row = int(load.argmin())
-        if load[row] + tokens[index] > capacity:
+        least = int(load.argmin())
+        if load[least] + tokens[index] > capacity:
             return None
-        rows[row].append(int(index))
-        load[row] += tokens[index]
-    return rows
+        found[least].append(int(index))
+        load[least] += tokens[index]
+    return found
 
 
 def idle_share(plan: StepPlan, tokens: np.ndarray) -> float:
-    """Share of a step's time, counted in tokens, that ranks wait for the longest row of each micro-step.
+    """Share of a step's time, counted in tokens, that ranks wait for the longest micro-batch of each micro-step.
 
     Args:
         plan: of `plan_step`.
-        tokens: int [B], row tokens of each pair.
+        tokens: int [B], tokens of each example in a micro-batch.
     """
-    loads = np.array([[int(tokens[row].sum()) for row in micro_step] for micro_step in plan])
+    loads = np.array([[int(tokens[indices].sum()) for indices in micro_step] for micro_step in plan])
     return float(1 - loads.sum() / (loads.max(axis=1).sum() * loads.shape[1]))
 
 
-def build_row(pairs: Sequence[TokenPair], indices: Sequence[int], share_prefix: bool) -> Row:
-    """Lay pairs out one after another in a row.
+class _Layout:
+    """A micro-batch under construction."""
+
+    def __init__(self) -> None:
+        self.ids: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.segments: list[Segment] = []
+        self.loss_positions: list[np.ndarray] = []
+        self.target_ids: list[np.ndarray] = []
+        self.completions: list[tuple[int, int, int]] = []
+        self.last_positions: list[int] = []
+        self.length = 0
+
+    def append(self, ids: np.ndarray, first_position: int, prefix: tuple[int, int] = (0, 0)) -> int:
+        """Add a segment; returns where it starts. prefix: start and length."""
+        start, n = self.length, len(ids)
+        self.ids.append(ids)
+        self.positions.append(np.arange(first_position, first_position + n))
+        self.segments.append(Segment(start, n, *prefix))
+        self.length += n
+        return start
+
+    def score(self, index: int, number: int, example: TokenizedExample, start: int, prompt_end: int) -> None:
+        """Score completion `number`, whose tokens begin at `start`; `prompt_end` is the prompt's last position."""
+        ids = example.completion_ids[number]
+        scored = example.is_scored(number)
+        predicted_from = np.concatenate([[prompt_end], np.arange(start, start + len(ids) - 1)])
+        self.loss_positions.append(predicted_from[scored])
+        self.target_ids.append(ids[scored])
+        self.completions.append((index, number, int(scored.sum())))
+        self.last_positions.append(start + len(ids) - 1)
+
+
+def build_micro_batch(examples: Sequence[TokenizedExample], indices: Sequence[int], share_prefix: bool) -> MicroBatch:
+    """Lay examples out one after another.
 
     Args:
-        pairs: token ids of the row's pairs.
-        indices: their places in the step, kept in `Row.pairs`.
+        examples: of the micro-batch, at least one.
+        indices: their places in the batch, kept in `MicroBatch.completions`.
         share_prefix: see the module's docstring.
     """
-    ids: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    segments: list[Segment] = []
-    score_from: list[np.ndarray] = []
-    part_lengths: list[tuple[int, int]] = []
-    start = 0
-    for prompt, chosen, rejected in pairs:
-        p = len(prompt)
-        shared = min(len(chosen), len(rejected))
-        prompt_start = start
-        if share_prefix:
-            ids.append(prompt)
-            positions.append(np.arange(p))
-            segments.append(Segment(start, p))
-            start += p
-        for answer in (chosen, rejected):
-            n = len(answer)
+    layout = _Layout()
+    for index, example in zip(indices, examples):
+        prompt, p = example.prompt_ids, len(example.prompt_ids)
+        shared = layout.append(prompt, 0) if share_prefix and p else 0
+        for number, ids in enumerate(example.completion_ids):
             if share_prefix:
-                ids.append(answer)
-                positions.append(np.arange(p, p + n))
-                segments.append(Segment(start, n, prompt_start, p))
-                score_from.append(np.concatenate([[prompt_start + p - 1], np.arange(start, start + n - 1)]))
-                start += n
+                start = layout.append(ids, p, (shared, p) if p else (0, 0))
+                prompt_end = shared + p - 1
             else:
-                ids.extend((prompt, answer))
-                positions.append(np.arange(p + n))
-                segments.append(Segment(start, p + n))
-                score_from.append(np.arange(start + p - 1, start + p + n - 1))
-                start += p + n
-            part_lengths.append((shared, n - shared))
-    return Row(
-        input_ids=np.concatenate(ids).astype(np.int64),
-        position_ids=np.concatenate(positions).astype(np.int64),
-        segments=segments,
-        score_from=np.concatenate(score_from).astype(np.int64),
-        targets=np.concatenate([answer for _, *answers in pairs for answer in answers]).astype(np.int64),
-        part_lengths=np.array(part_lengths, dtype=np.int64),
-        pairs=np.asarray(indices, dtype=np.int64),
-        logical_tokens=sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs) if len(indices) else 0,
+                start = layout.append(np.concatenate([prompt, ids]), 0) + p
+                prompt_end = start - 1
+            layout.score(index, number, example, start, prompt_end)
+    return MicroBatch(
+        input_ids=np.concatenate(layout.ids).astype(np.int64),
+        position_ids=np.concatenate(layout.positions).astype(np.int64),
+        segments=layout.segments,
+        loss_positions=np.concatenate(layout.loss_positions).astype(np.int64),
+        target_ids=np.concatenate(layout.target_ids).astype(np.int64),
+        completions=np.array(layout.completions, dtype=np.int64).reshape(-1, 3),
+        last_positions=np.array(layout.last_positions, dtype=np.int64),
     )
 
 
-def dummy_row(share_prefix: bool) -> Row:
-    """The smallest row, for a rank without pairs: it must still take part in every ZeRO-3 gather."""
-    token = np.zeros(1, dtype=np.int64)
-    return build_row([TokenPair(token, token, token)], [], share_prefix)
+def empty_micro_batch() -> MicroBatch:
+    """The smallest one, for a rank without examples: it must still take part in every ZeRO-3 gather.
+
+    Two tokens, one of them scored, and no completion: what is computed belongs to nothing.
+    """
+    zero = np.zeros(1, dtype=np.int64)
+    micro_batch = build_micro_batch([TokenizedExample(zero, (zero,))], [0], share_prefix=False)
+    return MicroBatch(
+        micro_batch.input_ids,
+        micro_batch.position_ids,
+        micro_batch.segments,
+        micro_batch.loss_positions,
+        micro_batch.target_ids,
+        completions=np.zeros((0, 3), dtype=np.int64),
+        last_positions=np.zeros(0, dtype=np.int64),
+    )

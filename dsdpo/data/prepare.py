@@ -14,7 +14,7 @@ from dsdpo.config.losses import LOSSES
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.fingerprint import known_tokenizer_digest, set_fingerprint, source_digest
 from dsdpo.data.registry import DatasetEntry, resolve
-from dsdpo.data.shards import MANIFEST, REJECTED, PreparedSet
+from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SHARD_FORMAT, PreparedSet
 from dsdpo.errors import ConfigError, DataError, HangError, IOFailure
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Split = Literal["train", "eval"]
 
 _POLL_S = 1.0
-_PAIRS_AT_ONCE = 1_000_000
+_AT_ONCE = 1_000_000
 
 
 def prepare(config: RunConfig, split: Split) -> PreparedSet | None:
@@ -39,12 +39,12 @@ def prepare(config: RunConfig, split: Split) -> PreparedSet | None:
         return None
     entries = _resolved(names, config)
     tokenizer = _tokenizer(config)
-    path = _set_path(config, entries, tokenizer, refresh=True)
+    path, fingerprint = _set_path(config, entries, tokenizer, refresh=True)
     if not (path / MANIFEST).exists():
         from dsdpo.data.make import make_set
 
         try:
-            make_set(config, entries, tokenizer(), path)
+            make_set(config, entries, tokenizer(), path, fingerprint)
         except OSError as error:
             raise IOFailure(
                 f"cannot write prepared data to {path.parent}: {error}; free space or set cache_dir"
@@ -62,9 +62,9 @@ def _check_scores(pairs: PreparedSet, loss: str) -> None:
     Raises:
         DataError: naming the first such pair.
     """
-    for start in range(0, len(pairs), _PAIRS_AT_ONCE):
-        ids = np.arange(start, min(start + _PAIRS_AT_ONCE, len(pairs)))
-        scores = pairs.scores(ids)
+    for start in range(0, len(pairs), _AT_ONCE):
+        ids = np.arange(start, min(start + _AT_ONCE, len(pairs)))
+        scores = pairs.scores(ids).reshape(-1, 2)
         bad = np.flatnonzero(~(scores[:, 0] > scores[:, 1]))
         if len(bad):
             chosen, rejected = scores[bad[0]]
@@ -120,7 +120,7 @@ def _open_or_none(
     names = _names(config, split)
     if names is None:
         return None
-    path = _set_path(config, _resolved(names, config), tokenizer, refresh=False)
+    path, _ = _set_path(config, _resolved(names, config), tokenizer, refresh=False)
     if not (path / MANIFEST).exists():
         raise DataError(f"the {split} data ({', '.join(names)}) are not prepared as {path}; run `dsdpo prepare` first")
     return _opened(config, split, path)
@@ -142,11 +142,13 @@ def _resolved(names: list[str], config: RunConfig) -> list[DatasetEntry]:
 
 def _set_path(
     config: RunConfig, entries: list[DatasetEntry], tokenizer: Callable[[], PreTrainedTokenizerBase], refresh: bool
-) -> Path:
+) -> tuple[Path, str]:
+    """Folder and fingerprint of the set."""
     folder = config.cache_path / "prepared"
     digest = known_tokenizer_digest(Path(config.model_name_or_path), tokenizer, folder / "sources")
     sources = [source_digest(entry, folder / "sources", refresh) for entry in entries]
-    return folder / set_fingerprint(config, entries, digest, sources)
+    fingerprint = set_fingerprint(config, entries, digest, sources)
+    return folder / f"{fingerprint}-{SHARD_FORMAT}", fingerprint
 
 
 def _opened(config: RunConfig, split: Split, path: Path) -> PreparedSet:
@@ -157,21 +159,20 @@ def _opened(config: RunConfig, split: Split, path: Path) -> PreparedSet:
     held_out = round(config.val_size * n) if config.val_size < 1 else int(config.val_size)
     if not 0 < held_out < n:
         raise DataError(
-            f"val_size {config.val_size} holds out {held_out} of {n} pairs; each part needs one: change val_size"
+            f"val_size {config.val_size} holds out {held_out} of {n} examples; each part needs one: change val_size"
         )
     return PreparedSet(path, split, held_out, config.seed)
 
 
 def summary(prepared: PreparedSet) -> str:
-    """One paragraph for the terminal: what was read, kept, refused, cut, and how long the pairs are."""
+    """One paragraph for the terminal: what was read, kept, refused, cut, and how long the examples are."""
     told = prepared.manifest
-    pairs, n_refused = told["pairs"], told["rows"] - told["pairs"]
-    mean = {side: total / pairs for side, total in told["tokens"].items()}
-    text = f"{prepared.split} data: {', '.join(told['datasets'])}: {told['rows']} rows, {pairs} pairs"
+    n_refused = told["rows"] - told["examples"]
+    text = f"{prepared.split} data: {', '.join(told['datasets'])}: {told['rows']} rows, {told['examples']} examples"
     if prepared.held_out is not None:
         text += f", {len(prepared)} of them in this split"
-    text += "; mean tokens " + ", ".join(f"{side} {value:.0f}" for side, value in mean.items())
-    text += "; longest " + ", ".join(f"{side} {value}" for side, value in told["longest"].items())
+    text += "; mean tokens " + ", ".join(f"{part} {value:.0f}" for part, value in told["mean_tokens"].items())
+    text += "; longest " + ", ".join(f"{part} {value}" for part, value in told["longest"].items())
     if told["truncated"]:
         mode, max_length = told["settings"]["truncation_mode"], told["settings"]["max_length"]
         text += f"; {told['truncated']} cut to max_length {max_length} ({mode})"
@@ -179,5 +180,5 @@ def summary(prepared: PreparedSet) -> str:
         text += f"; {told['diverged']} where prompt and completion share a token, which went to the completion"
     if n_refused:
         reasons = ", ".join(f"{count} {reason}" for reason, count in told["refused"].items())
-        text += f"; {n_refused} refused ({reasons}), listed in {prepared.path / REJECTED}"
+        text += f"; {n_refused} refused ({reasons}), listed in {prepared.path / DROPPED_ROWS}"
     return text

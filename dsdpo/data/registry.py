@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.config.aliases import did_you_mean
-from dsdpo.data.formats.preference import COLUMNS, FORMATS, READS, TAGS, unread
+from dsdpo.data.formats.detect import COLUMNS, READS, TAGS, unread
 
 INFO_FILE = "dataset_info.json"
 FILE_KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".arrow")
@@ -62,7 +62,7 @@ class DatasetEntry:
         files: local data files in reading order; empty for a hub set.
         hub_id: `org/name`, or None for files.
         modelscope: the hub is ModelScope instead of Hugging Face.
-        formatting: a key of FORMATS, or None to tell it from `columns` and the first rows.
+        formatting: a key of READS, or None to tell it from `columns` and the first rows.
         columns, tags: renamed columns and message keys, as in LLaMA-Factory.
         num_samples: read only the first so many rows.
         allow_empty_rejected: an empty rejected side is meant, and is trained as the end-of-turn token alone.
@@ -88,7 +88,7 @@ class DatasetEntry:
         return min(limits) if limits else None
 
     def label(self, path: Path) -> str:
-        """A file's name in messages and in rejected.jsonl: relative to dataset_dir."""
+        """A file's name in messages and in dropped_rows.jsonl: relative to dataset_dir."""
         return path.relative_to(self.root).as_posix()
 
 
@@ -169,8 +169,8 @@ def _described(name: str, described: Any, root: Path) -> DatasetEntry:
     if described.get("ranking") is False:
         raise _Problem(f"{where}: ranking is false, so it holds no preference pairs; name another set for stage dpo")
     formatting = described.get("formatting")
-    if formatting is not None and formatting not in FORMATS:
-        raise _Problem(f"{where}: formatting {formatting!r} is not one of {', '.join(FORMATS)}")
+    if formatting is not None and formatting not in READS:
+        raise _Problem(f"{where}: formatting {formatting!r} is not one of {', '.join(READS)}")
     columns = described.get("columns") or {}
     if formatting is not None and (left := unread(formatting, columns)):
         raise _Problem(

@@ -1,10 +1,10 @@
 """The prepared set on disk: Arrow shards that are memory-mapped, and a manifest written last.
 
-    <set>/pairs-00000.arrow   Arrow files of SHARD_ROWS pairs in batches of BATCH_ROWS; only the last are shorter
-    <set>/rejected.jsonl      one object per refused row: source, reason, excerpt
-    <set>/manifest.json       counts, settings, fingerprint
+    <set>/examples-00000.arrow   Arrow files of SHARD_ROWS examples in batches of BATCH_ROWS; only the last are shorter
+    <set>/dropped_rows.jsonl     one object per dropped record: source, reason, excerpt
+    <set>/manifest.json          counts, settings, fingerprint
 
-Where a pair lies is arithmetic, so opening costs the same for any number of pairs.
+Where an example lies is arithmetic, so opening costs the same for any number of examples.
 """
 
 from __future__ import annotations
@@ -13,30 +13,36 @@ import itertools
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dsdpo.data.digest import DIGEST, DIGEST_BYTES
+from dsdpo.data.example import DIGEST, DIGEST_BYTES, Lengths, TokenizedExample
 from dsdpo.data.order import permute
-from dsdpo.data.packing import TokenPair
 
 MANIFEST = "manifest.json"
-REJECTED = "rejected.jsonl"
+DROPPED_ROWS = "dropped_rows.jsonl"
+# Raise it when shards are written in another way. It is part of a set's folder name, not of its fingerprint: the
+# examples are the same, and so a run continues.
+SHARD_FORMAT = 2
 BATCH_ROWS = 1024
 SHARD_ROWS = 64 * BATCH_ROWS
-IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-LENGTHS = ("prompt_length", "chosen_length", "rejected_length")
-SCORES = ("chosen_score", "rejected_score")
 SCHEMA = pa.schema(
-    [pa.field(name, pa.list_(pa.int32())) for name in IDS]
-    + [pa.field(name, pa.int32()) for name in LENGTHS]
-    + [pa.field("digest", pa.binary(DIGEST_BYTES))]
-    + [pa.field(name, pa.float64()) for name in SCORES]
-    + [pa.field("source", pa.string())]
+    [
+        pa.field("prompt_ids", pa.list_(pa.int32())),
+        pa.field("completion_ids", pa.list_(pa.list_(pa.int32()))),
+        pa.field("loss_mask", pa.list_(pa.list_(pa.bool_()))),  # null: every token of the completions is scored
+        pa.field("prompt_length", pa.int32()),
+        pa.field("completion_lengths", pa.list_(pa.int32())),
+        pa.field("loss_tokens", pa.list_(pa.int32())),
+        pa.field("digest", pa.binary(DIGEST_BYTES)),
+        pa.field("scores", pa.list_(pa.float64())),  # NaN where the record has none
+        pa.field("weight", pa.float64()),
+        pa.field("source", pa.string()),
+    ]
 )
 
 _OPEN_BATCHES = 256  # a record batch is a view of the map: a few KB of Python objects, no data
@@ -53,7 +59,7 @@ def fsync_path(path: Path) -> None:
 
 
 def _shard_name(number: int) -> str:
-    return f"pairs-{number:05d}.arrow"
+    return f"examples-{number:05d}.arrow"
 
 
 def _full_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -92,29 +98,40 @@ def _digest_view(column: pa.Array) -> np.ndarray:
 
 
 def _view(column: pa.Array) -> np.ndarray:
-    """A column of numbers without a copy, as pa.Array.to_numpy gives it, which imports pandas."""
+    """A column's values as pa.Array.to_numpy gives them, which imports pandas: and threads import nothing.
+
+    Numbers are not copied; bool is.
+    """
+    if pa.types.is_boolean(column.type):
+        bits = np.unpackbits(np.frombuffer(column.buffers()[1] or b"", np.uint8), bitorder="little")
+        return bits[column.offset : column.offset + len(column)].astype(bool)
     kind = np.dtype(str(column.type).replace("double", "float64"))
-    return np.frombuffer(column.buffers()[1], kind, count=len(column), offset=column.offset * kind.itemsize)
+    return np.frombuffer(column.buffers()[1] or b"", kind, count=len(column), offset=column.offset * kind.itemsize)
 
 
-def _with_nan(column: pa.Array) -> np.ndarray:
-    """NaN for null; that takes a copy of the batch's column where there is a null."""
-    values = _view(column)
-    if not column.null_count:
-        return values
-    bits = np.unpackbits(np.frombuffer(column.buffers()[0], np.uint8), bitorder="little")
-    return np.where(bits[column.offset : column.offset + len(column)], values, np.nan)
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """start, start+1, … of each range, one range after another: int64 [sum of sizes]."""
+    before = np.cumsum(sizes) - sizes
+    return np.arange(sizes.sum()) + np.repeat(starts - before, sizes)
+
+
+def _split_lists(lists: pa.ListScalar) -> tuple[np.ndarray, ...]:
+    """The inner lists of one value of a list of lists."""
+    inner = lists.values
+    ends = np.diff(_view(inner.offsets)).cumsum()[:-1]
+    return tuple(np.split(_view(inner.flatten()), ends))
 
 
 class PreparedSet:
-    """Prepared pairs 0 ... n-1, read from memory-mapped shards.
+    """Prepared examples 0 ... n-1, read from memory-mapped shards.
 
     Opening reads the manifest alone; shards are mapped when first used.
 
     Args:
         path: the set's folder.
         split: `train` or `eval`.
-        held_out: pairs that val_size holds out of this set; `eval` is these, `train` the others. None: no such split.
+        held_out: examples that val_size holds out of this set; `eval` is these, `train` the others. None: no such
+            split.
         seed: key of that split.
     """
 
@@ -124,13 +141,13 @@ class PreparedSet:
         self.manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
         self.held_out = held_out
         self._seed = seed
-        self._total = int(self.manifest["pairs"])
+        self._total = int(self.manifest["examples"])
         self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
         self._batches: OrderedDict[int, pa.RecordBatch] = OrderedDict()
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the pairs, their order or the split."""
+        """Changes with the examples, their order or the split."""
         base = str(self.manifest["fingerprint"])
         return base if self.held_out is None else f"{base}-{self.split}-{self.held_out}-{self._seed}"
 
@@ -140,10 +157,10 @@ class PreparedSet:
         return self.held_out if self.split == "eval" else self._total - self.held_out
 
     def _rows(self, ids: np.ndarray) -> np.ndarray:
-        """Pair ids of this split -> rows of the shards, by a keyed permutation: no table, whatever the size."""
+        """Example ids of this split -> rows of the shards, by a keyed permutation: no table, whatever the size."""
         ids = np.asarray(ids, dtype=np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
-            raise IndexError(f"pair ids must lie in 0 ... {len(self) - 1}, got {ids.min()} ... {ids.max()}")
+            raise IndexError(f"example ids must lie in 0 ... {len(self) - 1}, got {ids.min()} ... {ids.max()}")
         if self.held_out is None:
             return ids
         positions = ids if self.split == "eval" else ids + self.held_out
@@ -162,41 +179,72 @@ class PreparedSet:
         return batch
 
     def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
-        """(record batch, row in it) of a pair."""
+        """(record batch, row in it) of an example."""
         number, at = divmod(int(self._rows(np.array([index]))[0]), BATCH_ROWS)
         return self._batch(number), at
 
-    def _gather(
-        self, ids: np.ndarray, columns: Sequence[str], view: Callable[[pa.Array], np.ndarray], into: np.ndarray
-    ) -> np.ndarray:
-        """Fill `into` [len(ids), len(columns)] from the columns' values, each record batch looked up once."""
+    def _by_batch(self, ids: np.ndarray) -> Iterator[tuple[pa.RecordBatch, np.ndarray, np.ndarray]]:
+        """Each record batch that holds some of `ids`: it, the rows in it, and their places in `ids`."""
         numbers, at = np.divmod(self._rows(ids), BATCH_ROWS)
         order = np.argsort(numbers, kind="stable")
         parts = np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1)
         for part in parts if len(order) else []:
-            batch = self._batch(int(numbers[part[0]]))
-            for column, name in enumerate(columns):
-                into[part, column] = view(batch.column(name))[at[part]]
-        return into
+            yield self._batch(int(numbers[part[0]])), at[part], part
 
-    def lengths(self, ids: np.ndarray) -> np.ndarray:
-        """Prompt, chosen and rejected tokens of the pairs: int64 [len(ids), 3]."""
-        return self._gather(ids, LENGTHS, _view, np.empty((len(ids), len(LENGTHS)), dtype=np.int64))
+    def _lists(self, ids: np.ndarray, column: str, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+        """A list column: sizes of the lists, int64 [len(ids)], and their values one after another."""
+        sizes = np.zeros(len(ids), dtype=np.int64)
+        found = []
+        for batch, at, places in self._by_batch(ids):
+            lists = batch.column(column)
+            offsets = _view(lists.offsets)
+            sizes[places] = offsets[at + 1] - offsets[at]
+            found.append((_view(lists.values), offsets[at].astype(np.int64), places))
+        starts = np.cumsum(sizes) - sizes
+        values = np.empty(sizes.sum(), dtype=dtype)
+        for source, first, places in found:
+            values[_ranges(starts[places], sizes[places])] = source[_ranges(first, sizes[places])]
+        return sizes, values
+
+    def lengths(self, ids: np.ndarray) -> Lengths:
+        """Tokens of the examples."""
+        prompt = np.empty(len(ids), dtype=np.int64)
+        for batch, at, places in self._by_batch(ids):
+            prompt[places] = _view(batch.column("prompt_length"))[at]
+        counts, completions = self._lists(ids, "completion_lengths", np.int64)
+        return Lengths(prompt, counts, completions, self._lists(ids, "loss_tokens", np.int64)[1])
 
     def digests(self, ids: np.ndarray) -> np.ndarray:
-        """What stands for the pairs' token ids in the reference store: DIGEST [len(ids)]."""
-        return self._gather(ids, ["digest"], _digest_view, np.empty((len(ids), 1), dtype=DIGEST)).reshape(-1)
+        """What stands for the examples' token ids in the reference store: DIGEST [len(ids)]."""
+        found = np.empty(len(ids), dtype=DIGEST)
+        for batch, at, places in self._by_batch(ids):
+            found[places] = _digest_view(batch.column("digest"))[at]
+        return found
 
     def scores(self, ids: np.ndarray) -> np.ndarray:
-        """The ratings of chosen and rejected that came with the pairs: float64 [len(ids), 2], NaN where none did."""
-        return self._gather(ids, SCORES, _with_nan, np.empty((len(ids), len(SCORES)), dtype=np.float64))
+        """The ratings of all completions that came with the examples: float64 [N], NaN where none did."""
+        return self._lists(ids, "scores", np.float64)[1]
 
-    def pair(self, index: int) -> TokenPair:
-        """Token ids of one pair: int64 arrays."""
+    def weights(self, ids: np.ndarray) -> np.ndarray:
+        """The factor on each example's loss: float64 [len(ids)]."""
+        found = np.empty(len(ids), dtype=np.float64)
+        for batch, at, places in self._by_batch(ids):
+            found[places] = _view(batch.column("weight"))[at]
+        return found
+
+    def example(self, index: int) -> TokenizedExample:
+        """Token ids of one example: int64 arrays, its mask bool."""
         batch, at = self._locate(index)
-        return TokenPair(*(_view(batch.column(name)[at].values).astype(np.int64) for name in IDS))
+        prompt_ids = _view(batch.column("prompt_ids")[at].values).astype(np.int64)
+        completions = _split_lists(batch.column("completion_ids")[at])
+        mask = batch.column("loss_mask")[at]
+        return TokenizedExample(
+            prompt_ids,
+            tuple(ids.astype(np.int64) for ids in completions),
+            _split_lists(mask) if mask.is_valid else None,
+        )
 
     def where(self, index: int) -> str:
-        """Where a pair comes from: `file.jsonl:17`."""
+        """Where an example comes from: `file.jsonl:17`."""
         batch, at = self._locate(index)
         return str(batch.column("source")[at].as_py())

@@ -1,4 +1,4 @@
-"""Pairs -> token ids with a tokenizer and a chat template.
+"""Examples -> token ids with a tokenizer and a chat template.
 
 A reply is the text that the template puts after the prompt, up to and with its end-of-turn token. Prompt and reply
 are tokenized together, as the model will see them, and split where the prompt alone ends. Where tokens merge over
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from dsdpo.compat import chat_renderer
-from dsdpo.data.messages import Message, Pair, Refused, assistant
+from dsdpo.data.example import Example, Message
+from dsdpo.data.messages import Refused, assistant
 from dsdpo.data.named_templates import NAMED, PLAIN
 from dsdpo.data.tokens import Tokens
 from dsdpo.errors import ConfigError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SENTINEL = "words of the reply"
+EQUAL = "two completions are the same"
 
 
 def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
@@ -35,30 +37,28 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 @dataclass(frozen=True)
-class EncodedPair:
-    """A pair as token ids, not truncated; each completion ends with its only end-of-turn token.
+class EncodedExample:
+    """An example as token ids, not truncated; each completion ends with its only end-of-turn token.
 
     Attributes:
         diverged: the prompt's last tokens merged with a completion and belong to the completions now.
     """
 
     prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
+    completion_ids: list[list[int]]
     diverged: bool
 
 
 @dataclass(frozen=True)
 class _Texts:
-    """What gets tokenized for a pair: the prompt, and the prompt with each completion (None: an empty one)."""
+    """What gets tokenized for an example: the prompt, and the prompt with each completion (None: an empty one)."""
 
     prompt: str
-    chosen: str
-    rejected: str | None
+    replied: tuple[str | None, ...]
     as_chat: bool
 
 
-class PairEncoder:
+class ExampleEncoder:
     """A tokenizer with a template.
 
     Args:
@@ -117,9 +117,9 @@ class PairEncoder:
         except TemplateError as error:
             raise Refused("the chat template refuses the conversation", str(error)) from error
 
-    def check_supports(self, pair: Pair) -> None:
-        """Raises ConfigError where the pair is a conversation and nothing says how to write one."""
-        if not self._has_chat and self.template not in PLAIN and not isinstance(pair.prompt, str):
+    def check_supports(self, example: Example) -> None:
+        """Raises ConfigError where the example is a conversation and nothing says how to write one."""
+        if not self._has_chat and self.template not in PLAIN and not isinstance(example.prompt, str):
             raise ConfigError(
                 "template is default, but the tokenizer has no chat template and the data are conversations; set "
                 f"template to {', '.join(NAMED)}, or to none for the bare text of the messages"
@@ -127,36 +127,30 @@ class PairEncoder:
 
     # --- text ---
 
-    def _texts(self, pair: Pair) -> _Texts:
-        prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+    def _texts(self, example: Example) -> _Texts:
+        prompt, completions = example.prompt, example.completions
         if isinstance(prompt, str) and self.template in NAMED:
             prompt = [{"role": "user", "content": prompt}]
-            chosen, rejected = assistant(str(chosen)), assistant(str(rejected))
+            completions = tuple(assistant(str(text)) for text in completions)
         if isinstance(prompt, str):
-            return self._plain_texts(prompt, str(chosen), str(rejected))
-        assert not isinstance(chosen, str) and not isinstance(rejected, str), "a pair is all text or all messages"
+            return self._plain_texts(prompt, [str(text) for text in completions])
+        answers = [answer for answer in completions if not isinstance(answer, str)]
+        assert len(answers) == len(completions), "an example is all text or all messages"
         prompt = self._with_system(prompt)
-        if not self._is_own and (pair.tools or any(_uses_tools(m) for m in [*prompt, *chosen, *rejected])):
+        spoken = [*prompt, *(message for answer in answers for message in answer)]
+        if not self._is_own and (example.tools or any(_uses_tools(message) for message in spoken)):
             raise Refused("tools need a chat template that knows them", f"template {self.template} does not")
         if not self._has_chat:
             if self.template not in PLAIN:
                 raise Refused("a conversation, but the tokenizer has no chat template", "set template")
-            return self._plain_texts(plain_prompt(prompt), chosen[0]["content"], rejected[0]["content"])
-        return _Texts(
-            prompt=self._render(prompt, pair.tools, for_reply=True),
-            chosen=self._replied(prompt, chosen, pair.tools),
-            rejected=None if _is_empty(rejected[0]) else self._replied(prompt, rejected, pair.tools),
-            as_chat=True,
-        )
+            return self._plain_texts(plain_prompt(prompt), [answer[0]["content"] for answer in answers])
+        replied = (None if _is_empty(answer[0]) else self._replied(prompt, answer, example.tools) for answer in answers)
+        return _Texts(self._render(prompt, example.tools, for_reply=True), tuple(replied), as_chat=True)
 
-    def _plain_texts(self, prompt: str, chosen: str, rejected: str) -> _Texts:
+    def _plain_texts(self, prompt: str, completions: Sequence[str]) -> _Texts:
         end = self.tokenizer.eos_token
-        return _Texts(
-            prompt=prompt,
-            chosen=prompt + _without_end(chosen, end),
-            rejected=prompt + _without_end(rejected, end) if rejected else None,
-            as_chat=False,
-        )
+        replied = tuple(prompt + _without_end(text, end) if text else None for text in completions)
+        return _Texts(prompt, replied, as_chat=False)
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         if not self.default_system or messages[0]["role"] == "system":
@@ -174,17 +168,17 @@ class PairEncoder:
 
     # --- token ids ---
 
-    def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair | Refused]:
-        """Token ids of many pairs, in order; a pair that the template cannot hold gives its refusal instead."""
+    def encode(self, examples: Sequence[Example]) -> list[EncodedExample | Refused]:
+        """Token ids of many examples, in order; one that the template cannot hold gives its refusal instead."""
         prepared: list[tuple[_Texts, list[str]] | Refused] = []
-        for pair in pairs:
+        for example in examples:
             try:
-                texts = _checked(self._texts(pair))
+                texts = _checked(self._texts(example))
                 prepared.append((texts, self._parts(texts)))
             except Refused as refused:
                 prepared.append(refused)
         ids = self.tokens.encode(part for some in prepared if not isinstance(some, Refused) for part in some[1])
-        encoded: list[EncodedPair | Refused] = []
+        encoded: list[EncodedExample | Refused] = []
         for some in prepared:
             if isinstance(some, Refused):
                 encoded.append(some)
@@ -204,24 +198,25 @@ class PairEncoder:
             border = 0
         return [texts.prompt[:border], *(text[border:] for text in given)]
 
-    def _encoded(self, texts: _Texts, ids: list[list[int]]) -> EncodedPair:
+    def _encoded(self, texts: _Texts, ids: list[list[int]]) -> EncodedExample:
+        """ids: of the prompt, then of each text with a completion that is not empty."""
         ends_itself = texts.as_chat and not self._appends_eos
-        prompt, *whole = [self._with_bos(some, texts.as_chat) for some in ids]
+        prompt, *given = [self._with_bos(some, texts.as_chat) for some in ids]
         end_id = self.end_id if texts.as_chat else self.eos_id
         if not ends_itself:
-            whole = [some + [end_id] for some in whole]
-        if texts.rejected is None:
-            whole.append(prompt + [end_id])
+            given = [some + [end_id] for some in given]
+        rest = iter(given)
+        whole = [prompt + [end_id] if text is None else next(rest) for text in texts.replied]
         shared = min(_shared_length(prompt, some) for some in whole)
         if shared == 0:
             raise Refused("prompt and completion share no token", "an empty prompt, or one that merges with the reply")
-        chosen, rejected = (some[shared:] for some in whole)
-        for completion in (chosen, rejected):
+        completions = [some[shared:] for some in whole]
+        for completion in completions:
             if completion.count(end_id) != 1 or completion[-1] != end_id:
                 raise Refused("the end-of-turn token stands inside a completion")
-        if chosen == rejected:
-            raise Refused("chosen and rejected are the same")
-        return EncodedPair(prompt[:shared], chosen, rejected, diverged=shared < len(prompt))
+        if has_equal(completions):
+            raise Refused(EQUAL)
+        return EncodedExample(prompt[:shared], completions, diverged=shared < len(prompt))
 
     def _with_bos(self, ids: list[int], as_chat: bool) -> list[int]:
         """Put BOS in front where the tokenizer would, unless it is there; a tokenizer's own template is trusted."""
@@ -237,27 +232,14 @@ class PairEncoder:
         return self._with_bos(self.tokens.encode([text])[text], as_chat=self._has_chat)
 
 
+def has_equal(completions: Sequence[list[int]]) -> bool:
+    """Whether two completions have the same tokens."""
+    return any(a == b for i, a in enumerate(completions) for b in completions[:i])
+
+
 def plain_prompt(messages: Sequence[Message]) -> str:
     """Messages without a template: the bare texts, each followed by one newline."""
     return "".join(f"{message['content']}\n" for message in messages)
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Message], default_system: str | None = None
-) -> list[int]:
-    """Token ids that ask the model for a reply, as in training.
-
-    Raises:
-        ConfigError: the tokenizer does not fit the template.
-        Refused: the template cannot hold these messages.
-    """
-    return PairEncoder(tokenizer, template, default_system).prompt_ids(messages)
-
-
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    """Tokens that end a reply: the template's end-of-turn token, then the tokenizer's EOS if it is another."""
-    encoder = PairEncoder(tokenizer, template)
-    return list(dict.fromkeys([encoder.end_id, encoder.eos_id]))
 
 
 def _implied_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -299,7 +281,7 @@ def _uses_tools(message: Message) -> bool:
 
 def _given(texts: _Texts) -> list[str]:
     """The texts to tokenize, prompt first."""
-    return [text for text in (texts.prompt, texts.chosen, texts.rejected) if text is not None]
+    return [texts.prompt, *(text for text in texts.replied if text is not None)]
 
 
 def _checked(texts: _Texts) -> _Texts:

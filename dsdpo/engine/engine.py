@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import deepspeed
 import torch
@@ -58,13 +59,19 @@ def start_process_group(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Hard
 
 
 def build_engine(
-    config: RunConfig, zero: ZeroConfig, mesh: Mesh, hardware: Hardware, weights: str | None = None
+    config: RunConfig,
+    zero: ZeroConfig,
+    mesh: Mesh,
+    hardware: Hardware,
+    weights: str | None = None,
+    head: Literal["logprob", "value"] = "logprob",
 ) -> DeepSpeedEngine:
-    """The policy in a DeepSpeed engine: `engine(row)` gives a row's log-probs, as `PackedModel` does.
+    """The policy in a DeepSpeed engine: `engine(inputs)` gives what `PackedModel` does.
 
     Args:
         weights: a folder of trained weights, a whole model or an adapter of the run's model, in place of the
             untrained policy.
+        head: of `PackedModel`.
 
     Raises:
         ConfigError: the model cannot be trained this way.
@@ -84,12 +91,12 @@ def build_engine(
         model = continue_lora(base, config.adapter_name_or_path, keep_reference, config.lora_dropout)
     elif weights is None and config.finetuning_type == "lora":
         model = add_lora(base, config)
-    row_model = PackedModel(model, config.use_weighting)
+    packed = PackedModel(model, head, config.use_weighting)
     if settings["zero_optimization"]["stage"] == 3:
-        gather_by_layer(row_model, base)
-    check_swap_room(row_model, zero, mesh)
-    optimizer = build_optimizer(parameter_groups(row_model, config.weight_decay), config, zero, hardware.device)
-    engine, *_ = deepspeed.initialize(model=row_model, optimizer=optimizer, config=settings)
+        gather_by_layer(packed, base)
+    check_swap_room(packed, zero, mesh)
+    optimizer = build_optimizer(parameter_groups(packed, config.weight_decay), config, zero, hardware.device)
+    engine, *_ = deepspeed.initialize(model=packed, optimizer=optimizer, config=settings)
     if mesh.world_size == 1 and not engine.zero_optimization():
         engine.enable_backward_allreduce = False  # it copies all gradients into one buffer and back, here for nothing
     return engine

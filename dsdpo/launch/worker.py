@@ -45,11 +45,11 @@ def join(task: Task, mesh: Mesh, token: str | None) -> int:
         assert config is not None and zero is not None, "a rank without a config has raised its trouble"
         if not supervised:
             _prepare_as_rank(config, mesh)
-        from dsdpo.train.tasks import run
+        from dsdpo.train.tasks import run_task
 
         gc.freeze()
         gc.enable()
-        run(config, zero, task.name, task.model, token)
+        run_task(config, zero, task.name, task.model, token)
         del meeting
     except DsdpoError as error:
         if run_dir is not None:

@@ -1,10 +1,10 @@
-"""From hidden states to log-probabilities, without ever holding the logits of a whole row."""
+"""From hidden states to log-probabilities, without ever holding the logits of a micro-batch; or to values."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dsdpo.compat import chunked_logps
 
@@ -46,3 +46,30 @@ class LogProbHead(nn.Module):
         return chunked_logps(
             hidden, self.weight, self.bias, targets, VOCAB_CHUNK, self.softcap, self.logit_scale, with_log_sum_sq
         )
+
+
+class ValueHead(nn.Module):
+    """A number from a hidden state: a linear map, fp32, which is the parameter `score.weight` of the model.
+
+    Like LogProbHead it holds the parameter itself and is a module of its own, for ZeRO-3's hooks.
+    """
+
+    def __init__(self, score: nn.Linear) -> None:
+        super().__init__()
+        self.weight = score.weight
+
+    @classmethod
+    def attach(cls, model: PreTrainedModel) -> ValueHead:
+        """Give a causal language model a `score` layer, of zeros, and freeze an output head that nothing uses now."""
+        embeddings = next(model.get_input_embeddings().parameters())
+        score = nn.Linear(model.config.hidden_size, 1, bias=False, device=embeddings.device, dtype=embeddings.dtype)
+        nn.init.zeros_(score.weight)
+        model.score = score
+        output_embeddings = model.get_output_embeddings()
+        if output_embeddings is not None and output_embeddings.weight is not embeddings:
+            output_embeddings.requires_grad_(False)
+        return cls(model.score)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [S, hidden size] -> fp32 [S]."""
+        return nn.functional.linear(hidden, self.weight).squeeze(-1).float()

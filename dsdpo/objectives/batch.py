@@ -1,140 +1,108 @@
-"""The objective over the rows of one optimizer step, also where a loss compares pairs that lie in different rows."""
+"""The losses of pairs over the micro-batches of one optimizer step, also where a loss compares pairs that lie in
+different ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from deepspeed import DeepSpeedEngine, comm
+from deepspeed import comm
 
 from dsdpo.data.loader import Batch
-from dsdpo.data.packing import Row
-from dsdpo.model.packed import RowTensors
-from dsdpo.objectives.pair_logps import PairFacts
-from dsdpo.objectives.preference import PreferenceObjective
+from dsdpo.data.packing import MicroBatch
+from dsdpo.model.packed import ModelOutput
+from dsdpo.objectives.base import Forward, MicroBatchLoss
+from dsdpo.objectives.pair_logps import PairFacts, completion_sums
 
 
-class RowLosses(NamedTuple):
-    """Of one row's P pairs.
+class PairLosses(NamedTuple):
+    """Loss of each pair, fp32 [P] with gradient, and metrics of each, fp32 [M, P] without, the loss first."""
+
+    losses: torch.Tensor
+    metrics: torch.Tensor
+
+
+# (sums fp32 [2P, 2 or 3] of the policy, fp32 [2P, 2] of the reference or None, facts) -> losses of P pairs
+LossOfPairs: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None, PairFacts], PairLosses]
+
+
+@dataclass(frozen=True)
+class EachPair:
+    """For losses that see one pair at a time.
 
     Attributes:
-        total: scalar with gradient; what the row adds to the sum of the step's losses.
-        losses: fp32 [P], without gradient.
-        stats: fp32 [len(STATS), P], without gradient.
+        reference: fp32 [N, 2], or None: see `Objective.bind`.
     """
 
-    total: torch.Tensor
-    losses: torch.Tensor
-    stats: torch.Tensor
-
-
-def facts_of(batch: Batch, pairs: np.ndarray, mean_chosen_tokens: float | None, device: torch.device) -> PairFacts:
-    """Facts of some pairs of a step.
-
-    Args:
-        batch: the step.
-        pairs: int64 [P], indices into its pairs.
-        mean_chosen_tokens: when another mean than the step's is wanted.
-        device: where the losses are computed.
-    """
-    tokens = torch.from_numpy(batch.lengths[pairs, 1:].astype(np.float32))
-    gaps = torch.from_numpy(batch.score_gaps[pairs].astype(np.float32))
-    mean = batch.mean_chosen_tokens if mean_chosen_tokens is None else mean_chosen_tokens
-    return PairFacts(tokens.to(device, non_blocking=True), gaps.to(device, non_blocking=True), mean)
-
-
-@dataclass(frozen=True)
-class EachRow:
-    """For losses that see one pair at a time: a row's losses are its pairs' alone."""
-
-    objective: PreferenceObjective
+    losses_of: LossOfPairs
     batch: Batch
-    mean_chosen_tokens: float | None
+    reference: torch.Tensor | None
 
-    def __call__(self, row: Row, outputs: torch.Tensor, reference: torch.Tensor | None) -> RowLosses:
-        """outputs fp32 [2P, K] of the policy; reference fp32 [2P, 2] or None: see `PreferenceObjective`."""
-        facts = facts_of(self.batch, row.pairs, self.mean_chosen_tokens, outputs.device)
-        losses, stats = self.objective(outputs, reference, facts)
-        return RowLosses(losses.sum(), losses.detach(), stats)
+    def __call__(self, micro_batch: MicroBatch, output: ModelOutput) -> MicroBatchLoss:
+        """The loss of a micro-batch."""
+        sums = completion_sums(output, micro_batch.completions)
+        reference = None
+        if self.reference is not None:
+            at = torch.from_numpy(self.batch.completion_indices(micro_batch))
+            reference = self.reference[at.to(sums.device, non_blocking=True)]
+        examples = micro_batch.examples
+        losses, metrics = self.losses_of(sums, reference, PairFacts.of(self.batch, examples, sums.device))
+        weights = torch.from_numpy(self.batch.weights[examples].astype(np.float32)).to(sums.device, non_blocking=True)
+        losses = losses * weights
+        reported = torch.cat([losses.detach()[None], metrics[1:]])  # the loss that is trained, with its weight
+        return MicroBatchLoss(losses.sum(), losses.detach(), reported)
 
 
 @dataclass(frozen=True)
-class WholeStep:
+class AcrossBatch:
     """For losses across pairs: what a pass without gradients has found out about the whole step.
 
     Attributes:
-        gradients: fp32 [B, 2, K], of the sum of losses by the policy's outputs.
+        gradients: fp32 [N, 2 or 3], of the sum of losses by the policy's sums.
         losses: fp32 [B].
-        stats: fp32 [len(STATS), B].
+        metrics: fp32 [M, B].
     """
 
+    batch: Batch
     gradients: torch.Tensor
     losses: torch.Tensor
-    stats: torch.Tensor
+    metrics: torch.Tensor
 
     @classmethod
     def first_pass(
-        cls,
-        engine: DeepSpeedEngine,
-        objective: PreferenceObjective,
-        batch: Batch,
-        references: Sequence[torch.Tensor | None],
-        mean_chosen_tokens: float | None,
-        device: torch.device,
-    ) -> WholeStep:
-        """Run the policy over this rank's rows, gather the step's log-probs on all ranks, and differentiate there."""
-        n = len(batch.pair_ids)
-        outputs: torch.Tensor | None = None
-        reference = torch.zeros(n, 2, 2, device=device)
-        for row, row_reference in zip(batch.rows, references):
+        cls, losses_of: LossOfPairs, batch: Batch, reference: torch.Tensor | None, forward: Forward
+    ) -> AcrossBatch:
+        """Run the policy over this rank's micro-batches, gather the step's sums on all ranks, differentiate there."""
+        n = len(batch.lengths.completions)
+        sums: torch.Tensor | None = None
+        gathered: torch.Tensor | None = None
+        for micro_batch in batch.micro_batches:
             with torch.no_grad():
-                found = engine(RowTensors.from_row(row, device))
-            if outputs is None:
-                outputs = torch.zeros(n, 2, found.shape[1], device=device)
-            if len(row.pairs):
-                at = torch.from_numpy(row.pairs).to(device)
-                outputs[at] = found.view(-1, 2, found.shape[1])
-                if row_reference is not None:
-                    reference[at] = row_reference.view(-1, 2, 2)
-        assert outputs is not None, "a batch has at least one row"
-        comm.all_reduce(outputs)
-        comm.all_reduce(reference)
-        facts = facts_of(batch, np.arange(n), mean_chosen_tokens, device)
+                found = completion_sums(forward(micro_batch), micro_batch.completions)
+            if sums is None:
+                sums = torch.zeros(n, found.shape[1], device=found.device)
+                gathered = torch.zeros(n, 2, device=found.device)
+            at = torch.from_numpy(batch.completion_indices(micro_batch)).to(found.device)
+            sums[at] = found
+            if reference is not None:
+                gathered[at] = reference[at]  # type: ignore[index]
+        assert sums is not None, "a batch has at least one micro-batch"
+        comm.all_reduce(sums)
+        comm.all_reduce(gathered)
+        facts = PairFacts.of(batch, np.arange(len(batch.lengths)), sums.device)
         with torch.enable_grad():
-            outputs.requires_grad_()
-            known = None if references[0] is None else reference.flatten(0, 1)
-            losses, stats = objective(outputs.flatten(0, 1), known, facts)
-            (gradients,) = torch.autograd.grad(losses.sum(), outputs)
-        return cls(gradients, losses.detach(), stats)
+            sums.requires_grad_()
+            losses, metrics = losses_of(sums, None if reference is None else gathered, facts)
+            (gradients,) = torch.autograd.grad(losses.sum(), sums)
+        return cls(batch, gradients, losses.detach(), metrics)
 
-    def __call__(self, row: Row, outputs: torch.Tensor, reference: torch.Tensor | None) -> RowLosses:
-        """The second pass: a number whose gradient by `outputs` is the known one. See `EachRow`."""
-        at = torch.from_numpy(row.pairs).to(outputs.device)
-        total = (outputs * self.gradients[at].flatten(0, 1)).sum()
-        return RowLosses(total, self.losses[at], self.stats[:, at])
-
-
-def step_objective(
-    engine: DeepSpeedEngine,
-    objective: PreferenceObjective,
-    batch: Batch,
-    references: Sequence[torch.Tensor | None],
-    device: torch.device,
-    mean_chosen_tokens: float | None = None,
-) -> EachRow | WholeStep:
-    """What turns the policy's outputs for a row of `batch` into losses.
-
-    Args:
-        engine: the policy; used only for losses across pairs, on all ranks alike.
-        objective: of the run.
-        batch: the step.
-        references: for each row, fp32 [2P, 2] or None.
-        device: of the engine.
-        mean_chosen_tokens: see `facts_of`.
-    """
-    if objective.spans_batch:
-        return WholeStep.first_pass(engine, objective, batch, references, mean_chosen_tokens, device)
-    return EachRow(objective, batch, mean_chosen_tokens)
+    def __call__(self, micro_batch: MicroBatch, output: ModelOutput) -> MicroBatchLoss:
+        """The second pass: a number whose gradient by the policy's sums is the known one."""
+        sums = completion_sums(output, micro_batch.completions)
+        at = torch.from_numpy(self.batch.completion_indices(micro_batch)).to(sums.device)
+        examples = torch.from_numpy(micro_batch.examples).to(sums.device)
+        total = (sums * self.gradients[at]).sum()
+        return MicroBatchLoss(total, self.losses[examples], self.metrics[:, examples])

@@ -8,16 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.data.loader import Batch
+from dsdpo.model.packed import ModelOutput
 
 
 class PairFacts(NamedTuple):
     """What is known of pairs without a model.
 
     Attributes:
-        tokens: fp32 [P, 2], tokens of chosen and rejected.
+        tokens: fp32 [P, 2], scored tokens of chosen and rejected.
         score_gaps: fp32 [P], the data's score of chosen minus that of rejected; NaN where there are none.
         mean_chosen_tokens: chosen tokens per pair, averaged over the whole optimizer step.
     """
@@ -25,6 +28,18 @@ class PairFacts(NamedTuple):
     tokens: torch.Tensor
     score_gaps: torch.Tensor
     mean_chosen_tokens: float
+
+    @classmethod
+    def of(cls, batch: Batch, examples: np.ndarray, device: torch.device) -> PairFacts:
+        """Of some examples of a batch. examples: int64 [P], indices into it."""
+        tokens = batch.lengths.loss_tokens.reshape(-1, 2)[examples].astype(np.float32)
+        scores = batch.scores.reshape(-1, 2)[examples]
+        gaps = (scores[:, 0] - scores[:, 1]).astype(np.float32)
+        return cls(
+            torch.from_numpy(tokens).to(device, non_blocking=True),
+            torch.from_numpy(gaps).to(device, non_blocking=True),
+            float(batch.mean_over.loss_tokens[::2].mean()),
+        )
 
 
 @dataclass(frozen=True)
@@ -48,25 +63,23 @@ class PairLogps:
     facts: PairFacts
 
     @classmethod
-    def of(
-        cls, outputs: torch.Tensor, reference: torch.Tensor | None, facts: PairFacts, config: RunConfig
-    ) -> PairLogps:
-        """From what `PackedModel` gives.
+    def of(cls, sums: torch.Tensor, reference: torch.Tensor | None, facts: PairFacts, config: RunConfig) -> PairLogps:
+        """From sums over the completions' tokens.
 
         Args:
-            outputs: fp32 [2P, 2 or 3], chosen and rejected in turn: see `PackedModel.forward`.
+            sums: fp32 [2P, 2 or 3] of the policy, chosen and rejected in turn: see `completion_sums`.
             reference: fp32 [2P, 2], the same for the reference; None without one.
             facts: of the same pairs.
             config: of its options, `ld_alpha` and `use_weighting`.
         """
-        parts = outputs[:, :2]
+        parts = sums[:, :2]
         chosen, rejected = _weigh_tail(parts, config.ld_alpha).view(-1, 2).unbind(1)
         none = torch.zeros_like(parts.detach())
         ref = _weigh_tail(none if reference is None else reference, config.ld_alpha)
         ref_chosen, ref_rejected = ref.view(-1, 2).unbind(1)
         weights = torch.ones_like(ref_chosen)
         if config.use_weighting:
-            weights = wpo_weights(outputs[:, 2].detach().view(-1, 2), facts.tokens)
+            weights = wpo_weights(sums[:, 2].detach().view(-1, 2), facts.tokens)
         return cls(chosen, rejected, ref_chosen, ref_rejected, parts.sum(1)[::2], weights, facts)
 
     @property
@@ -84,6 +97,37 @@ class PairLogps:
         """Log-probs of chosen and rejected per token of each."""
         chosen_tokens, rejected_tokens = self.facts.tokens.unbind(1)
         return self.chosen / chosen_tokens, self.rejected / rejected_tokens
+
+
+def completion_sums(output: ModelOutput, completions: np.ndarray) -> torch.Tensor:
+    """Sums over the scored tokens of each completion, in a fixed order: the same micro-batch gives the same bits.
+
+    Args:
+        output: of a model with a `logprob` head.
+        completions: int64 [S, 3] of the micro-batch.
+
+    Returns:
+        fp32 [S, 2], or [S, 3] with `token_log_sum_sq`. Column 0 sums log-probs at places that all completions of the
+        example have, column 1 those beyond the end of the shortest. Column 2 sums log(p_t / sum_v p_v^2) over all
+        tokens, without gradient.
+    """
+    assert output.token_logps is not None, "sums of log-probs need a logprob head"
+    tokens = completions[:, 2]
+    first = np.flatnonzero(completions[:, 1] == 0)
+    shared = np.repeat(np.minimum.reduceat(tokens, first), np.diff(np.append(first, len(tokens))))
+    parts = np.stack([shared, tokens - shared], axis=1)
+    sums = _segment_sums(output.token_logps, parts.ravel()).view(-1, 2)
+    if output.token_log_sum_sq is None:
+        return sums
+    aligned = _segment_sums((output.token_logps - output.token_log_sum_sq).detach(), tokens)
+    return torch.cat([sums, aligned[:, None]], dim=1)
+
+
+def _segment_sums(values: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
+    """Sums over consecutive pieces of `values`, fp32 [C]. lengths: int64 [S], each may be 0; values beyond their sum,
+    of a micro-batch without examples, belong to nothing. Returns [S]."""
+    on_device = torch.from_numpy(lengths).to(values.device, non_blocking=True)
+    return torch.segment_reduce(values, "sum", lengths=on_device, unsafe=True)
 
 
 def _weigh_tail(parts: torch.Tensor, ld_alpha: float | None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from dsdpo.data.formats.preference import SQL_PROMPT
 from dsdpo.data.messages import Message, Refused, check_prompt, read_message
-from dsdpo.data.templates import PairEncoder, load_tokenizer
+from dsdpo.data.templates import ExampleEncoder, load_tokenizer
 from dsdpo.errors import CheckpointError, ConfigError, DataError
 from dsdpo.export.huggingface import finished_weights
 from dsdpo.runtime.rundir import RunDir
@@ -46,7 +46,7 @@ class ChatModel:
         adapter: False answers as the base of a PEFT model.
     """
 
-    def __init__(self, model: Any, encoder: PairEncoder, max_new_tokens: int, adapter: bool = True) -> None:
+    def __init__(self, model: Any, encoder: ExampleEncoder, max_new_tokens: int, adapter: bool = True) -> None:
         self.model = model
         self.tokenizer = encoder.tokenizer
         self.adapter = adapter
@@ -159,14 +159,14 @@ def _weights(name: str) -> str:
     return str(weights)
 
 
-def _encoder(folder: str, settings: AnswerSettings) -> PairEncoder:
+def _encoder(folder: str, settings: AnswerSettings) -> ExampleEncoder:
     try:
         tokenizer = load_tokenizer(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{folder}: no folder with a tokenizer here, and no model of the hub within reach: {error}"
         ) from error
-    return PairEncoder(tokenizer, settings.template, settings.system)
+    return ExampleEncoder(tokenizer, settings.template, settings.system)
 
 
 def _base_of(folder: str) -> str | None:

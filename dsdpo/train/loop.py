@@ -1,74 +1,40 @@
-"""The training loop. What it calls is set up in `session.py`; evaluation, saving and reporting are calls."""
+"""The training loop. What it calls is set up in `setup.py`; what follows a step is in `run.py`."""
 
 from __future__ import annotations
 
-import time
-
 from dsdpo.engine.optimizer import optimizer_step, set_learning_rate
-from dsdpo.model.packed import RowTensors
-from dsdpo.objectives.batch import step_objective
-from dsdpo.train.metrics import StepVector
-from dsdpo.train.setup import Session
-from dsdpo.train.steplog import StepEnd, StepLog
+from dsdpo.train.metrics import MetricSums
+from dsdpo.train.run import Run
 
 
-def train(s: Session) -> int:
-    """Run the schedule's steps from `s.first_step` on.
-
-    Returns:
-        How many steps have been taken; fewer than there are when the run was asked to stop.
+def train(run: Run) -> None:
+    """Take the steps that are left, save and evaluate on the way, and export the weights.
 
     Raises:
-        NumericError: a loss or gradient norm is not finite; names the step and its pairs.
-        IOFailure: a checkpoint cannot be written.
+        StopRequested: the run was asked to end; its state is saved.
+        NumericError: a loss or gradient norm is not finite; names the step and its examples.
+        IOFailure: a checkpoint or the weights cannot be written.
     """
-    engine, config, device = s.engine, s.config, s.hardware.device
-    log = StepLog(s)
-    steps = range(s.first_step, s.schedule.total_steps)
-    batches = s.loader.training_batches(steps, config.train_batch_size, config.seed)
-    done = s.first_step
-    s.reporter.start()
-    if s.evaluation_is_missing(done) and not s.evaluate(done):
-        return done
-    engine.train()
-    started = time.perf_counter()
+    engine, objective = run.engine, run.objective
+    run.begin()
     # ----------------------------------------------------------------------------------------------------------
-    for step, batch in zip(steps, batches):
-        learning_rate = s.schedule.learning_rate(step)
+    for step, batch in run.batches():
+        learning_rate = run.schedule.learning_rate(step)
         set_learning_rate(engine, learning_rate)
-        vector = StepVector(device)
-        row_losses = []
-
-        references = s.reference.of_step(batch)
-        s.watch.beat(step)
-        objective = step_objective(engine, s.objective, batch, references, device)
-        for micro_step, (row, reference) in enumerate(zip(batch.rows, references), 1):
-            engine.set_gradient_accumulation_boundary(micro_step == len(batch.rows))
-            outputs = engine(RowTensors.from_row(row, device))[: 2 * len(row.pairs)]
-            total, losses, stats = objective(row, outputs, reference)
-            # DeepSpeed averages gradients over dp ranks: times their number, this is the mean over the step's pairs.
-            engine.backward(total * (s.mesh.dp_size / len(batch.pair_ids)), scale_wrt_gas=False)
+        loss_of = objective.bind(batch, run.reference.logps(batch), run.forward)
+        run.watchdog.beat(step)
+        # DeepSpeed averages gradients over data-parallel ranks: times their number, this is the mean over the step.
+        scale = run.mesh.dp_size / objective.denominator(batch)
+        sums = MetricSums(objective.metrics, run.hardware.device)
+        for number, micro_batch in enumerate(batch.micro_batches, 1):
+            engine.set_gradient_accumulation_boundary(number == len(batch.micro_batches))
+            loss = loss_of(micro_batch, run.forward(micro_batch))
+            engine.backward(loss.total * scale, scale_wrt_gas=False)
             grad_norm = optimizer_step(engine)
-            vector.add(stats, losses)
-            row_losses.append(losses)
-            s.watch.beat(step)
-
-        vector.reduce(bool(s.stop_flag), s.saver.is_written, s.saver.has_failed, grad_norm)
-        log.flush()  # of the step before: the device never has more than one step to do
-        done = step + 1
-        if s.save_is_due(done) or s.evaluation_is_due(done):
-            vector.read()  # waits for this step as well: its time is its own
-        log.end(StepEnd(done, batch, vector, row_losses, learning_rate, time.perf_counter() - started))
-        if s.save_is_due(done):
-            log.flush()
-            s.save(done)
-        if log.stopping:
+            sums.add(loss)
+            run.watchdog.beat(step)
+        sums.reduce(grad_norm, bool(run.stop_flag), run.saver.status)
+        if run.end_step(step, batch, sums, learning_rate):
             break
-        if s.evaluation_is_due(done):
-            log.flush()
-            if not s.evaluate(done):
-                break
-        started = time.perf_counter()
     # ----------------------------------------------------------------------------------------------------------
-    log.flush()
-    return done
+    run.finish()

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from deepspeed import comm
 from tqdm import tqdm
 
+from dsdpo.checkpoint.saver import SaveStatus
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import IOFailure
-from dsdpo.objectives.preference import STATS
+from dsdpo.objectives.base import MicroBatchLoss
 from dsdpo.runtime.files import write_atomically
 from dsdpo.runtime.rundir import RunDir
 
@@ -27,8 +29,8 @@ class StepTotals:
     """A step over all ranks.
 
     Attributes:
-        means: STATS -> mean over the pairs.
-        bad_losses: losses that are not finite.
+        means: metric -> mean over the examples.
+        bad_losses: losses of examples that are not finite.
         grad_norm: of the step, as given to `reduce`.
         stop: whether a rank wants to stop.
         written: ranks that had written all of their part of the checkpoint in flight.
@@ -43,31 +45,47 @@ class StepTotals:
     failed: int
 
 
-class StepVector:
-    """Sums over a step's pairs on all ranks, reduced on the device and read when they are needed.
+_COUNTERS = ("examples", "bad_losses", "stop", "written", "failed")
 
-    Entries: over the pairs of the data-parallel ranks, the sums of STATS, the number of pairs, and the number of losses
-    that are not finite; over all ranks, how many want to stop, have written their part of a checkpoint, could not. The
-    copy to the host runs beside the next step, so reading it one step late costs nothing.
+
+class MetricSums:
+    """Sums over a step's examples on all ranks, reduced on the device and read when they are needed.
+
+    Beside the metrics' sums there are counters: over the examples of the data-parallel ranks, how many they are and how
+    many losses are not finite; over all ranks, how many want to stop, have written their part of a checkpoint, could
+    not. The copy to the host runs beside the next step, so reading it one step late costs nothing.
+
+    Args:
+        metrics: names, as of `Objective.metrics`.
+        device: where the losses are computed.
+
+    Attributes:
+        per_example: fp32 [E], the losses of each of this rank's micro-batches.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(STATS) + 5, dtype=torch.float64, device=device)
+    def __init__(self, metrics: Sequence[str], device: torch.device) -> None:
+        self._metrics = metrics
+        self._place = {name: len(metrics) + i for i, name in enumerate(_COUNTERS)}
+        self._sums = torch.zeros(len(metrics) + len(_COUNTERS), dtype=torch.float64, device=device)
+        self.per_example: list[torch.Tensor] = []
         self._host: torch.Tensor | None = None
         self._ready: torch.cuda.Event | None = None
 
-    def add(self, stats: torch.Tensor, losses: torch.Tensor) -> None:
-        """Add a row's pairs: stats [len(STATS), P], losses [P]."""
-        self._sums[: len(STATS)] += stats.sum(dim=1)
-        self._sums[-5] += losses.numel()
-        self._sums[-4] += (~torch.isfinite(losses.detach())).sum()
+    def _count(self, counter: str, number: float | torch.Tensor) -> None:
+        self._sums[self._place[counter]] += number  # a number of the host is not copied: that would wait for the GPU
+
+    def add(self, loss: MicroBatchLoss) -> None:
+        """Add a micro-batch's examples."""
+        self.per_example.append(loss.per_example)
+        self._sums[: len(self._metrics)] += loss.metrics.sum(dim=1)
+        self._count("examples", loss.per_example.numel())
+        self._count("bad_losses", (~torch.isfinite(loss.per_example)).sum())
 
     def reduce(
         self,
-        stop: bool = False,
-        written: bool = False,
-        failed: bool = False,
         grad_norm: torch.Tensor | float = 0.0,
+        stop: bool = False,
+        save: SaveStatus = SaveStatus(),  # noqa: B008
     ) -> None:
         """Sum over the ranks, with what this one wants and has done, and start the copy to the host.
 
@@ -75,8 +93,8 @@ class StepVector:
             grad_norm: of the step, the same on all ranks. It travels along: reading it from the device by itself would
                 wait for all that has been queued since.
         """
-        for place, flag in zip((-3, -2, -1), (stop, written, failed)):  # numbers: copying a tensor waits for the GPU
-            self._sums[place] += float(flag)
+        for counter, flag in (("stop", stop), ("written", save.written), ("failed", save.failed)):
+            self._count(counter, float(flag))
         comm.all_reduce(self._sums)
         norm = torch.zeros_like(self._sums[:1]) + grad_norm
         self._host = torch.cat([self._sums, norm]).to("cpu", non_blocking=True)
@@ -89,9 +107,16 @@ class StepVector:
         if self._ready is not None:
             self._ready.synchronize()
         assert self._host is not None, "reduce() comes before read()"
-        *sums, pairs, bad, stop, written, failed, grad_norm = self._host.tolist()
-        means = {name: value / max(pairs, 1) for name, value in zip(STATS, sums)}
-        return StepTotals(means, int(bad), grad_norm, stop > 0, int(written), int(failed))
+        *sums, grad_norm = self._host.tolist()
+        counts = {name: sums[place] for name, place in self._place.items()}
+        return StepTotals(
+            means={name: value / max(counts["examples"], 1) for name, value in zip(self._metrics, sums)},
+            bad_losses=int(counts["bad_losses"]),
+            grad_norm=grad_norm,
+            stop=counts["stop"] > 0,
+            written=int(counts["written"]),
+            failed=int(counts["failed"]),
+        )
 
 
 def memory_peak_gb(device: torch.device) -> float:
@@ -100,6 +125,14 @@ def memory_peak_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# metric -> its short name and format on the terminal; metrics that an objective does not have are left out
+_BRIEF = {"loss": ("loss", ".4f"), "rewards/accuracies": ("accuracy", ".3f"), "rewards/margins": ("margin", ".3f")}
+
+
+def _brief(record: Mapping[str, float]) -> dict[str, str]:
+    return {short: format(record[name], form) for name, (short, form) in _BRIEF.items() if name in record}
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -185,12 +218,7 @@ class Reporter:
             return
         self._write(record)
         step = int(record["step"])
-        brief = {
-            "loss": f"{record['loss']:.4f}",
-            "acc": f"{record['rewards/accuracies']:.2f}",
-            "margin": f"{record['rewards/margins']:.3f}",
-            "tok/s": f"{record['logical_tokens_per_second']:.0f}",
-        }
+        brief = _brief(record) | {"tok/s": f"{record['logical_tokens_per_second']:.0f}"}
         self._bar.set_postfix(brief, refresh=False)
         self._bar.update(step - self._bar.n)
         if step % self.config.logging_steps and step != self.total_steps:
@@ -203,16 +231,14 @@ class Reporter:
             print(f"step {step}/{self.total_steps}  {words}  left {tqdm.format_interval(left)}", flush=True)
 
     def evaluation(self, step: int, means: dict[str, float]) -> None:
-        """Means over the held-out pairs after `step` steps, as `eval_…`."""
+        """Means over the held-out examples after `step` steps, as `eval_…`."""
         if not self.is_main:
             return
         record = {"step": float(step), **{f"eval_{name}": value for name, value in means.items()}}
         self._write(record)
         self._track(record, "eval")
-        self.say(
-            f"held-out after step {step}: loss {means['loss']:.4f}  accuracy {means['rewards/accuracies']:.3f}  "
-            f"margin {means['rewards/margins']:.3f}"
-        )
+        words = "  ".join(f"{key} {value}" for key, value in _brief(means).items())
+        self.say(f"held-out after step {step}: {words}")
 
     def has_evaluation(self, step: int) -> bool:
         """Whether one was reported after `step` steps; for the main rank, which has the file."""

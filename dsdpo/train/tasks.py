@@ -12,23 +12,21 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-import yaml
 from deepspeed import DeepSpeedEngine, comm
 from transformers.utils.logging import disable_progress_bar
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.data.loader import PairLoader
+from dsdpo.data.loader import BatchLoader
 from dsdpo.data.prepare import open_prepared
 from dsdpo.engine.engine import Hardware, build_engine, start_process_group
 from dsdpo.engine.nvme import swap_removed
 from dsdpo.errors import DataError, DsdpoError, IOFailure, StopRequested
-from dsdpo.export.huggingface import set_aside
-from dsdpo.objectives.preference import PreferenceObjective
-from dsdpo.reference.source import NoReference, Reference, open_store, reference_for
+from dsdpo.objectives.stages import objective_of
+from dsdpo.reference.precompute import find_or_compute, open_store
+from dsdpo.reference.source import NoReference, Reference, StoredReference
 from dsdpo.runtime.collectives import all_gather_object, any_rank
 from dsdpo.runtime.env import Mesh, launched
-from dsdpo.runtime.files import write_atomically
 from dsdpo.runtime.lock import holder
 from dsdpo.runtime.rundir import RunDir
 from dsdpo.runtime.stop import (
@@ -42,12 +40,12 @@ from dsdpo.runtime.stop import (
 from dsdpo.runtime.watchdog import Watch
 from dsdpo.train.evaluate import evaluate
 from dsdpo.train.loop import train
-from dsdpo.train.setup import Session, build_session
+from dsdpo.train.setup import set_up
 
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
-def run(
+def run_task(
     config: RunConfig, zero: ZeroConfig, task: str = "train", model: str | None = None, token: str | None = None
 ) -> None:
     """Do one task as one rank; the data is prepared already.
@@ -83,11 +81,11 @@ def run(
                 assert train_set is not None, "a run has a training set"
                 eval_set = open_prepared(config, "eval")
                 trains = task == "train"
-                session = build_session(config, zero, mesh, hardware, train_set, eval_set, stop_flag, watch, trains)
+                run = set_up(config, zero, mesh, hardware, train_set, eval_set, stop_flag, watch, trains)
                 if trains:
-                    _train(session, run_dir)
+                    train(run)
                 with watch.slow("the end of the reports"):
-                    session.reporter.close()
+                    run.reporter.close()
                     comm.barrier()
 
 
@@ -122,64 +120,34 @@ def _exit_recorded(run_dir: RunDir, mesh: Mesh) -> Iterator[None]:
         write_exit(run_dir, ExitRecord(0, "done", mesh.rank))
 
 
-def _train(session: Session, run_dir: RunDir) -> None:
-    """The run itself, the export of its weights and its last evaluation."""
-    config, is_main = session.config, session.mesh.is_main
-    if is_main:
-        write_atomically(run_dir.run_config, yaml.safe_dump(config.model_dump(), sort_keys=False))
-        if session.first_step < session.schedule.total_steps:
-            set_aside(run_dir)  # of a run that was to end before, and was given more steps
-    comm.barrier()
-    done, total = train(session), session.schedule.total_steps
-    with session.watch.slow("the last checkpoint"):
-        if done < total and done not in (session.saver.last_step, session.first_step):
-            session.saver.save(done)
-        session.saver.finish()
-    if done < total:
-        raise StopRequested(
-            f"stopped on request after step {done} of {total}, with a checkpoint; the same command goes on from there"
-        )
-    with session.watch.slow("the export of the weights"):
-        session.save_final()
-    if not session.evaluate(total):
-        with session.watch.slow("the last checkpoint"):
-            if total not in (session.saver.last_step, session.first_step):
-                session.saver.save(total)
-            session.saver.finish()
-        raise StopRequested(
-            "stopped on request in the last evaluation; the weights are exported, and the same command evaluates them"
-        )
-    if is_main:
-        write_atomically(run_dir.completed, "")
-
-
 def _evaluate(config: RunConfig, zero: ZeroConfig, mesh: Mesh, hardware: Hardware, model: str, stop: StopFlag) -> None:
-    """Loss, accuracy and margin of trained weights on the held-out pairs, printed as one JSON line."""
-    pairs = open_prepared(config, "eval")
-    if pairs is None:
+    """Loss, accuracy and margin of trained weights on the held-out examples, printed as one JSON line."""
+    source = open_prepared(config, "eval")
+    if source is None:
         raise DataError("there is nothing to evaluate on: name an eval_dataset, or a val_size above 0")
 
     def say(line: str) -> None:
         if mesh.is_main:
             print(line, flush=True)
 
-    ids, device = np.arange(len(pairs)), hardware.device
-    # without gradients a row takes little: no need to look how much memory there is
-    loader = PairLoader(pairs, mesh, config.row_tokens or 4 * config.max_length, config.share_prefix)
+    ids, device = np.arange(len(source)), hardware.device
+    # without gradients a micro-batch takes little: no need to look how much memory there is
+    loader = BatchLoader(source, mesh, config.row_tokens or 4 * config.max_length, config.share_prefix)
     reference: Reference = NoReference()
-    if config.reference_kind != "none":
+    objective = objective_of(config)
+    if objective.needs_reference:
         store = open_store(config, mesh, hardware)
 
         def untrained() -> DeepSpeedEngine:
             return build_engine(config, zero, mesh, hardware)
 
-        reference = reference_for(loader, ids, store, untrained, device, say, stop)
-    engine = build_engine(config, zero, mesh, hardware, weights=model)
+        reference = StoredReference(*find_or_compute(loader, ids, store, untrained, device, say, stop), device)
+    engine = build_engine(config, zero, mesh, hardware, weights=model, head=objective.head)
 
     def goes_on() -> bool:
         return not any_rank(bool(stop), device)
 
-    means = evaluate(engine, loader, reference, PreferenceObjective(config), config.train_batch_size, device, goes_on)
+    means = evaluate(engine, loader, reference, objective, config.train_batch_size, device, goes_on)
     if means is None:
         raise StopRequested("stopped on request; nothing is kept of an evaluation")
-    say(json.dumps({"model": model, "pairs": len(pairs), **{key: round(value, 6) for key, value in means.items()}}))
+    say(json.dumps({"model": model, "examples": len(source), **{key: round(value, 6) for key, value in means.items()}}))

@@ -16,19 +16,21 @@ import torch
 from dsdpo.runtime.rundir import RunDir
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.data.loader import PairLoader
+from dsdpo.data.loader import BatchLoader
 from dsdpo.data.packing import Segment
 from dsdpo.runtime.env import launched
 from dsdpo.errors import NumericError
 from dsdpo.runtime.files import write_atomically
 from dsdpo.model.attention.register import PackedLayout
 from dsdpo.reference.store import ReferenceStore
-from dsdpo.reference import source as reference_pass
+from dsdpo.reference import precompute
+from dsdpo.reference.source import StoredReference, reference_source
 from dsdpo.engine.engine import build_engine, build_reference_engine, start_process_group
 from dsdpo.train.loop import train
-from dsdpo.train.setup import build_session
+from dsdpo.train.run import Run
+from dsdpo.train.setup import set_up
 from dsdpo.runtime.stop import StopFlag
-from tests.helpers.tiny import ListOfPairs, random_pairs
+from tests.helpers.tiny import ListOfExamples, random_pairs
 
 STEPS = 5
 
@@ -95,6 +97,13 @@ def logits_of(engine: Any, ids: list[int]) -> torch.Tensor:
     return output.logits[0]
 
 
+def take_steps(run: Run) -> int:
+    """Train without what follows the last step. Returns how many steps have been taken."""
+    run.finish = run.flush  # type: ignore[method-assign]
+    train(run)
+    return run.done
+
+
 def train_and_export(cases: list[dict[str, Any]], folders: list[str], ids: list[int]) -> list[Any]:
     """Train each case for a few steps, export it to its folder, and return the engine's logits for `ids`."""
     mesh = launched()
@@ -104,14 +113,14 @@ def train_and_export(cases: list[dict[str, Any]], folders: list[str], ids: list[
         config = run_config(folder=Path(folder), **case)
         zero = ZeroConfig.load(config)
         hardware = start_process_group(config, zero, mesh)
-        pairs = ListOfPairs(random_pairs(17))
-        session = build_session(config, zero, mesh, hardware, pairs, None, StopFlag(RunDir(Path(folder))))
-        train(session)
-        session.saver.save(config.max_steps or 0)
-        session.save_final()
-        session.reporter.close()
-        logits.append(logits_of(session.engine, ids).numpy())
-        session.engine.destroy()
+        pairs = ListOfExamples(random_pairs(17))
+        run = set_up(config, zero, mesh, hardware, pairs, None, StopFlag(RunDir(Path(folder))))
+        take_steps(run)
+        run.saver.save(config.max_steps or 0)
+        run.export()
+        run.reporter.close()
+        logits.append(logits_of(run.engine, ids).numpy())
+        run.engine.destroy()
     torch.distributed.destroy_process_group()
     return logits
 
@@ -130,8 +139,8 @@ def fill_store(folder: str, runs: list[dict[str, Any]]) -> list[tuple[int, np.nd
     """
     mesh = launched()
     assert mesh is not None
-    reference_pass._PAIRS_PER_PASS, reference_pass._PASSES_PER_CHUNK = 2, 1
-    write_chunk = ReferenceStore.write_chunk
+    precompute._EXAMPLES_PER_PASS, precompute._PASSES_PER_CHUNK = 2, 1
+    write_chunks = ReferenceStore.write_chunks
     results: list[tuple[int, np.ndarray | str]] = []
     for run in runs:
         changes = dict(run)
@@ -144,16 +153,16 @@ def fill_store(folder: str, runs: list[dict[str, Any]]) -> list[tuple[int, np.nd
         if damage and mesh.is_main:
             _damage_chunks(store)
         engine = build_engine(config, zero, mesh, hardware)
-        written = _Counted(write_chunk, die_after)
-        ReferenceStore.write_chunk = written.write_chunk  # type: ignore[method-assign]
+        written = _Counted(write_chunks, die_after)
+        ReferenceStore.write_chunks = written.write_chunks  # type: ignore[method-assign]
         if blind == mesh.rank:
             ReferenceStore.reload = _blind_once(ReferenceStore.reload)  # type: ignore[method-assign]
-        source = reference_pass.reference_source(config, zero, mesh, hardware, engine, lambda line: None)
-        loader = PairLoader(ListOfPairs(random_pairs(n_pairs)), mesh, 128, config.share_prefix)
+        source = reference_source(config.reference_kind, config, zero, mesh, hardware, engine, lambda line: None)
+        loader = BatchLoader(ListOfExamples(random_pairs(n_pairs)), mesh, 128, config.share_prefix)
         try:
             reference = source(loader, np.arange(n_pairs))
-            assert isinstance(reference, reference_pass.StoredReference)
-            found: np.ndarray | str = reference._logps
+            assert isinstance(reference, StoredReference)
+            found: np.ndarray | str = reference._logps.reshape(-1, 2, 2)
         except NumericError as error:
             found = str(error)
         total = torch.tensor(written.pairs)
@@ -165,18 +174,18 @@ def fill_store(folder: str, runs: list[dict[str, Any]]) -> list[tuple[int, np.nd
 
 
 class _Counted:
-    """ReferenceStore.write_chunk that counts pairs, and ends the process at the chunk after `die_after`."""
+    """ReferenceStore.write_chunks that counts pairs, and ends the process at the chunk after `die_after`."""
 
-    def __init__(self, write_chunk: Any, die_after: int | None) -> None:
+    def __init__(self, write_chunks: Any, die_after: int | None) -> None:
         self.pairs, self.chunks, self.die_after = 0, 0, die_after
-        self._write_chunk = write_chunk
+        self._write_chunks = write_chunks
 
     @property
-    def write_chunk(self) -> Any:
-        def write(store: ReferenceStore, digests: np.ndarray, logps: np.ndarray) -> None:
+    def write_chunks(self) -> Any:
+        def write(store: ReferenceStore, digests: np.ndarray, counts: np.ndarray, logps: np.ndarray) -> None:
             if self.chunks == self.die_after:
                 os._exit(9)
-            self._write_chunk(store, digests, logps)
+            self._write_chunks(store, digests, counts, logps)
             self.chunks, self.pairs = self.chunks + 1, self.pairs + len(digests)
 
         return write
@@ -241,30 +250,30 @@ def second_copies(folder: str, model: str, hpz: int) -> list[dict[str, int]]:
 def run_cases(cases: list[dict[str, Any]], n_pairs: int) -> list[dict[str, Any]]:
     """Train each case (changes to `run_config`) for a few steps in one process group.
 
-    Returns, for each case: the metrics of each step, this rank's pair ids of each step, micro-steps of each step.
+    Returns, for each case: the metrics of each step, this rank's example ids of each step, micro-steps of each step.
     """
     mesh = launched()
     assert mesh is not None
-    pairs = ListOfPairs(random_pairs(n_pairs))
+    pairs = ListOfExamples(random_pairs(n_pairs))
     results = []
     for case in cases:
         folder = Path(tempfile.mkdtemp())
         config = run_config(folder=folder, **case)
         zero = ZeroConfig.load(config)
         hardware = start_process_group(config, zero, mesh)
-        session = build_session(config, zero, mesh, hardware, pairs, None, StopFlag(RunDir(folder)))
-        batches = list(session.loader.training_batches(range(STEPS), config.train_batch_size, config.seed))
-        train(session)
-        session.reporter.close()
+        run = set_up(config, zero, mesh, hardware, pairs, None, StopFlag(RunDir(folder)))
+        batches = list(run.loader.training_batches(range(STEPS), config.train_batch_size, config.seed))
+        take_steps(run)
+        run.reporter.close()
         metrics = Path(config.output_dir, "metrics.jsonl")
         results.append(
             {
                 "metrics": [json.loads(line) for line in metrics.read_text().splitlines()] if mesh.is_main else [],
-                "pair_ids": [[i for row in b.rows for i in b.pair_ids[row.pairs].tolist()] for b in batches],
-                "micro_steps": [len(b.rows) for b in batches],
+                "example_ids": [[i for m in b.micro_batches for i in b.example_ids[m.examples].tolist()] for b in batches],
+                "micro_steps": [len(b.micro_batches) for b in batches],
             }
         )
-        session.engine.destroy()
+        run.engine.destroy()
         shutil.rmtree(folder)
     torch.distributed.destroy_process_group()
     return results

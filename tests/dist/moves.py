@@ -15,23 +15,23 @@ from dsdpo.engine.zero_state import MOMENTS, STATES
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.runtime.env import launched
 from dsdpo.engine.engine import start_process_group
-from dsdpo.train.loop import train
-from dsdpo.train.setup import Session, build_session
+from dsdpo.train.run import Run
+from dsdpo.train.setup import set_up
 from dsdpo.runtime.stop import StopFlag
-from tests.dist.grid import run_config
-from tests.helpers.tiny import ListOfPairs, random_pairs
+from tests.dist.grid import run_config, take_steps
+from tests.helpers.tiny import ListOfExamples, random_pairs
 
 PAIRS = 21
 
 
-def state_of(session: Session) -> dict[str, np.ndarray]:
+def state_of(run: Run) -> dict[str, np.ndarray]:
     """`state/parameter` -> what DeepSpeed itself gives for it, whole. A collective call."""
     state: dict[str, np.ndarray] = {}
-    optimizer = session.engine.optimizer
-    for name, parameter in session.engine.module.model.named_parameters():
+    optimizer = run.engine.optimizer
+    for name, parameter in run.engine.module.model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if session.engine.zero_optimization():
+        if run.engine.zero_optimization():
             values = [safe_get_full_fp32_param(parameter)]
             values += [safe_get_full_optimizer_state(parameter, key) for key in MOMENTS]
         else:
@@ -63,33 +63,33 @@ def go(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         config = run_config(folder=folder, save_steps=None, **task)
         zero = ZeroConfig.load(config)
         hardware = start_process_group(config, zero, mesh)
-        pairs = ListOfPairs(random_pairs(PAIRS))
-        session = build_session(config, zero, mesh, hardware, pairs, None, StopFlag(RunDir(folder)))
-        state = state_of(session) if looks else {}
-        total = session.schedule.total_steps
-        stop = _Stop(session, until)
-        session.stop_flag = stop  # type: ignore[assignment]
-        done = train(session) if session.first_step < until else session.first_step
+        pairs = ListOfExamples(random_pairs(PAIRS))
+        run = set_up(config, zero, mesh, hardware, pairs, None, StopFlag(RunDir(folder)))
+        state = state_of(run) if looks else {}
+        total = run.schedule.total_steps
+        stop = StopAfter(run, until)
+        run.stop_flag = stop  # type: ignore[assignment]
+        done = take_steps(run) if run.first_step < until else run.first_step
         assert done == until, (number, done, until, total)
         if saves:
-            session.saver.save(done)
-            session.saver.finish()
-        session.reporter.close()
+            run.saver.save(done)
+            run.saver.finish()
+        run.reporter.close()
         metrics = Path(config.output_dir, "metrics.jsonl")
         lines = metrics.read_text().splitlines() if mesh.is_main else []
         results.append({"losses": [json.loads(line)["loss"] for line in lines], "state": state if mesh.is_main else {}})
-        session.engine.destroy()
+        run.engine.destroy()
     torch.distributed.destroy_process_group()
     return results
 
 
-class _Stop:
+class StopAfter:
     """A stop flag that is raised so that the loop ends after `until` steps: it is read one step late."""
 
-    def __init__(self, session: Session, until: int) -> None:
-        self._step = session.first_step
+    def __init__(self, run: Run, until: int) -> None:
+        self._step = run.first_step
         self._until = until
-        self._total = session.schedule.total_steps
+        self._total = run.schedule.total_steps
 
     def __bool__(self) -> bool:
         self._step += 1

@@ -10,8 +10,8 @@ import numpy as np
 import yaml
 from transformers import AutoTokenizer
 
-from dsdpo.data.loader import PairLoader
-from dsdpo.data.shards import PreparedSet
+from dsdpo.data.loader import BatchLoader
+from dsdpo.data.shards import DROPPED_ROWS, PreparedSet
 from dsdpo.runtime.env import Mesh
 from tests.dist.test_whole_runs import ROOT, metrics_of, run_forked
 from tests.helpers.real import shared_file, smollm2
@@ -45,9 +45,9 @@ def test_prepare_and_train_hh_harmless(tmp_path: Path) -> None:
 
     prepared = next(tmp_path.glob(".dsdpo_cache/prepared/*/manifest.json"))
     told = json.loads(prepared.read_text())
-    refused = [json.loads(line) for line in (prepared.parent / "rejected.jsonl").read_text().splitlines()]
+    refused = [json.loads(line) for line in (prepared.parent / DROPPED_ROWS).read_text().splitlines()]
     assert told["rows"] == ROWS
-    assert told["pairs"] + sum(told["refused"].values()) == ROWS and len(refused) == sum(told["refused"].values())
+    assert told["examples"] + sum(told["refused"].values()) == ROWS and len(refused) == sum(told["refused"].values())
     assert 0 < len(refused) <= 0.01 * ROWS
     assert all(row["source"].startswith("hh_harmless_base_test.jsonl.gz:") and row["reason"] for row in refused)
 
@@ -55,7 +55,7 @@ def test_prepare_and_train_hh_harmless(tmp_path: Path) -> None:
     assert len(losses) == 10 and np.isfinite(losses).all()
     assert abs(losses[0] - np.log(2)) < 1e-5 and max(abs(loss - np.log(2)) for loss in losses[1:]) > 1e-3
 
-    dealt = PairLoader(PreparedSet(prepared.parent), Mesh(0, 8, 0), max_tokens_per_row=4096, share_prefix=True)
-    batches = list(dealt.training_batches(range(told["pairs"] // 64), train_batch_size=64, seed=42))
-    idle = np.average([b.idle_share for b in batches], weights=[b.physical_tokens for b in batches])
+    dealt = BatchLoader(PreparedSet(prepared.parent), Mesh(0, 8, 0), max_tokens_per_row=4096, share_prefix=True)
+    batches = list(dealt.training_batches(range(told["examples"] // 64), train_batch_size=64, seed=42))
+    idle = np.average([b.packing.idle_share for b in batches], weights=[b.packing.physical_tokens for b in batches])
     assert idle < 0.03, "8 ranks wait for each other"

@@ -11,12 +11,11 @@ from dsdpo.config.zero import ZeroConfig
 from dsdpo.runtime.env import Mesh
 from dsdpo.runtime.rundir import RunDir
 from dsdpo.engine.engine import start_process_group
-from dsdpo.train.loop import train
-from dsdpo.train.setup import build_session
+from dsdpo.train.setup import set_up
 from dsdpo.runtime.stop import StopFlag
-from tests.dist.grid import STEPS, run_config
+from tests.dist.grid import STEPS, run_config, take_steps
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny import ListOfPairs, random_pairs, save_model, save_tokenizer, tiny_llama_config
+from tests.helpers.tiny import ListOfExamples, random_pairs, save_model, save_tokenizer, tiny_llama_config
 
 
 def train_as(places: list[Mesh], folder: Path) -> list[list[dict[str, float]]]:
@@ -28,12 +27,12 @@ def train_as(places: list[Mesh], folder: Path) -> list[list[dict[str, float]]]:
         config = run_config(str(folder / "model"), out, eval_steps=2, max_tokens_per_row=128, save_steps=None)
         zero = ZeroConfig.load(config)
         hardware = start_process_group(config, zero, mesh)
-        pairs, held_out = ListOfPairs(random_pairs(17)), ListOfPairs(random_pairs(9, seed=1))
-        session = build_session(config, zero, mesh, hardware, pairs, held_out, StopFlag(RunDir(out)))
-        train(session)
-        session.reporter.close()
+        pairs, held_out = ListOfExamples(random_pairs(17)), ListOfExamples(random_pairs(9, seed=1))
+        run = set_up(config, zero, mesh, hardware, pairs, held_out, StopFlag(RunDir(out)))
+        take_steps(run)
+        run.reporter.close()
         found.append([json.loads(line) for line in Path(config.output_dir, "metrics.jsonl").read_text().splitlines()])
-        session.engine.destroy()
+        run.engine.destroy()
     torch.distributed.destroy_process_group()
     return found
 

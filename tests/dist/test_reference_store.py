@@ -101,7 +101,7 @@ def test_damaged_chunks_are_computed_again(found: dict[str, tuple[int, Any]]) ->
 
 
 def test_a_log_prob_that_is_not_finite_stops_the_run(found: dict[str, tuple[int, Any]]) -> None:
-    assert "no finite log-prob for 12 pairs, the first at memory:1" in found["not finite"][1]
+    assert "no finite log-prob for 12 examples, the first at memory:1" in found["not finite"][1]
 
 
 def test_a_killed_pass_goes_on_where_it_was(base: Path, tmp_path: Path, found: dict[str, tuple[int, Any]]) -> None:

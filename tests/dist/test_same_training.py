@@ -74,7 +74,7 @@ def test_the_same_pairs_in_every_step(results: Any) -> None:
     seen = set()
     for cases in results.values():
         for ranks in cases.values():
-            steps = zip(*(rank["pair_ids"] for rank in ranks))
+            steps = zip(*(rank["example_ids"] for rank in ranks))
             seen.add(tuple(tuple(sorted(chain(*step))) for step in steps))
     assert len(seen) == 1
     first_epoch = seen.pop()[:3]
@@ -84,5 +84,5 @@ def test_the_same_pairs_in_every_step(results: Any) -> None:
 def test_the_cases_cover_several_micro_steps_and_idle_ranks(results: Any) -> None:
     """The grid proves nothing about accumulation or dummy rows unless they occur in it."""
     assert max(results[1]["tied", "full", 3, "several rows"][0]["micro_steps"]) > 1
-    pairs_in_third_step = [len(rank["pair_ids"][2]) for rank in results[3]["tied", "full", 3, "one row"]]
+    pairs_in_third_step = [len(rank["example_ids"][2]) for rank in results[3]["tied", "full", 3, "one row"]]
     assert sorted(pairs_in_third_step) == [0, 0, 1]

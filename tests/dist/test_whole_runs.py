@@ -137,7 +137,7 @@ def test_eval_of_the_trained_weights_gives_the_last_evaluation(place: Path, firs
     assert code == 0, output
     found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     expected = metrics_of(place / "first")[1][-1]
-    assert found["pairs"] == 8
+    assert found["examples"] == 8
     assert found["loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
     assert found["rewards/margins"] == pytest.approx(expected["eval_rewards/margins"], abs=1e-4)
 

@@ -17,12 +17,11 @@ from dsdpo.runtime.rundir import RunDir
 from dsdpo.runtime.env import launched
 from dsdpo.runtime.files import write_atomically
 from dsdpo.engine.engine import start_process_group
-from dsdpo.train.loop import train
-from dsdpo.train.setup import build_session
-from dsdpo.train.steplog import StepLog
+from dsdpo.train.setup import set_up
+from dsdpo.train.run import Run
 from dsdpo.runtime.stop import StopFlag
-from tests.dist.grid import run_config
-from tests.helpers.tiny import ListOfPairs, random_pairs
+from tests.dist.grid import run_config, take_steps
+from tests.helpers.tiny import ListOfExamples, random_pairs
 
 # function of torch.distributed -> place and name of the argument that holds all that is gathered or reduced
 _WHOLE = {
@@ -45,14 +44,15 @@ def count(cases: list[dict[str, Any]]) -> list[tuple[Sizes, int, dict[str, int]]
     for name, (place, argument) in _WHOLE.items():
         setattr(torch.distributed, name, _counted(getattr(torch.distributed, name), name, place, argument, sent))
     steps: list[dict[str, int]] = []
-    ended = StepLog.end
+    end_step = Run.end_step
 
-    def end(log: StepLog, step: Any) -> None:
-        ended(log, step)
+    def counted_end(run: Run, *args: Any) -> bool:
+        stops = end_step(run, *args)
         steps.append(dict(sent))
         sent.clear()
+        return stops
 
-    StepLog.end = end  # type: ignore[method-assign]
+    Run.end_step = counted_end  # type: ignore[method-assign]
     results = []
     for case in cases:
         changes = dict(case)
@@ -63,15 +63,15 @@ def count(cases: list[dict[str, Any]]) -> list[tuple[Sizes, int, dict[str, int]]
         zero = ZeroConfig.load(config)
         hardware = start_process_group(config, zero, mesh)
         stop = StopFlag(RunDir(folder))
-        session = build_session(config, zero, mesh, hardware, ListOfPairs(random_pairs(40)), None, stop)
-        weights = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in session.engine.module.parameters()]
+        run = set_up(config, zero, mesh, hardware, ListOfExamples(random_pairs(40)), None, stop)
+        weights = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in run.engine.module.parameters()]
         sizes = Sizes(sum(n for n, _ in weights), sum(n for n, trains in weights if trains), largest=0, modules=0)
-        (*_, batch) = session.loader.training_batches(range(5), config.train_batch_size, config.seed)
+        (*_, batch) = run.loader.training_batches(range(5), config.train_batch_size, config.seed)
         sent.clear()
-        train(session)
-        results.append((sizes, len(batch.rows), steps[-1]))
-        session.reporter.close()
-        session.engine.destroy()
+        take_steps(run)
+        results.append((sizes, len(batch.micro_batches), steps[-1]))
+        run.reporter.close()
+        run.engine.destroy()
     torch.distributed.destroy_process_group()
     return results
 

@@ -14,8 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from dsdpo.data.digest import DIGEST, pair_digest
-from dsdpo.data.packing import TokenPair
+from dsdpo.data.example import DIGEST, Lengths, TokenizedExample, example_digest
 
 VOCAB = 96
 
@@ -57,14 +56,33 @@ def save_adapter(folder: Path, model: PreTrainedModel, base: Path, seed: int = 0
     tuned.save_pretrained(folder)
 
 
-def random_pairs(n: int, seed: int = 0, vocab: int = VOCAB) -> list[TokenPair]:
-    """Pairs of random ids: prompts of 1 to 30 tokens, completions of 1 to 20."""
+def random_examples(
+    n: int, counts: tuple[int, ...] = (2,), seed: int = 0, vocab: int = VOCAB, masks: bool = False, empty: bool = False
+) -> list[TokenizedExample]:
+    """Examples of random ids: prompts of 1 to 30 tokens, completions of 1 to 20.
+
+    Args:
+        counts: numbers of completions, in turn.
+        masks: whether every second example has a random loss mask.
+        empty: whether every third example has an empty prompt.
+    """
     rng = np.random.default_rng(seed)
 
     def ids(longest: int) -> np.ndarray:
         return rng.integers(3, vocab, size=rng.integers(1, longest + 1))
 
-    return [TokenPair(ids(30), ids(20), ids(20)) for _ in range(n)]
+    found = []
+    for i in range(n):
+        prompt = ids(30)
+        completions = tuple(ids(20) for _ in range(counts[i % len(counts)]))
+        mask = tuple(rng.random(len(x)) < 0.6 for x in completions) if masks and i % 2 else None
+        found.append(TokenizedExample(prompt[:0] if empty and i % 3 == 2 else prompt, completions, mask))
+    return found
+
+
+def random_pairs(n: int, seed: int = 0, vocab: int = VOCAB) -> list[TokenizedExample]:
+    """Examples of two completions."""
+    return random_examples(n, seed=seed, vocab=vocab)
 
 
 def save_pairs(path: Path, n: int, seed: int = 0) -> None:
@@ -78,31 +96,46 @@ def save_pairs(path: Path, n: int, seed: int = 0) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-class ListOfPairs:
-    """Pairs in memory with the methods of a prepared set; scores float64 [N, 2], none by default."""
+class ListOfExamples:
+    """Examples in memory with the methods of a prepared set.
 
-    def __init__(self, pairs: list[TokenPair], scores: np.ndarray | None = None) -> None:
-        self._pairs = pairs
-        self._scores = np.full((len(pairs), 2), np.nan) if scores is None else scores
+    Args:
+        scores: float64 [N] of all completions; none by default.
+        weights: float64 [examples]; 1 by default.
+    """
+
+    def __init__(
+        self, examples: list[TokenizedExample], scores: np.ndarray | None = None, weights: np.ndarray | None = None
+    ) -> None:
+        self._examples = examples
+        self._lengths = Lengths.of(examples)
+        self._scores = np.full(len(self._lengths.completions), np.nan) if scores is None else scores
+        self._weights = np.ones(len(examples)) if weights is None else weights
 
     @property
     def fingerprint(self) -> str:
         return sha256(self.digests(np.arange(len(self))).tobytes()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._examples)
 
-    def lengths(self, ids: np.ndarray) -> np.ndarray:
-        return np.array([[len(part) for part in self._pairs[i]] for i in ids], dtype=np.int64).reshape(-1, 3)
+    def lengths(self, ids: np.ndarray) -> Lengths:
+        return Lengths.of([self._examples[i] for i in ids])
 
     def digests(self, ids: np.ndarray) -> np.ndarray:
-        return np.frombuffer(b"".join(pair_digest(self._pairs[i]) for i in ids), dtype=DIGEST)
+        chosen = (self._examples[i] for i in ids)
+        found = b"".join(example_digest(e.prompt_ids, e.completion_ids, e.loss_mask) for e in chosen)
+        return np.frombuffer(found, dtype=DIGEST)
 
     def scores(self, ids: np.ndarray) -> np.ndarray:
-        return self._scores[ids]
+        starts, counts = self._lengths.starts, self._lengths.counts
+        return np.concatenate([self._scores[starts[i] : starts[i] + counts[i]] for i in ids])
 
-    def pair(self, index: int) -> TokenPair:
-        return self._pairs[index]
+    def weights(self, ids: np.ndarray) -> np.ndarray:
+        return self._weights[ids]
+
+    def example(self, index: int) -> TokenizedExample:
+        return self._examples[index]
 
     def where(self, index: int) -> str:
         return f"memory:{index + 1}"

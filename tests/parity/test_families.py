@@ -1,4 +1,4 @@
-"""Packed rows against transformers' own computation: padded batches and eager attention, for every family we train."""
+"""Packed against transformers' own computation: padded batches and eager attention, for every family we train."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dsdpo.config.rules import missing_flash_package
-from dsdpo.data.packing import TokenPair, build_row
+from dsdpo.data.example import TokenizedExample
+from dsdpo.data.packing import build_micro_batch
 from dsdpo.model.attention.backends import varlen_attention
 from dsdpo.model.attention.register import NAMES, register
-from dsdpo.model.packed import PackedModel, RowTensors
+from dsdpo.model.packed import PackedInputs, PackedModel
 from dsdpo.model.support import COMPARED, check_supported
 from tests.helpers.tiny import VOCAB, random_pairs
 from tests.helpers.varlen import varlen_in_plain_torch
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 VARLEN_ON_CPU = "varlen_in_plain_torch"
 register(VARLEN_ON_CPU, partial(varlen_attention, kernel=varlen_in_plain_torch))
 PAIRS = random_pairs(3, seed=1)
-LONGEST = max(len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in PAIRS)
+LONGEST = max(len(pair.prompt_ids) + max(map(len, pair.completion_ids)) for pair in PAIRS)
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -105,24 +106,24 @@ def tiny_model(name: str) -> PreTrainedModel:
     return model
 
 
-def plain(model: PreTrainedModel, pairs: list[TokenPair]) -> torch.Tensor:
+def plain(model: PreTrainedModel, pairs: list[TokenizedExample]) -> torch.Tensor:
     """Log-probs of all completion tokens, [C], from the logits of one right-padded batch."""
-    sequences = [np.concatenate([prompt, answer]) for prompt, *answers in pairs for answer in answers]
+    sequences = [np.concatenate([pair.prompt_ids, answer]) for pair in pairs for answer in pair.completion_ids]
     ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(s) for s in sequences], batch_first=True).to(model.device)
     lengths = torch.tensor([len(s) for s in sequences], device=model.device)
     mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
     logps = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
     logps = logps.gather(2, ids[:, 1:, None])[..., 0]
-    starts = [len(prompt) - 1 for prompt, *answers in pairs for _ in answers]
+    starts = [len(pair.prompt_ids) - 1 for pair in pairs for _ in pair.completion_ids]
     return torch.cat([logps[i, start : len(s) - 1] for i, (start, s) in enumerate(zip(starts, sequences))])
 
 
-def packed(model: PreTrainedModel, pairs: list[TokenPair], share_prefix: bool) -> torch.Tensor:
-    """The same from one packed row, [C]: each scored token counts as a completion of its own, without a tail."""
-    row = RowTensors.from_row(build_row(pairs, range(len(pairs)), share_prefix), model.device)
-    each = torch.ones_like(row.targets)
-    row.part_lengths = torch.stack([each, torch.zeros_like(each)], dim=1)
-    return PackedModel(model)(row)[:, 0]
+def packed(model: PreTrainedModel, pairs: list[TokenizedExample], share_prefix: bool) -> torch.Tensor:
+    """The same from one packed micro-batch, [C]."""
+    micro_batch = build_micro_batch(pairs, range(len(pairs)), share_prefix)
+    logps = PackedModel(model)(PackedInputs.of(micro_batch, model.device)).token_logps
+    assert logps is not None
+    return logps
 
 
 def gradients(model: PreTrainedModel, logps: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -14,13 +14,14 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from dsdpo.data.formats.preference import to_pair
-from dsdpo.data.messages import Pair, Refused
-from dsdpo.data.packing import TokenPair, build_row
-from dsdpo.data.templates import EncodedPair, PairEncoder
+from dsdpo.data.example import Example, TokenizedExample
+from dsdpo.data.formats.preference import to_example
+from dsdpo.data.messages import Refused
+from dsdpo.data.packing import build_micro_batch
+from dsdpo.data.templates import EncodedExample, ExampleEncoder
 from dsdpo.model.attention.register import NAMES
-from dsdpo.model.packed import PackedModel, RowTensors
-from dsdpo.objectives.pair_logps import PairFacts
+from dsdpo.model.packed import PackedInputs, PackedModel
+from dsdpo.objectives.pair_logps import PairFacts, completion_sums
 from tests.helpers.objective import preference_objective
 from tests.helpers.real import hh_rows, smollm2
 
@@ -53,25 +54,25 @@ class Numbers:
 
 
 @pytest.fixture(scope="module")
-def pairs() -> list[Pair]:
+def pairs() -> list[Example]:
     accepted = []
     for row in hh_rows(2 * PAIRS, longest=300):
         with suppress(Refused):
-            accepted.append(to_pair(row, "hh_rlhf", {}, {}, allow_empty_rejected=False))
+            accepted.append(to_example(row, "hh_rlhf", {}, {}, allow_empty_rejected=False))
     return accepted[:PAIRS]
 
 
 @pytest.fixture(scope="module")
-def encoded(pairs: list[Pair]) -> list[Any]:
-    return PairEncoder(AutoTokenizer.from_pretrained(smollm2()), "default").encode(pairs)
+def encoded(pairs: list[Example]) -> list[Any]:
+    return ExampleEncoder(AutoTokenizer.from_pretrained(smollm2()), "default").encode(pairs)
 
 
 @pytest.fixture(scope="module")
-def trl(pairs: list[Pair], encoded: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Numbers:
+def trl(pairs: list[Example], encoded: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Numbers:
     """TRL's numbers, computed by TRL on our token ids; `token_ids` are TRL's own."""
     model = smollm2()
     policy, reference = load(model, "sdpa", perturbed=True), load(model, "sdpa", perturbed=False)
-    rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
+    rows = [dict(zip(("prompt", "chosen", "rejected"), (p.prompt, *p.completions))) for p in pairs]
     trainer = DPOTrainer(
         policy,
         reference,
@@ -89,7 +90,7 @@ def trl(pairs: list[Pair], encoded: list[Any], tmp_path_factory: pytest.TempPath
         processing_class=AutoTokenizer.from_pretrained(model),
     )
     keys = ("prompt_ids", "chosen_ids", "rejected_ids")
-    batch = trainer.data_collator([{key: list(getattr(e, key)) for key in keys} for e in encoded])
+    batch = trainer.data_collator([dict(zip(keys, map(list, (e.prompt_ids, *e.completion_ids)))) for e in encoded])
     logps = torch.stack(trainer.compute_ref_log_probs(policy, batch), dim=1)
     ref_logps = torch.stack(trainer.compute_ref_log_probs(reference, batch), dim=1)
     loss = trainer.compute_loss(policy, batch)
@@ -100,23 +101,22 @@ def trl(pairs: list[Pair], encoded: list[Any], tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["shared prefix", "plain rows"])
-def ours(request: pytest.FixtureRequest, encoded: list[EncodedPair]) -> Numbers:
+def ours(request: pytest.FixtureRequest, encoded: list[EncodedExample]) -> Numbers:
     model = smollm2()
     policy = PackedModel(load(model, NAMES["sdpa"], perturbed=True))
     reference = PackedModel(load(model, NAMES["sdpa"], perturbed=False))
     objective = preference_objective({"sigmoid": 1.0}, beta=BETA)
-    token_pairs = [TokenPair(np.array(e.prompt_ids), np.array(e.chosen_ids), np.array(e.rejected_ids)) for e in encoded]
+    examples = [TokenizedExample(np.array(e.prompt_ids), tuple(map(np.array, e.completion_ids))) for e in encoded]
     logps, ref_logps, loss = [], [], 0.0
     for start in range(0, PAIRS, ROW_PAIRS):
-        row = RowTensors.from_row(
-            build_row(token_pairs[start : start + ROW_PAIRS], range(ROW_PAIRS), request.param), CPU
-        )
+        micro_batch = build_micro_batch(examples[start : start + ROW_PAIRS], range(ROW_PAIRS), request.param)
+        inputs = PackedInputs.of(micro_batch, CPU)
         with torch.no_grad():
-            ref_logps.append(reference(row))
-        logps.append(policy(row))
-        tokens = row.part_lengths.sum(1).view(-1, 2).float()
+            ref_logps.append(completion_sums(reference(inputs), micro_batch.completions))
+        logps.append(completion_sums(policy(inputs), micro_batch.completions))
+        tokens = torch.from_numpy(micro_batch.completions[:, 2]).view(-1, 2).float()
         facts = PairFacts(tokens, torch.full((ROW_PAIRS,), torch.nan), tokens[:, 0].mean().item())
-        part = objective(logps[-1], ref_logps[-1], facts).losses.sum() / PAIRS
+        part = objective.losses(logps[-1], ref_logps[-1], facts).losses.sum() / PAIRS
         part.backward()
         loss += part.item()
     gradients = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
@@ -125,7 +125,7 @@ def ours(request: pytest.FixtureRequest, encoded: list[EncodedPair]) -> Numbers:
         torch.cat(ref_logps).sum(1).view(-1, 2),
         loss,
         gradients,
-        [(e.prompt_ids, e.chosen_ids, e.rejected_ids) for e in encoded],
+        [(e.prompt_ids, *e.completion_ids) for e in encoded],
     )
 
 

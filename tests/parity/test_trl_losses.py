@@ -16,10 +16,11 @@ from trl import DPOConfig, DPOTrainer
 
 from dsdpo.config.losses import LOSSES
 from dsdpo.config.schema import RunConfig
-from dsdpo.data.packing import TokenPair, build_row
+from dsdpo.data.example import TokenizedExample
+from dsdpo.data.packing import build_micro_batch
 from dsdpo.model.attention.register import NAMES
-from dsdpo.model.packed import PackedModel, RowTensors
-from dsdpo.objectives.pair_logps import PairFacts
+from dsdpo.model.packed import PackedInputs, PackedModel
+from dsdpo.objectives.pair_logps import PairFacts, completion_sums
 from dsdpo.objectives.preference import PreferenceObjective
 from tests.helpers.real import smollm2
 from tests.helpers.tiny import VOCAB, random_pairs, save_model, save_tokenizer, tiny_llama_config
@@ -86,7 +87,7 @@ class Setting:
     stock: PreTrainedModel
     packed: PackedModel
     reference: PackedModel
-    pairs: list[TokenPair]
+    pairs: list[TokenizedExample]
     scale: float
 
     def trl(self, case: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -99,24 +100,27 @@ class Setting:
             assert hasattr(self.trainer, option)
             setattr(self.trainer, option, value)
         keys = ("prompt_ids", "chosen_ids", "rejected_ids")
-        batch = self.trainer.data_collator([dict(zip(keys, map(np.ndarray.tolist, pair))) for pair in self.pairs])
+        parts = [map(np.ndarray.tolist, (pair.prompt_ids, *pair.completion_ids)) for pair in self.pairs]
+        batch = self.trainer.data_collator([dict(zip(keys, ids)) for ids in parts])
         self.stock.zero_grad()
         loss = self.trainer.compute_loss(self.stock, batch)
         loss.backward()
         return loss.item(), {n: p.grad for n, p in self.stock.named_parameters() if p.grad is not None}
 
     def ours(self, case: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
-        """Our loss and gradients, from one packed row."""
+        """Our loss and gradients, from one packed micro-batch."""
         config = RunConfig(model_name_or_path="-", dataset="-", output_dir="-", reference="live", **case)
         n = len(self.pairs)
-        row = RowTensors.from_row(build_row(self.pairs, range(n), share_prefix=True), torch.device("cpu"))
-        tokens = row.part_lengths.sum(1).view(-1, 2).float()
+        micro_batch = build_micro_batch(self.pairs, range(n), share_prefix=True)
+        inputs = PackedInputs.of(micro_batch, torch.device("cpu"))
+        tokens = torch.from_numpy(micro_batch.completions[:, 2]).view(-1, 2).float()
         with torch.no_grad():
-            reference = self.reference(row)[:, :2]
+            reference = completion_sums(self.reference(inputs), micro_batch.completions)[:, :2]
         self.packed.zero_grad()
         self.packed.weighting = config.use_weighting
         facts = PairFacts(tokens, torch.full((n,), torch.nan), tokens[:, 0].mean().item())
-        loss = PreferenceObjective(config)(self.packed(row), reference, facts).losses.mean()
+        sums = completion_sums(self.packed(inputs), micro_batch.completions)
+        loss = PreferenceObjective(config).losses(sums, reference, facts).losses.mean()
         loss.backward()
         return loss.item(), {n: p.grad for n, p in self.packed.model.named_parameters() if p.grad is not None}
 
@@ -130,7 +134,7 @@ class Setting:
             assert difference < 1e-3 * gradient.norm() + 1e-5 * size, f"{name}: {difference / gradient.norm():.1e}"
 
 
-def setting(model: Path, pairs: list[TokenPair], noise: float, folder: Path, scale: float) -> Setting:
+def setting(model: Path, pairs: list[TokenizedExample], noise: float, folder: Path, scale: float) -> Setting:
     """The model in `model` as the reference; with noise on every weight, as the policy."""
 
     def load(attention: str, perturbed: bool) -> PreTrainedModel:

@@ -180,9 +180,10 @@ def test_reading_prepared_data_loads_pyarrow_alone(prepared_run: Path) -> None:
         from dsdpo.config.load import load
         from dsdpo.data.prepare import open_prepared
 
-        pairs = open_prepared(load({str(prepared_run)!r}, []).config, "train")
-        ids = numpy.arange(len(pairs))
-        pairs.lengths(ids), pairs.digests(ids), pairs.scores(ids), pairs.pair(0), pairs.where(0)
+        examples = open_prepared(load({str(prepared_run)!r}, []).config, "train")
+        ids = numpy.arange(len(examples))
+        examples.lengths(ids), examples.digests(ids), examples.scores(ids), examples.weights(ids)
+        examples.example(0), examples.where(0)
     """
     assert loaded_after(code) == {"pyarrow"}
 

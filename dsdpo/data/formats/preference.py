@@ -1,6 +1,7 @@
-"""Rows of the formats in use -> Pair, or Refused with a reason. Pure functions, one per format.
+"""Records of the preference formats -> Example with a chosen and a rejected completion, or Refused with a reason.
 
-Each takes the row (through `Columns`) and the entry's `tags`. docs/formats.md shows every format by example.
+Pure functions, one per format. Each takes the record (through `Columns`) and the entry's `tags`. docs/formats.md shows
+every format by example.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from dsdpo.data.example import Example, Message
+from dsdpo.data.formats.detect import TAGS
 from dsdpo.data.messages import (
     Columns,
-    Message,
-    Pair,
     Refused,
     assistant,
     check_prompt,
@@ -26,25 +27,6 @@ from dsdpo.data.messages import (
     text_of,
 )
 
-TAGS = {
-    "role_tag": "from",
-    "content_tag": "value",
-    "user_tag": "human",
-    "assistant_tag": "gpt",
-    "observation_tag": "observation",
-    "function_tag": "function_call",
-    "system_tag": "system",
-}
-SCORES = ("chosen_score", "rejected_score")
-READS = {
-    "alpaca": ("prompt", "query", "response", "history", "system", "tools", "chosen", "rejected", *SCORES),
-    "sharegpt": ("messages", "system", "tools", "chosen", "rejected", *SCORES),
-    "trl": ("prompt", "tools", "chosen", "rejected", *SCORES),
-    "hh_rlhf": ("chosen", "rejected", *SCORES),
-    "cvalues": ("messages", "system", "prompt", "chosen", "rejected", *SCORES),
-    "text_to_sql": ("question", "context", "answer", *SCORES),
-}
-COLUMNS = tuple(dict.fromkeys(key for keys in READS.values() for key in keys))
 SQL_PROMPT = "Write one SQL query that answers the question.\n\nSchema:\n{context}\n\nQuestion: {question}"
 
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -53,7 +35,18 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _CVALUES_TEXT = ("value", "content")
 
 
-def trl(row: Columns, tags: Mapping[str, str]) -> Pair:
+def preference(
+    prompt: str | list[Message],
+    chosen: str | list[Message],
+    rejected: str | list[Message],
+    tools: list[dict[str, Any]] | None = None,
+    scores: tuple[float | None, float | None] = (None, None),
+) -> Example:
+    """An example of two completions, the chosen one first."""
+    return Example(prompt, (chosen, rejected), scores, tools=tools)
+
+
+def trl(row: Columns, tags: Mapping[str, str]) -> Example:
     """TRL's preference format: `chosen`, `rejected` and usually `prompt`, all text or all lists of messages.
 
     Without `prompt`, it is the longest beginning that both sides share. A text prompt beside dialogues that begin
@@ -67,7 +60,7 @@ def trl(row: Columns, tags: Mapping[str, str]) -> Pair:
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
             return _implicit_text(text_of(chosen, "chosen"), text_of(rejected, "rejected"))
-        return Pair(text_of(prompt, "prompt"), text_of(chosen, "chosen"), text_of(rejected, "rejected"))
+        return preference(text_of(prompt, "prompt"), text_of(chosen, "chosen"), text_of(rejected, "rejected"))
     better, worse = _openai_messages(chosen, "chosen"), _openai_messages(rejected, "rejected")
     if isinstance(prompt, str):
         if not better or better[0] != {"role": "user", "content": prompt}:
@@ -77,7 +70,7 @@ def trl(row: Columns, tags: Mapping[str, str]) -> Pair:
         shared, better, worse = split_dialogues(better, worse)
     else:
         shared = _openai_messages(prompt, "prompt")
-    return Pair(shared, reply(better, "chosen"), reply(worse, "rejected"), tools=tools)
+    return preference(shared, reply(better, "chosen"), reply(worse, "rejected"), tools=tools)
 
 
 def _openai_messages(value: Any, side: str) -> list[Message]:
@@ -86,22 +79,22 @@ def _openai_messages(value: Any, side: str) -> list[Message]:
     return [read_message(raw, "role", "content", _ROLES) for raw in value]
 
 
-def _implicit_text(chosen: str, rejected: str) -> Pair:
+def _implicit_text(chosen: str, rejected: str) -> Example:
     """Split where the texts part; a space right before goes to the completions, as tokenizers want it."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     if shared and chosen[shared - 1] == " ":
         shared -= 1
-    return Pair(chosen[:shared], chosen[shared:], rejected[shared:])
+    return preference(chosen[:shared], chosen[shared:], rejected[shared:])
 
 
-def hh_rlhf(row: Columns, tags: Mapping[str, str]) -> Pair:
+def hh_rlhf(row: Columns, tags: Mapping[str, str]) -> Example:
     """Two whole dialogues as text, turns marked by a blank line and "Human:" or "Assistant:"."""
     chosen = _hh_messages(row.text("chosen"), "chosen")
     rejected = _hh_messages(row.text("rejected"), "rejected")
     shared, better, worse = split_dialogues(chosen, rejected)
-    return Pair(shared, reply(better, "chosen"), reply(worse, "rejected"))
+    return preference(shared, reply(better, "chosen"), reply(worse, "rejected"))
 
 
 def _hh_messages(text: str, side: str) -> list[Message]:
@@ -112,7 +105,7 @@ def _hh_messages(text: str, side: str) -> list[Message]:
     return [{"role": role, "content": said.strip()} for role, said in zip(roles, turns[1::2])]
 
 
-def alpaca(row: Columns, tags: Mapping[str, str]) -> Pair:
+def alpaca(row: Columns, tags: Mapping[str, str]) -> Example:
     """Instruction, optional input, history, system and tools; `output: [better, worse]`, or chosen and rejected."""
     parts = [row.text("prompt", "instruction"), row.optional_text("query", "input")]
     question = "\n".join(part for part in parts if part)
@@ -134,7 +127,7 @@ def alpaca(row: Columns, tags: Mapping[str, str]) -> Pair:
     prompt.append({"role": "user", "content": question})
     prompt = system_and(row.optional_text("system"), prompt)
     better, worse = assistant(_answer(chosen, "chosen")), assistant(_answer(rejected, "rejected"))
-    return Pair(prompt, better, worse, tools=read_tools(row.get("tools")))
+    return preference(prompt, better, worse, tools=read_tools(row.get("tools")))
 
 
 def _answer(value: Any, side: str) -> str:
@@ -143,7 +136,7 @@ def _answer(value: Any, side: str) -> str:
     return text_of(value, side)
 
 
-def sharegpt(row: Columns, tags: Mapping[str, str]) -> Pair:
+def sharegpt(row: Columns, tags: Mapping[str, str]) -> Example:
     """LLaMA-Factory's sharegpt: the conversation so far, and `chosen` and `rejected` as one message each."""
     messages = row.get("messages", "conversations", "messages")
     if not isinstance(messages, list):
@@ -168,10 +161,10 @@ def sharegpt(row: Columns, tags: Mapping[str, str]) -> Pair:
 
     prompt = [read_message(raw, role_key, content_key, roles) for raw in messages]
     prompt = system_and(row.optional_text("system"), prompt)
-    return Pair(prompt, answer("chosen"), answer("rejected"), tools=read_tools(row.get("tools")))
+    return preference(prompt, answer("chosen"), answer("rejected"), tools=read_tools(row.get("tools")))
 
 
-def cvalues(row: Columns, tags: Mapping[str, str]) -> Pair:
+def cvalues(row: Columns, tags: Mapping[str, str]) -> Example:
     """CValues: `messages` whose last one has chosen_value and rejected_value; or prompt, pos_resp and neg_resp.
 
     Earlier turns say the same on both sides: in `value`, or in an equal chosen_value and rejected_value.
@@ -180,7 +173,7 @@ def cvalues(row: Columns, tags: Mapping[str, str]) -> Pair:
     if messages is None:
         prompt: list[Message] = [{"role": "user", "content": row.text("prompt")}]
         better, worse = row.text("chosen", "pos_resp"), row.text("rejected", "neg_resp")
-        return Pair(prompt, assistant(better), assistant(worse))
+        return preference(prompt, assistant(better), assistant(worse))
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise Refused("no list of messages", type(messages).__name__)
     earlier, last = messages[:-1], messages[-1]
@@ -189,12 +182,14 @@ def cvalues(row: Columns, tags: Mapping[str, str]) -> Pair:
     for key in ("chosen_value", "rejected_value"):
         if last.get(key) is None:
             raise Refused(f"the last message has no {key}")
-    return Pair(
+    return preference(
         system_and(row.optional_text("system"), [_cvalues_turn(turn) for turn in earlier]),
         assistant(text_of(last["chosen_value"], "chosen_value")),
         assistant(text_of(last["rejected_value"], "rejected_value")),
-        chosen_score=read_score(last.get("chosen_score"), "chosen_score"),
-        rejected_score=read_score(last.get("rejected_score"), "rejected_score"),
+        scores=(
+            read_score(last.get("chosen_score"), "chosen_score"),
+            read_score(last.get("rejected_score"), "rejected_score"),
+        ),
     )
 
 
@@ -214,16 +209,16 @@ def _cvalues_turn(message: Message) -> Message:
     return {"role": _cvalues_role(message), "content": text_of(text, "message content")}
 
 
-def text_to_sql(row: Columns, tags: Mapping[str, str]) -> Pair:
+def text_to_sql(row: Columns, tags: Mapping[str, str]) -> Example:
     """Question, context (the CREATE TABLE statements) and answer; the rejected side is empty on purpose."""
     question, context = row.text("question"), row.text("context")
     if not question.strip():
         raise Refused("empty prompt")
     content = SQL_PROMPT.format(context=context, question=question)
-    return Pair([{"role": "user", "content": content}], assistant(row.text("answer")), assistant(""))
+    return preference([{"role": "user", "content": content}], assistant(row.text("answer")), assistant(""))
 
 
-FORMATS: dict[str, Callable[[Columns, Mapping[str, str]], Pair]] = {
+FORMATS: dict[str, Callable[[Columns, Mapping[str, str]], Example]] = {
     "alpaca": alpaca,
     "sharegpt": sharegpt,
     "trl": trl,
@@ -233,57 +228,17 @@ FORMATS: dict[str, Callable[[Columns, Mapping[str, str]], Pair]] = {
 }
 
 
-def unread(formatting: str, columns: Mapping[str, str]) -> list[str]:
-    """The keys of `columns` that a format does not read."""
-    return [key for key in columns if key not in READS[formatting]]
-
-
-def detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    """Tell the format of a set from one of its rows: a key of FORMATS, or None.
-
-    A format that reads every column named in `columns` goes before one that would leave some out.
-    """
-    likely = _likely(row, columns)
-    return min(likely, key=lambda formatting: bool(unread(formatting, columns)), default=None)
-
-
-def _likely(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
-    """The formats that a row may have, likeliest first."""
-
-    def has(key: str, *usual: str) -> bool:
-        return columns.get(key) in row if key in columns else any(name in row for name in usual or (key,))
-
-    found = []
-    messages = row.get(columns.get("messages", "messages"))
-    turns = messages if isinstance(messages, list) else []
-    if has("question") and has("context") and has("answer"):
-        found.append("text_to_sql")
-    if any(isinstance(turn, dict) and "chosen_value" in turn for turn in turns) or "pos_resp" in row:
-        found.append("cvalues")
-    if has("chosen") and has("rejected"):
-        chosen = row[columns.get("chosen", "chosen")]
-        if isinstance(chosen, list):
-            return [*found, "trl"]
-        if has("messages", "conversations", "messages"):
-            found.append("sharegpt")
-        if "instruction" in row or "prompt" in columns:  # LLaMA-Factory takes an entry without formatting as alpaca
-            found.append("alpaca")
-        is_hh = not has("prompt") and isinstance(chosen, str) and chosen.lstrip().startswith("Human:")
-        return [*found, "hh_rlhf"] if is_hh else [*found, "trl", "alpaca"]
-    return [*found, "alpaca"] if has("prompt", "instruction") and has("response", "output") else found
-
-
-def to_pair(
+def to_example(
     row: Any,
     formatting: str,
     columns: Mapping[str, str],
     tags: Mapping[str, str],
     allow_empty_rejected: bool,
-) -> Pair:
-    """One row -> Pair, with the checks that hold for every format.
+) -> Example:
+    """One record -> Example, with the checks that hold for every format.
 
     Args:
-        row: the parsed row.
+        row: the parsed record.
         formatting: a key of FORMATS.
         columns, tags, allow_empty_rejected: of the set's entry.
 
@@ -293,21 +248,23 @@ def to_pair(
     if not isinstance(row, dict):
         raise Refused("the row is no JSON object", type(row).__name__)
     seen = Columns(row, columns)
-    pair = FORMATS[formatting](seen, tags)
-    if isinstance(pair.prompt, str):
-        if not pair.prompt.strip():
+    example = FORMATS[formatting](seen, tags)
+    if isinstance(example.prompt, str):
+        if not example.prompt.strip():
             raise Refused("empty prompt")
-    elif (checked := check_prompt(pair.prompt)) != pair.prompt:
-        pair = replace(pair, prompt=checked)
-    if _is_empty(pair.chosen):
+    elif (checked := check_prompt(example.prompt)) != example.prompt:
+        example = replace(example, prompt=checked)
+    chosen, rejected = example.completions
+    if _is_empty(chosen):
         raise Refused("empty chosen")
-    if _is_empty(pair.rejected):
+    if _is_empty(rejected):
         if not allow_empty_rejected:
             raise Refused("empty rejected", "set allow_empty_rejected: true in the entry if it is meant")
-        pair = replace(pair, rejected="" if isinstance(pair.rejected, str) else assistant(""))
-    if pair.chosen == pair.rejected:
+        rejected = "" if isinstance(rejected, str) else assistant("")
+        example = replace(example, completions=(chosen, rejected))
+    if chosen == rejected:
         raise Refused("chosen and rejected are the same")
-    return _with_scores(pair, seen)
+    return _with_scores(example, seen)
 
 
 def _is_empty(completion: str | list[Message]) -> bool:
@@ -316,10 +273,10 @@ def _is_empty(completion: str | list[Message]) -> bool:
     return not completion[0]["content"].strip() and "tool_calls" not in completion[0]
 
 
-def _with_scores(pair: Pair, row: Columns) -> Pair:
-    """Add the row's own score columns where the format has not found scores."""
+def _with_scores(example: Example, row: Columns) -> Example:
+    """Add the record's own score columns where the format has not found scores."""
     chosen = read_score(row.get("chosen_score", "chosen_score", "score_chosen"), "chosen_score")
     rejected = read_score(row.get("rejected_score", "rejected_score", "score_rejected"), "rejected_score")
-    if (chosen, rejected) != (None, None) and (pair.chosen_score, pair.rejected_score) == (None, None):
-        return replace(pair, chosen_score=chosen, rejected_score=rejected)
-    return pair
+    if (chosen, rejected) != (None, None) and example.scores == (None, None):
+        return replace(example, scores=(chosen, rejected))
+    return example

@@ -1,4 +1,4 @@
-"""Every format by example: what becomes a pair, and every reason to refuse."""
+"""Every format by example: what becomes an example, and every reason to refuse."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dsdpo.data.formats.preference import FORMATS, READS, SQL_PROMPT, detect, to_pair
-from dsdpo.data.messages import Columns, Pair, Refused
+from dsdpo.data.example import Example
+from dsdpo.data.formats.detect import READS, detect
+from dsdpo.data.formats.preference import FORMATS, SQL_PROMPT, preference, to_example
+from dsdpo.data.messages import Columns, Refused
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import resolve
 
@@ -30,8 +32,8 @@ def system(text):
     return {"role": "system", "content": text}
 
 
-def read(row, formatting, columns=None, tags=None, allow_empty_rejected=False) -> Pair:
-    return to_pair(row, formatting, columns or {}, tags or {}, allow_empty_rejected)
+def read(row, formatting, columns=None, tags=None, allow_empty_rejected=False) -> Example:
+    return to_example(row, formatting, columns or {}, tags or {}, allow_empty_rejected)
 
 
 def refusal(row, formatting, **kwargs) -> str:
@@ -45,7 +47,7 @@ def refusal(row, formatting, **kwargs) -> str:
 
 def test_trl_text():
     pair = read({"prompt": "The sky is", "chosen": " blue", "rejected": " red"}, "trl")
-    assert (pair.prompt, pair.chosen, pair.rejected) == ("The sky is", " blue", " red")
+    assert (pair.prompt, *pair.completions) == ("The sky is", " blue", " red")
 
 
 def test_trl_implicit_text_is_split_as_trl_does():
@@ -58,7 +60,7 @@ def test_trl_implicit_text_is_split_as_trl_does():
         rows.append({"chosen": "x" + prompt + "y" + chosen, "rejected": "x" + prompt + "z" + rejected})
     for row in rows:
         pair = read(row, "trl")
-        assert {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} == extract_prompt(row)
+        assert dict(zip(("prompt", "chosen", "rejected"), (pair.prompt, *pair.completions))) == extract_prompt(row)
     assert read(rows[0], "trl").prompt == "The sky is"
 
 
@@ -66,12 +68,12 @@ def test_trl_conversations_with_and_without_prompt():
     prompt = [system("Be kind."), user("Hi"), bot("Hello"), user("Bye")]
     explicit = read({"prompt": prompt, "chosen": [bot("See you")], "rejected": [bot("Go")]}, "trl")
     implicit = read({"chosen": [*prompt, bot("See you")], "rejected": [*prompt, bot("Go")]}, "trl")
-    assert explicit == implicit == Pair(prompt, [bot("See you")], [bot("Go")])
+    assert explicit == implicit == preference(prompt, [bot("See you")], [bot("Go")])
 
 
 def test_trl_text_prompt_beside_whole_dialogues():
     row = {"prompt": "Hi", "chosen": [user("Hi"), bot("Hello")], "rejected": [user("Hi"), bot("Go")]}
-    assert read(row, "trl") == Pair([user("Hi")], [bot("Hello")], [bot("Go")])
+    assert read(row, "trl") == preference([user("Hi")], [bot("Hello")], [bot("Go")])
     assert "prompt is text" in refusal({**row, "prompt": "Ho"}, "trl")
 
 
@@ -132,7 +134,7 @@ def test_trl_refusals(row, reason):
 def test_hh_turns_become_messages():
     shared = "\n\nHuman: Hi there\n\nAssistant: Hello.\n\nHuman: A\n\nquestion?\n\nAssistant:"
     pair = read({"chosen": shared + " Yes. ", "rejected": shared + " No."}, "hh_rlhf")
-    assert pair == Pair([user("Hi there"), bot("Hello."), user("A\n\nquestion?")], [bot("Yes.")], [bot("No.")])
+    assert pair == preference([user("Hi there"), bot("Hello."), user("A\n\nquestion?")], [bot("Yes.")], [bot("No.")])
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_hh_refusals(chosen, rejected, reason):
 
 def test_alpaca_answers_as_list_or_columns():
     row = {"instruction": "Do", "input": "this", "history": [["q", "a"]], "system": "Be brief."}
-    expected = Pair([system("Be brief."), user("q"), bot("a"), user("Do\nthis")], [bot("good")], [bot("bad")])
+    expected = preference([system("Be brief."), user("q"), bot("a"), user("Do\nthis")], [bot("good")], [bot("bad")])
     assert read({**row, "output": ["good", "bad"]}, "alpaca") == expected
     assert read({**row, "chosen": "good", "rejected": "bad"}, "alpaca") == expected
     renamed = {"q": "Do", "i": "this", "h": [["q", "a"]], "s": "Be brief.", "good": "good", "bad": "bad"}
@@ -190,7 +192,7 @@ def test_alpaca_refusals():
 
 
 def test_sharegpt_by_defaults_tags_and_openai_keys():
-    expected = Pair([system("s"), user("p"), bot("q"), user("r")], [bot("good")], [bot("bad")])
+    expected = preference([system("s"), user("p"), bot("q"), user("r")], [bot("good")], [bot("bad")])
     plain = [("system", "s"), ("human", "p"), ("gpt", "q"), ("human", "r")]
     row = {
         "conversations": [{"from": who, "value": text} for who, text in plain],
@@ -250,16 +252,16 @@ def test_sharegpt_refusals():
 
 def test_cvalues_with_scores_and_several_turns():
     last = {"role": "assistant", "chosen_value": "c", "rejected_value": "r", "chosen_score": 8.5, "rejected_score": -2}
-    expected = Pair([user("p"), bot("q"), user("s")], [bot("c")], [bot("r")], 8.5, -2.0)
+    expected = preference([user("p"), bot("q"), user("s")], [bot("c")], [bot("r")], scores=(8.5, -2.0))
     for earlier in ({"value": "q"}, {"chosen_value": "q", "rejected_value": "q"}, {"content": "q"}):
         turns = [{"role": "user", "value": "p"}, {"role": "assistant", **earlier}, {"role": "user", "value": "s"}, last]
         assert read({"messages": turns}, "cvalues") == expected
     turns = [{"from": "human", "value": "p"}, {"from": "gpt", "chosen_value": "c", "rejected_value": "r"}]
-    assert read({"messages": turns, "chosen_score": 1, "rejected_score": 0}, "cvalues") == Pair(
-        [user("p")], [bot("c")], [bot("r")], 1.0, 0.0
+    assert read({"messages": turns, "chosen_score": 1, "rejected_score": 0}, "cvalues") == preference(
+        [user("p")], [bot("c")], [bot("r")], scores=(1.0, 0.0)
     )
     flat = {"prompt": "p", "pos_resp": "c", "neg_resp": "r"}
-    assert read(flat, "cvalues") == Pair([user("p")], [bot("c")], [bot("r")])
+    assert read(flat, "cvalues") == preference([user("p")], [bot("c")], [bot("r")])
 
 
 def test_cvalues_refusals():
@@ -283,7 +285,7 @@ def test_text_to_sql_prompt_is_exact():
             "\n\nQuestion: How many?"
         )
     ]
-    assert (pair.chosen, pair.rejected) == ([bot("SELECT COUNT(*) FROM cat")], [bot("")])
+    assert pair.completions == ([bot("SELECT COUNT(*) FROM cat")], [bot("")])
     assert "allow_empty_rejected" in refusal(row, "text_to_sql")
     assert "empty chosen" in refusal({**row, "answer": " "}, "text_to_sql", allow_empty_rejected=True)
     assert "empty prompt" in refusal({**row, "question": ""}, "text_to_sql", allow_empty_rejected=True)
@@ -298,15 +300,14 @@ def test_text_to_sql_prompt_is_exact():
 
 def test_scores_are_kept():
     row = {"prompt": "p", "chosen": "c", "rejected": "r"}
-    assert read({**row, "score_chosen": 3, "score_rejected": "1.5"}, "trl").chosen_score == 3.0
-    assert read({**row, "good": 4}, "trl", columns={"chosen_score": "good"}).chosen_score == 4.0
-    pair = read(row, "trl")
-    assert (pair.chosen_score, pair.rejected_score) == (None, None)
+    assert read({**row, "score_chosen": 3, "score_rejected": "1.5"}, "trl").scores == (3.0, 1.5)
+    assert read({**row, "good": 4}, "trl", columns={"chosen_score": "good"}).scores == (4.0, None)
+    assert read(row, "trl").scores == (None, None)
 
 
 def test_empty_rejected_is_normalised():
     row = {"prompt": "p", "chosen": "c", "rejected": "  \n"}
-    assert read(row, "trl", allow_empty_rejected=True).rejected == ""
+    assert read(row, "trl", allow_empty_rejected=True).completions == ("c", "")
 
 
 SAMPLES = json.loads((DATA / "dataset_info.json").read_text())
@@ -322,8 +323,9 @@ def test_our_samples_are_pairs_and_show_their_format(name):
     rows = sample_rows(name)
     assert len(rows) >= 3
     for row in rows:
-        pair = to_pair(row, entry.formatting, entry.columns, entry.tags, entry.allow_empty_rejected)
-        assert pair.chosen != pair.rejected
+        pair = to_example(row, entry.formatting, entry.columns, entry.tags, entry.allow_empty_rejected)
+        chosen, rejected = pair.completions
+        assert chosen != rejected and pair.weight == 1
     assert detect(rows[0], {}) == entry.formatting
 
 
@@ -391,12 +393,13 @@ def test_format_is_told_from_columns_and_row(row, columns, formatting):
 def test_orca_pairs_keep_their_system_message():
     pair = read(ORCA, "alpaca", columns=ORCA_COLUMNS)
     assert pair.prompt == [system(ORCA["system"]), user(ORCA["question"])]
-    assert (pair.chosen, pair.rejected) == ([bot(ORCA["chosen"])], [bot(ORCA["rejected"])])
+    assert pair.completions == ([bot(ORCA["chosen"])], [bot(ORCA["rejected"])])
 
 
 def test_ultrafeedback_is_a_pair_of_replies():
     pair = read(ULTRAFEEDBACK, detect(ULTRAFEEDBACK, {}))
-    assert pair == Pair([user(_ASKED)], ULTRAFEEDBACK["chosen"][1:], ULTRAFEEDBACK["rejected"][1:], 8.5, 6.0)
+    chosen, rejected = (ULTRAFEEDBACK[side][1:] for side in ("chosen", "rejected"))
+    assert pair == preference([user(_ASKED)], chosen, rejected, scores=(8.5, 6.0))
 
 
 def test_formats_ask_for_the_columns_that_they_are_said_to_read():

@@ -3,16 +3,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsdpo.data.packing import build_row, dummy_row, idle_share, plan_step, row_lengths
+from dsdpo.data.example import MAX_COMPLETIONS, Lengths, TokenizedExample
+from dsdpo.data.packing import build_micro_batch, empty_micro_batch, idle_share, plan_step
 from dsdpo.errors import DataError
-from tests.helpers.tiny import random_pairs
+from tests.helpers.tiny import random_examples
 
 PLANS = {"tokens": st.lists(st.integers(3, 200), min_size=1, max_size=60), "world": st.integers(1, 9)}
 
 
 @given(**PLANS)
 @settings(max_examples=100, deadline=None)
-def test_each_pair_once_no_row_too_long_every_rank_the_same_steps(tokens: list[int], world: int) -> None:
+def test_each_example_once_nothing_too_long_every_rank_the_same_steps(tokens: list[int], world: int) -> None:
     plan = plan_step(np.array(tokens), world, 256)
     assert all(len(micro_step) == world for micro_step in plan)
     rows = [row for micro_step in plan for row in micro_step]
@@ -39,46 +40,102 @@ def test_idle_share() -> None:
     assert idle_share([[[0, 1, 2, 3]]], tokens) == 0
 
 
-def test_a_pair_longer_than_a_row_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"300 tokens .* max_tokens_per_row is 256"):
+def test_an_example_longer_than_a_micro_batch_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"300 tokens, max_tokens_per_row is 256"):
         plan_step(np.array([10, 300]), 2, 256)
 
 
-def test_row_lengths() -> None:
-    lengths = np.array([[5, 3, 2], [1, 1, 1]])
-    assert row_lengths(lengths, share_prefix=True).tolist() == [10, 3]
-    assert row_lengths(lengths, share_prefix=False).tolist() == [15, 4]
+@st.composite
+def micro_batches(draw: st.DrawFn) -> list[TokenizedExample]:
+    """One to five examples of 1 to 16 completions, some masked, some with an empty prompt."""
+    counts = draw(st.lists(st.integers(1, MAX_COMPLETIONS), min_size=1, max_size=5))
+    masks, empty = draw(st.booleans()), draw(st.booleans())
+    return random_examples(len(counts), tuple(counts), draw(st.integers(0, 10**6)), masks=masks, empty=empty)
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_a_row_scores_exactly_the_completions(share_prefix: bool) -> None:
-    pairs = random_pairs(6, seed=3)
-    row = build_row(pairs, range(6), share_prefix)
-    assert len(row.input_ids) == len(row.position_ids) == sum(s.length for s in row.segments)
-    assert len(row.input_ids) == row_lengths(np.array([[len(x) for x in p] for p in pairs]), share_prefix).sum()
-    completion = np.repeat(np.arange(12), row.part_lengths.sum(1))
-    for k, pair in enumerate(pairs):
-        answers = (pair.chosen_ids, pair.rejected_ids)
-        for side, answer in enumerate(answers):
-            assert row.part_lengths[2 * k + side, 0] == min(len(each) for each in answers)
-            scored = completion == 2 * k + side
-            assert row.targets[scored].tolist() == answer.tolist()
-            # the source of the i-th completion token sits at position p - 1 + i of its own sequence
-            first = len(pair.prompt_ids) - 1
-            assert row.position_ids[row.score_from[scored]].tolist() == list(range(first, first + len(answer)))
-    assert row.logical_tokens == sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
+@given(examples=micro_batches(), share_prefix=st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_a_micro_batch_scores_exactly_what_the_masks_say(examples: list[TokenizedExample], share_prefix: bool) -> None:
+    micro_batch = build_micro_batch(examples, range(len(examples)), share_prefix)
+    ids, positions = micro_batch.input_ids, micro_batch.position_ids
+    assert len(ids) == len(positions) == sum(s.length for s in micro_batch.segments)
+    assert len(ids) == Lengths.of(examples).packed(share_prefix).sum()
+    assert micro_batch.examples.tolist() == list(range(len(examples)))
+    assert micro_batch.completions[:, 2].sum() == len(micro_batch.loss_positions) == len(micro_batch.target_ids)
+    places = [(i, k) for i, example in enumerate(examples) for k in range(len(example.completion_ids))]
+    assert [tuple(place) for place in micro_batch.completions[:, :2].tolist()] == places
+    end = np.cumsum(micro_batch.completions[:, 2])
+    for (i, k), start, stop, last in zip(places, [0, *end], end, micro_batch.last_positions, strict=False):
+        example = examples[i]
+        answer, first = example.completion_ids[k], len(example.prompt_ids)
+        scored = np.flatnonzero(example.is_scored(k))
+        assert micro_batch.target_ids[start:stop].tolist() == answer[scored].tolist()
+        # the source of the i-th completion token sits at position p - 1 + i of its own sequence
+        assert positions[micro_batch.loss_positions[start:stop]].tolist() == (first - 1 + scored).tolist()
+        assert ids[last] == answer[-1] and positions[last] == first + len(answer) - 1
 
 
-def test_segments_follow_one_another_and_point_to_their_prompts() -> None:
-    pairs = random_pairs(4, seed=5)
-    row = build_row(pairs, range(4), share_prefix=True)
-    assert [s.start for s in row.segments] == np.cumsum([0] + [s.length for s in row.segments[:-1]]).tolist()
-    for prompt, chosen, rejected in zip(row.segments[::3], row.segments[1::3], row.segments[2::3]):
-        assert prompt.prefix_length == 0
-        for completion in (chosen, rejected):
-            assert (completion.prefix_start, completion.prefix_length) == (prompt.start, prompt.length)
+@given(examples=micro_batches())
+@settings(max_examples=60, deadline=None)
+def test_what_predicts_a_token_sees_its_own_example_alone(examples: list[TokenizedExample]) -> None:
+    """Shared prompt or not: what a scored token follows, in its segment and that one's prefix, is its sequence."""
+    for share_prefix in (True, False):
+        micro_batch = build_micro_batch(examples, range(len(examples)), share_prefix)
+        starts = np.array([s.start for s in micro_batch.segments])
+        owners = np.repeat(np.arange(len(micro_batch.completions)), micro_batch.completions[:, 2])
+        inside = np.concatenate(
+            [np.flatnonzero(e.is_scored(k)) for e in examples for k in range(len(e.completion_ids))]
+        )
+        for at, owner, number in zip(micro_batch.loss_positions, owners, inside, strict=True):
+            i, k, _ = micro_batch.completions[owner]
+            segment = micro_batch.segments[int(np.searchsorted(starts, at, side="right")) - 1]
+            prefix = slice(segment.prefix_start, segment.prefix_start + segment.prefix_length)
+            seen = np.concatenate([micro_batch.input_ids[prefix], micro_batch.input_ids[segment.start : at + 1]])
+            whole = np.concatenate([examples[i].prompt_ids, examples[i].completion_ids[k]])
+            assert seen.tolist() == whole[: len(examples[i].prompt_ids) + number].tolist()
 
 
-def test_a_dummy_row_has_no_pairs() -> None:
-    row = dummy_row(share_prefix=True)
-    assert len(row.pairs) == 0 and row.logical_tokens == 0 and len(row.part_lengths) == 2
+@given(examples=micro_batches())
+@settings(max_examples=40, deadline=None)
+def test_sharing_the_prompt_changes_no_target_or_position(examples: list[TokenizedExample]) -> None:
+    shared, plain = (build_micro_batch(examples, range(len(examples)), share) for share in (True, False))
+    assert np.array_equal(shared.target_ids, plain.target_ids)
+    assert np.array_equal(shared.completions, plain.completions)
+    for name in ("loss_positions", "last_positions"):
+        positions = (batch.position_ids[getattr(batch, name)] for batch in (shared, plain))
+        assert np.array_equal(*positions)
+
+
+def test_indices_are_those_of_the_batch() -> None:
+    micro_batch = build_micro_batch(random_examples(3, (1, 3, 2)), [7, 2, 5], share_prefix=True)
+    assert micro_batch.completions[:, :2].tolist() == [[7, 0], [2, 0], [2, 1], [2, 2], [5, 0], [5, 1]]
+    assert micro_batch.examples.tolist() == [7, 2, 5]
+
+
+@given(examples=micro_batches(), share_prefix=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_segments_follow_one_another_and_point_to_their_prompts(
+    examples: list[TokenizedExample], share_prefix: bool
+) -> None:
+    micro_batch = build_micro_batch(examples, range(len(examples)), share_prefix)
+    segments = iter(micro_batch.segments)
+    starts = [s.start for s in micro_batch.segments]
+    assert starts == np.cumsum([0] + [s.length for s in micro_batch.segments[:-1]]).tolist()
+    for example in examples:
+        p, prompt = len(example.prompt_ids), None
+        if share_prefix and p:
+            prompt = next(segments)
+            assert (prompt.length, prompt.prefix_length) == (p, 0)
+        for ids in example.completion_ids:
+            segment = next(segments)
+            assert segment.length == len(ids) + (0 if share_prefix else p)
+            expected = (prompt.start, prompt.length) if prompt else (0, 0)
+            assert (segment.prefix_start, segment.prefix_length) == expected
+    assert next(segments, None) is None
+
+
+def test_an_empty_micro_batch_has_no_examples() -> None:
+    micro_batch = empty_micro_batch()
+    assert len(micro_batch.examples) == len(micro_batch.completions) == len(micro_batch.last_positions) == 0
+    assert len(micro_batch.input_ids) == sum(s.length for s in micro_batch.segments) == 2
+    assert len(micro_batch.loss_positions) == len(micro_batch.target_ids) == 1, "the head has something to compute"

@@ -17,16 +17,16 @@ import pyarrow as pa
 import pytest
 
 from dsdpo.config.schema import RunConfig
-from dsdpo.data.digest import DIGEST_BYTES
 from dsdpo.data.encode import Limits, fit
+from dsdpo.data.example import DIGEST_BYTES
 from dsdpo.data.fingerprint import known_tokenizer_digest, tokenizer_digest
 from dsdpo.data.messages import Refused
 from dsdpo.data.prepare import open_prepared, prepare, summary, wait_prepared
-from dsdpo.data.shards import BATCH_ROWS, MANIFEST, SCHEMA, PreparedSet, write_shards
-from dsdpo.data.templates import EncodedPair, load_tokenizer
+from dsdpo.data.shards import BATCH_ROWS, DROPPED_ROWS, MANIFEST, SCHEMA, PreparedSet, write_shards
+from dsdpo.data.templates import EncodedExample, load_tokenizer
 from dsdpo.errors import ConfigError, DataError, HangError, IOFailure
 from tests.helpers.real import shared_file
-from tests.helpers.tiny import ListOfPairs
+from tests.helpers.tiny import ListOfExamples
 from tests.unit.data.conftest import make_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -64,9 +64,15 @@ def prepared(settings, split="train", **changes) -> PreparedSet:
     return found
 
 
+def parts(pairs: PreparedSet, index: int) -> list[np.ndarray]:
+    """Token ids of an example's prompt and completions."""
+    example = pairs.example(index)
+    return [example.prompt_ids, *example.completion_ids]
+
+
 def texts(pairs: PreparedSet) -> list[list[str]]:
     tokenizer = make_tokenizer("chatml")
-    return [[tokenizer.decode(ids) for ids in pairs.pair(i)] for i in range(len(pairs))]
+    return [[tokenizer.decode(ids) for ids in parts(pairs, i)] for i in range(len(pairs))]
 
 
 # --- what comes out ---
@@ -77,18 +83,22 @@ def test_pairs_in_order_with_lengths_scores_and_sources(settings):
     assert len(pairs) == 20
     assert texts(pairs) == [[f"question {i}?", f" yes {i}<|im_end|>", f" no {i}<|im_end|>"] for i in range(20)]
     lengths = pairs.lengths(np.arange(20))
-    assert lengths.dtype == np.int64 and lengths.shape == (20, 3)
-    assert lengths.tolist() == [[len(ids) for ids in pairs.pair(i)] for i in range(20)]
-    assert pairs.lengths(np.array([7, 3])).tolist() == lengths[[7, 3]].tolist()
-    assert pairs.lengths(np.array([], dtype=np.int64)).shape == (0, 3)
-    assert all(ids.dtype == np.int64 for ids in pairs.pair(3))
+    assert all(array.dtype == np.int64 for array in vars(lengths).values()) and lengths.per_pair.shape == (20, 3)
+    assert lengths.per_pair.tolist() == [[len(ids) for ids in parts(pairs, i)] for i in range(20)]
+    assert lengths.loss_tokens.tolist() == lengths.completions.tolist()
+    assert pairs.lengths(np.array([7, 3])).per_pair.tolist() == lengths.per_pair[[7, 3]].tolist()
+    assert pairs.lengths(np.array([], dtype=np.int64)).per_pair.shape == (0, 3)
+    assert all(ids.dtype == np.int64 for ids in parts(pairs, 3)) and pairs.example(3).loss_mask is None
     assert pairs.where(4) == "pairs.jsonl:5"
     shuffled = np.random.default_rng(0).permutation(20)
-    assert np.array_equal(pairs.digests(shuffled), ListOfPairs([pairs.pair(i) for i in range(20)]).digests(shuffled))
-    assert np.array_equal(pairs.scores(np.array([4, 2])), [[4.0, np.nan], [2.0, np.nan]], equal_nan=True)
-    assert pairs.digests(shuffled[:0]).shape == (0,) and pairs.scores(shuffled[:0]).shape == (0, 2)
+    assert np.array_equal(
+        pairs.digests(shuffled), ListOfExamples([pairs.example(i) for i in range(20)]).digests(shuffled)
+    )
+    assert np.array_equal(pairs.scores(np.array([4, 2])), [4.0, np.nan, 2.0, np.nan], equal_nan=True)
+    assert pairs.weights(shuffled).tolist() == [1.0] * 20
+    assert pairs.digests(shuffled[:0]).shape == pairs.scores(shuffled[:0]).shape == (0,)
     with pytest.raises(IndexError):
-        pairs.pair(20)
+        pairs.example(20)
 
 
 def test_counts_and_refused_rows_are_told(settings, tmp_path):
@@ -98,13 +108,16 @@ def test_counts_and_refused_rows_are_told(settings, tmp_path):
         stream.write('{"prompt": \n')
     pairs = prepared(settings, max_refused=0.3)
     told = pairs.manifest
-    assert (told["rows"], told["pairs"]) == (11, 8)
+    assert (told["rows"], told["examples"]) == (11, 8)
     assert told["refused"] == {"no rejected": 1, "empty chosen": 1, "not valid JSON": 1}
-    assert told["tokens"]["chosen"] == pairs.lengths(np.arange(8))[:, 1].sum()
-    listed = [json.loads(line) for line in (pairs.path / "rejected.jsonl").read_text().splitlines()]
+    lengths = pairs.lengths(np.arange(8)).per_pair
+    names = ("prompt", "completion 1", "completion 2")
+    assert told["mean_tokens"] == dict(zip(names, lengths.mean(axis=0).tolist()))
+    assert told["longest"] == dict(zip(names, lengths.max(axis=0).tolist()))
+    listed = [json.loads(line) for line in (pairs.path / DROPPED_ROWS).read_text().splitlines()]
     assert [row["source"] for row in listed] == [f"pairs.jsonl:{i}" for i in (9, 10, 11)]
     assert listed[0]["reason"] == "no rejected" and listed[0]["excerpt"] == '{"prompt": "p", "chosen": "c"}'
-    assert "11 rows, 8 pairs" in summary(pairs) and "3 refused (" in summary(pairs)
+    assert "11 rows, 8 examples" in summary(pairs) and "3 refused (" in summary(pairs)
 
 
 def test_too_many_refused_rows_stop_the_run_and_stay_listed(settings, tmp_path):
@@ -206,7 +219,7 @@ def test_val_size_splits_without_overlap(settings, val_size, held_out):
     assert train.path == held.path and train.fingerprint != held.fingerprint
     again = prepared(settings, "eval", val_size=val_size, seed=7)
     assert [again.where(i) for i in range(held_out)] != [held.where(i) for i in range(held_out)]
-    assert train.lengths(np.arange(3)).tolist() == [[len(ids) for ids in train.pair(i)] for i in range(3)]
+    assert train.lengths(np.arange(3)).per_pair.tolist() == [[len(ids) for ids in parts(train, i)] for i in range(3)]
 
 
 def test_eval_is_its_own_set_or_none(settings, tmp_path):
@@ -386,12 +399,13 @@ def limits(mode="keep_start", row_tokens=None, share_prefix=True) -> Limits:
     return Limits(max_length=10, truncation_mode=mode, row_tokens=row_tokens, share_prefix=share_prefix)
 
 
-def encoded(prompt: int, chosen: int, rejected: int) -> EncodedPair:
-    return EncodedPair(list(range(prompt)), list(range(100, 100 + chosen)), list(range(200, 200 + rejected)), False)
+def encoded(prompt: int, chosen: int, rejected: int) -> EncodedExample:
+    completions = [list(range(100, 100 + chosen)), list(range(200, 200 + rejected))]
+    return EncodedExample(list(range(prompt)), completions, False)
 
 
-def sizes(pair: EncodedPair) -> tuple[int, int, int]:
-    return len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
+def sizes(example: EncodedExample) -> tuple[int, ...]:
+    return len(example.prompt_ids), *map(len, example.completion_ids)
 
 
 def test_pairs_within_max_length_are_left_alone():
@@ -402,11 +416,11 @@ def test_pairs_within_max_length_are_left_alone():
 
 def test_keep_start_cuts_each_completion_alone():
     pair, cut = fit(encoded(6, 9, 2), limits(), None)
-    assert cut and sizes(pair) == (6, 4, 2) and pair.chosen_ids == [100, 101, 102, 103]
+    assert cut and sizes(pair) == (6, 4, 2) and pair.completion_ids[0] == [100, 101, 102, 103]
     assert sizes(fit(encoded(9, 5, 5), limits(), None)[0]) == (9, 1, 1)
     with pytest.raises(Refused, match="the prompt alone reaches max_length: 10 tokens"):
         fit(encoded(10, 1, 1), limits(), None)
-    same_start = EncodedPair([1] * 8, [5, 6, 7, 9], [5, 6, 8, 9], False)
+    same_start = EncodedExample([1] * 8, [[5, 6, 7, 9], [5, 6, 8, 9]], False)
     with pytest.raises(Refused, match="the same once cut"):
         fit(same_start, limits(), None)
 
@@ -417,9 +431,9 @@ def test_keep_end_drops_the_oldest_prompt_tokens_for_both_and_keeps_bos():
     pair, _ = fit(encoded(8, 4, 1), limits("keep_end"), bos_id=0)
     assert pair.prompt_ids == [0, 3, 4, 5, 6, 7]
     assert fit(encoded(8, 9, 1), limits("keep_end"), None)[0].prompt_ids == [7]
-    for chosen, bos in ((10, None), (9, 0)):
+    for prompt, chosen, bos in ((8, 10, None), (8, 9, 0), (0, 11, 0)):
         with pytest.raises(Refused, match="a completion alone"):
-            fit(encoded(8, chosen, 1), limits("keep_end"), bos)
+            fit(encoded(prompt, chosen, 1), limits("keep_end"), bos)
 
 
 def test_refuse_and_the_row_limit():
@@ -428,6 +442,23 @@ def test_refuse_and_the_row_limit():
     assert sizes(fit(encoded(4, 4, 4), limits(row_tokens=12), None)[0]) == (4, 4, 4)
     with pytest.raises(Refused, match="longer than max_tokens_per_row: 16 tokens"):
         fit(encoded(4, 4, 4), limits(row_tokens=12, share_prefix=False), None)
+
+
+def test_limits_hold_for_any_number_of_completions():
+    """The longest one decides for max_length, and all of them for a micro-batch."""
+    for lengths in ((4,), (4, 1, 4, 2)):
+        example = EncodedExample(
+            list(range(5)), [list(range(100 * k, 100 * k + n)) for k, n in enumerate(lengths, 1)], False
+        )
+        assert fit(example, limits(), None) == (example, False)
+        tokens = {True: 5 + sum(lengths), False: 5 * len(lengths) + sum(lengths)}
+        for share_prefix, total in tokens.items():
+            assert fit(example, limits(row_tokens=total, share_prefix=share_prefix), None) == (example, False)
+            with pytest.raises(Refused, match=f"longer than max_tokens_per_row: {total} tokens"):
+                fit(example, limits(row_tokens=total - 1, share_prefix=share_prefix), None)
+        long = EncodedExample(list(range(7)), example.completion_ids, False)
+        cut, is_cut = fit(long, limits(), None)
+        assert is_cut and sizes(cut) == (7, *(min(n, 3) for n in lengths))
 
 
 def test_row_limit_counts_only_where_a_pair_can_exceed_it(settings):
@@ -439,11 +470,21 @@ def test_row_limit_counts_only_where_a_pair_can_exceed_it(settings):
 def test_cut_pairs_are_counted(settings, tmp_path):
     write(tmp_path / "data/pairs.jsonl", [*rows(3), {"prompt": "p", "chosen": "long " * 90, "rejected": "no"}])
     pairs = prepared(settings)
-    assert pairs.manifest["truncated"] == 1 and pairs.lengths(np.array([3]))[0, :2].sum() == 64
+    assert pairs.manifest["truncated"] == 1 and pairs.lengths(np.array([3])).per_pair[0, :2].sum() == 64
     assert "1 cut to max_length 64 (keep_start)" in summary(pairs)
 
 
 # --- shards ---
+
+
+def twice(n: int) -> np.ndarray:
+    """0, 0, 1, 1, … n-1, n-1."""
+    return np.repeat(np.arange(n), 2)
+
+
+def pair_lists(values: pa.Array) -> pa.Array:
+    """Values two by two, as lists."""
+    return pa.ListArray.from_arrays(pa.array(np.arange(0, len(values) + 1, 2, dtype=np.int32)), values)
 
 
 def batches(n: int, size: int, tokens: int):
@@ -453,10 +494,20 @@ def batches(n: int, size: int, tokens: int):
         lists = pa.FixedSizeListArray.from_arrays(pa.array(np.repeat(ids, tokens)), tokens).cast(pa.list_(pa.int32()))
         lengths = pa.array(np.full(len(ids), tokens, dtype=np.int32))
         digests = pa.array([int(i).to_bytes(DIGEST_BYTES, "little") for i in ids], pa.binary(DIGEST_BYTES))
-        scores = pa.array(ids.astype(np.float64), mask=ids % 3 == 0)
-        sources = pa.array([f"f:{i}" for i in ids])
-        columns = [lists] * 3 + [lengths] * 3 + [digests] + [scores] * 2 + [sources]
-        yield pa.record_batch(columns, schema=SCHEMA)
+        scores = pair_lists(pa.array(np.repeat(np.where(ids % 3 == 0, np.nan, ids), 2)))
+        columns = {
+            "prompt_ids": lists,
+            "completion_ids": pair_lists(lists.take(pa.array(twice(len(ids))))),
+            "loss_mask": pa.nulls(len(ids), SCHEMA.field("loss_mask").type),
+            "prompt_length": lengths,
+            "completion_lengths": pair_lists(pa.array(np.full(2 * len(ids), tokens, dtype=np.int32))),
+            "loss_tokens": pair_lists(pa.array(np.full(2 * len(ids), tokens, dtype=np.int32))),
+            "digest": digests,
+            "scores": scores,
+            "weight": pa.array(1.0 + ids),
+            "source": pa.array([f"f:{i}" for i in ids]),
+        }
+        yield pa.record_batch([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
 @pytest.mark.parametrize("size", [1, 700, BATCH_ROWS, 5000])
@@ -464,24 +515,25 @@ def test_shards_hold_every_pair_whatever_the_batches(tmp_path, monkeypatch, size
     monkeypatch.setattr("dsdpo.data.shards.SHARD_ROWS", 2 * BATCH_ROWS)
     n = 5 * BATCH_ROWS + 17 if size > 1 else 50
     write_shards(batches(n, size, 2), tmp_path)
-    (tmp_path / MANIFEST).write_text(json.dumps({"pairs": n, "fingerprint": "x"}))
+    (tmp_path / MANIFEST).write_text(json.dumps({"examples": n, "fingerprint": "x"}))
     pairs = PreparedSet(tmp_path)
     assert len(list(tmp_path.glob("*.arrow"))) == (3 if size > 1 else 1)
     for i in [0, 1, n // 2, n - 1, min(2 * BATCH_ROWS, n - 1), min(2 * BATCH_ROWS - 1, n - 1)]:
-        assert pairs.pair(i).prompt_ids.tolist() == [i, i] and pairs.where(i) == f"f:{i}"
+        assert [ids.tolist() for ids in parts(pairs, i)] == [[i, i]] * 3 and pairs.where(i) == f"f:{i}"
     ids = np.random.default_rng(0).permutation(np.append(np.arange(n), [0, n - 1]))
-    assert (pairs.lengths(ids) == 2).all()
+    assert (pairs.lengths(ids).per_pair == 2).all() and (pairs.lengths(ids).loss_tokens == 2).all()
     digests = pairs.digests(ids)
     assert (digests["high"] == ids).all() and not digests["low"].any()
     expected = np.where(ids % 3 == 0, np.nan, ids)
-    assert np.array_equal(pairs.scores(ids), np.stack([expected] * 2, axis=1), equal_nan=True)
+    assert np.array_equal(pairs.scores(ids), np.repeat(expected, 2), equal_nan=True)
+    assert (pairs.weights(ids) == 1 + ids).all()
 
 
 def test_columns_are_read_from_the_map_and_not_copied(tmp_path):
     """Every buffer that is read lies in a mapped shard, and Arrow's pool holds nothing after reading 100k pairs."""
     n = 100_000
     write_shards(batches(n, BATCH_ROWS, 2), tmp_path)
-    (tmp_path / MANIFEST).write_text(json.dumps({"pairs": n, "fingerprint": "x"}))
+    (tmp_path / MANIFEST).write_text(json.dumps({"examples": n, "fingerprint": "x"}))
     pairs = PreparedSet(tmp_path)
     before, copied = pa.total_allocated_bytes(), []
     for read in (pairs.lengths, pairs.digests):
@@ -502,7 +554,7 @@ def test_opening_and_reading_do_not_take_memory_with_the_data(tmp_path):
     n = 60 * BATCH_ROWS
     write_shards(batches(n, BATCH_ROWS, 256), tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.glob("*.arrow")) > 180e6
-    (tmp_path / MANIFEST).write_text(json.dumps({"pairs": n, "fingerprint": "x"}))
+    (tmp_path / MANIFEST).write_text(json.dumps({"examples": n, "fingerprint": "x"}))
     script = textwrap.dedent(f"""
         import numpy as np, time
         from pathlib import Path
@@ -512,13 +564,13 @@ def test_opening_and_reading_do_not_take_memory_with_the_data(tmp_path):
             lines = Path("/proc/self/status").read_text().splitlines()
             return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
-        PreparedSet(Path({str(tmp_path)!r})).pair(0)
+        PreparedSet(Path({str(tmp_path)!r})).example(0)
         before, start = anonymous(), time.perf_counter()
         pairs = PreparedSet(Path({str(tmp_path)!r}))
         opened = time.perf_counter() - start
         for i in range(0, {n}, 101):
-            assert pairs.pair(i).chosen_ids[0] == i
-        assert pairs.lengths(np.arange(0, {n}, 97)).sum() > 0
+            assert pairs.example(i).completion_ids[0][0] == i
+        assert pairs.lengths(np.arange(0, {n}, 97)).padded > 0
         print(opened, anonymous() - before)
     """)
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
@@ -539,7 +591,7 @@ def test_hh_rlhf_test_split(settings, tmp_path):
         "roles do not alternate": 4,
     }
     assert len(pairs) == 2299 and pairs.manifest["diverged"] == 0
-    refused = [json.loads(line)["source"] for line in (pairs.path / "rejected.jsonl").read_text().splitlines()]
+    refused = [json.loads(line)["source"] for line in (pairs.path / DROPPED_ROWS).read_text().splitlines()]
     assert len(refused) == 13 and f"{source.name}:1255" in refused
 
 

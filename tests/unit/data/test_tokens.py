@@ -12,12 +12,13 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from dsdpo.data.formats.preference import to_pair
-from dsdpo.data.messages import Pair, Refused
+from dsdpo.data.example import Example
+from dsdpo.data.formats.preference import preference, to_example
+from dsdpo.data.messages import Refused
 from dsdpo.data.named_templates import NAMED
 from dsdpo.data.readers import iter_rows
 from dsdpo.data.registry import resolve
-from dsdpo.data.templates import PairEncoder, load_tokenizer
+from dsdpo.data.templates import ExampleEncoder, load_tokenizer
 from dsdpo.data.tokens import Tokens
 from tests.helpers.real import shared_file, smollm2
 from tests.unit.data.conftest import make_tokenizer
@@ -121,7 +122,7 @@ def test_a_tokenizer_written_in_python_is_asked_for_whole_texts():
 # --- whole pairs ---
 
 
-def repository_pairs(limit: int = 60) -> list[Pair]:
+def repository_pairs(limit: int = 60) -> list[Example]:
     """Pairs of every sample in data/."""
     names = [name for name in json.loads((ROOT / "data/dataset_info.json").read_bytes()) if name != "text_to_sql"]
     entries, problems = resolve(names, ROOT / "data")
@@ -130,25 +131,25 @@ def repository_pairs(limit: int = 60) -> list[Pair]:
     for entry in entries:
         for _, row in iter_rows(entry, limit):
             row = json.loads(row) if isinstance(row, bytes) else row
-            pairs.append(to_pair(row, entry.formatting, entry.columns, entry.tags, entry.allow_empty_rejected))
+            pairs.append(to_example(row, entry.formatting, entry.columns, entry.tags, entry.allow_empty_rejected))
     return pairs
 
 
-def real_pairs() -> list[Pair]:
+def real_pairs() -> list[Example]:
     """hh-rlhf with its long dialogues, and dpo_en_demo."""
-    pairs: list[Pair] = []
+    pairs: list[Example] = []
     with gzip.open(shared_file("hh_harmless_base_test.jsonl.gz"), "rt") as lines:
         rows = [("hh_rlhf", json.loads(line)) for line, _ in zip(lines, range(400))]
     rows += [("sharegpt", row) for row in json.loads(shared_file("dpo_en_demo.json").read_bytes())[:60]]
     for formatting, row in rows:
         try:
-            pairs.append(to_pair(row, formatting, {}, {}, False))
+            pairs.append(to_example(row, formatting, {}, {}, False))
         except Refused:
             continue
     return pairs
 
 
-class TextByText(PairEncoder):
+class TextByText(ExampleEncoder):
     """The same without short cuts: transformers' own calls, every text whole."""
 
     def _render(self, messages, tools, for_reply):
@@ -164,7 +165,7 @@ class TextByText(PairEncoder):
 
 
 def same(tokenizer, template, pairs):
-    found, expected = (kind(tokenizer, template).encode(pairs) for kind in (PairEncoder, TextByText))
+    found, expected = (kind(tokenizer, template).encode(pairs) for kind in (ExampleEncoder, TextByText))
     assert [str(one) for one in found] == [str(one) for one in expected]
     assert sum(isinstance(one, Refused) for one in found) <= 0.02 * len(pairs)
 
@@ -189,9 +190,11 @@ def test_ids_are_those_of_the_whole_texts_on_real_data(template):
 def test_a_template_that_writes_the_prompt_anew_once_it_is_answered_is_tokenized_whole():
     """Some templates drop earlier thoughts; what the texts share then ends before the border."""
     template = "{{ 'asked: ' if add_generation_prompt else 'answered: ' }}" + NAMED["chatml"].jinja
-    pair = Pair([{"role": "user", "content": "Hi"}], *([{"role": "assistant", "content": x}] for x in ("yes", "no")))
+    pair = preference(
+        [{"role": "user", "content": "Hi"}], *([{"role": "assistant", "content": x}] for x in ("yes", "no"))
+    )
     tokenizer = make_tokenizer("chatml", template)
-    same_ids, expected = (kind(tokenizer, "default").encode([pair])[0] for kind in (PairEncoder, TextByText))
+    same_ids, expected = (kind(tokenizer, "default").encode([pair])[0] for kind in (ExampleEncoder, TextByText))
     assert str(same_ids) == str(expected)
 
 
@@ -205,6 +208,6 @@ def test_conversations_are_rendered_as_transformers_does():
     for tools in (None, [{"type": "function", "function": {"name": "now"}}]):
         for for_reply in (True, False):
             rendered = [
-                kind(tokenizer, "default")._render(messages, tools, for_reply) for kind in (PairEncoder, TextByText)
+                kind(tokenizer, "default")._render(messages, tools, for_reply) for kind in (ExampleEncoder, TextByText)
             ]
             assert rendered[0] == rendered[1]

@@ -5,7 +5,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config
 
 from dsdpo.config.rules import missing_flash_package
-from dsdpo.data.packing import Segment, build_row
+from dsdpo.data.packing import Segment, build_micro_batch
 from dsdpo.errors import ConfigError
 from dsdpo.model.attention.backends import BACKENDS, flex, sdpa, varlen_attention
 from dsdpo.model.attention.masks import PackedLayout
@@ -32,9 +32,9 @@ def output_and_gradients(
 
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_the_varlen_call_computes_what_sdpa_per_segment_does(share_prefix: bool) -> None:
-    row = build_row(random_pairs(4, seed=7), range(4), share_prefix)
-    qkv = tensors(len(row.input_ids))
-    layout = PackedLayout(row.segments, CPU)
+    micro_batch = build_micro_batch(random_pairs(4, seed=7), range(4), share_prefix)
+    qkv = tensors(len(micro_batch.input_ids))
+    layout = PackedLayout(micro_batch.segments, CPU)
     expected = output_and_gradients(BACKENDS["sdpa"], qkv, layout)
     found = output_and_gradients(lambda *args: varlen_attention(*args, kernel=varlen_in_plain_torch), qkv, layout)
     for a, b in zip(found, expected):
@@ -49,20 +49,20 @@ def test_cuda_backends_match_fp32_sdpa(backend: str, share_prefix: bool) -> None
     if missing := missing_flash_package(backend):
         pytest.skip(missing)
     cuda = torch.device("cuda")
-    row = build_row(random_pairs(4, seed=7), range(4), share_prefix)
-    layout = PackedLayout(row.segments, cuda)
-    expected = output_and_gradients(BACKENDS["sdpa"], tensors(len(row.input_ids), cuda), layout)
-    found = output_and_gradients(BACKENDS[backend], tensors(len(row.input_ids), cuda, torch.bfloat16), layout)
+    micro_batch = build_micro_batch(random_pairs(4, seed=7), range(4), share_prefix)
+    layout = PackedLayout(micro_batch.segments, cuda)
+    expected = output_and_gradients(BACKENDS["sdpa"], tensors(len(micro_batch.input_ids), cuda), layout)
+    found = output_and_gradients(BACKENDS[backend], tensors(len(micro_batch.input_ids), cuda, torch.bfloat16), layout)
     for a, b in zip(found, expected):
         assert (a.float() - b).norm() / b.norm() < 1e-2
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_the_block_mask_allows_what_sdpa_computes(share_prefix: bool) -> None:
-    row = build_row(random_pairs(9, seed=3), range(9), share_prefix)
-    assert len(row.input_ids) > 256, "several blocks of 128"
-    layout = PackedLayout(row.segments, CPU)
-    qkv = [x.detach() for x in tensors(len(row.input_ids))]
+    micro_batch = build_micro_batch(random_pairs(9, seed=3), range(9), share_prefix)
+    assert len(micro_batch.input_ids) > 256, "several blocks of 128"
+    layout = PackedLayout(micro_batch.segments, CPU)
+    qkv = [x.detach() for x in tensors(len(micro_batch.input_ids))]
     torch.testing.assert_close(flex(*qkv, layout, 0.25), sdpa(*qkv, layout, 0.25), rtol=1e-5, atol=1e-5)
 
 

@@ -1,24 +1,37 @@
+import tempfile
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save
 
+from dsdpo.data.example import MAX_COMPLETIONS, Lengths
 from dsdpo.reference.store import ReferenceStore, store_key
-from tests.helpers.tiny import ListOfPairs, random_pairs
+from tests.helpers.tiny import ListOfExamples, random_examples, random_pairs
 
 
 def digests(n: int, seed: int = 0) -> np.ndarray:
-    return ListOfPairs(random_pairs(n, seed)).digests(np.arange(n))
+    return ListOfExamples(random_pairs(n, seed)).digests(np.arange(n))
 
 
 def filled(folder: Path, n: int = 20) -> tuple[ReferenceStore, np.ndarray, np.ndarray]:
+    """A store of pairs in two chunks; their digests; their log-probs, fp32 [n, 2, 2]."""
     keys = digests(n)
     logps = np.random.default_rng(0).normal(size=(n, 2, 2)).astype(np.float32)
     store = ReferenceStore(folder)
-    store.write_chunk(keys[: n // 2], logps[: n // 2])
-    store.write_chunk(keys[n // 2 :], logps[n // 2 :])
+    for part in (slice(0, n // 2), slice(n // 2, n)):
+        store.write_chunks(keys[part], np.full(n // 2, 2), logps[part].reshape(-1, 2))
     store.reload()
     return store, keys, logps
+
+
+def find(store: ReferenceStore, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`store.find` of pairs."""
+    found, values = store.find(keys, np.full(len(keys), 2))
+    return found, values.reshape(-1, 2, 2)
 
 
 def test_what_was_written_is_found_in_any_order(tmp_path: Path) -> None:
@@ -26,13 +39,56 @@ def test_what_was_written_is_found_in_any_order(tmp_path: Path) -> None:
     store = ReferenceStore(tmp_path)
     store.reload()
     order = np.random.default_rng(1).permutation(len(keys))
-    found, values = store.find(keys[order])
+    found, values = find(store, keys[order])
     assert found.all() and np.array_equal(values, logps[order])
+
+
+def test_chunks_of_pairs_are_those_that_stores_have_always_had(tmp_path: Path) -> None:
+    """`digests`, uint64 [N, 2], and `logps`, fp32 [N, 2, 2]: as older versions write and read them."""
+    _, keys, logps = filled(tmp_path / "new")
+    chunks = [load_file(path) for path in (tmp_path / "new").iterdir()]
+    assert {(key, str(value.dtype), value.shape[1:]) for chunk in chunks for key, value in chunk.items()} == {
+        ("digests", "uint64", (2,)),
+        ("logps", "float32", (2, 2)),
+    }
+    assert sorted(len(chunk["logps"]) for chunk in chunks) == [10, 10]
+    content = save({"digests": keys.view("<u8").reshape(-1, 2), "logps": logps})
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / f"{sha256(content).hexdigest()[:32]}.safetensors").write_bytes(content)
+    store = ReferenceStore(tmp_path / "old")
+    store.reload()
+    found, values = find(store, keys)
+    assert found.all() and np.array_equal(values, logps)
+
+
+@given(seed=st.integers(0, 10**6), counts=st.lists(st.integers(1, MAX_COMPLETIONS), min_size=1, max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_examples_of_any_k_share_a_store(seed: int, counts: list[int]) -> None:
+    examples = random_examples(14, tuple(counts), seed, masks=True, empty=True)
+    lengths, keys = Lengths.of(examples), ListOfExamples(examples).digests(np.arange(14))
+    rng = np.random.default_rng(seed)
+    logps = rng.normal(size=(len(lengths.completions), 2)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        store = ReferenceStore(Path(folder))
+        for some in np.array_split(rng.permutation(12), 3):  # the last two are never stored
+            store.write_chunks(keys[some], lengths.counts[some], logps[_places(lengths, some)])
+        store.reload()
+        order = rng.permutation(14)
+        found, values = store.find(keys[order], lengths.counts[order])
+    assert np.array_equal(found, order < 12)
+    expected = logps[_places(lengths, order)]
+    expected[~np.repeat(found, lengths.counts[order])] = np.nan
+    assert np.array_equal(values, expected, equal_nan=True)
+
+
+def _places(lengths: Lengths, examples: np.ndarray) -> np.ndarray:
+    """Where the completions of some examples are among all."""
+    return np.concatenate([lengths.starts[i] + np.arange(lengths.counts[i]) for i in examples])
 
 
 def test_unknown_pairs_are_not_found(tmp_path: Path) -> None:
     store, keys, _ = filled(tmp_path)
-    found, values = store.find(np.concatenate([keys[:3], digests(5, seed=99)]))
+    found, values = find(store, np.concatenate([keys[:3], digests(5, seed=99)]))
     assert found.tolist() == [True] * 3 + [False] * 5
     assert np.isnan(values[3:]).all() and not np.isnan(values[:3]).any()
 
@@ -40,7 +96,7 @@ def test_unknown_pairs_are_not_found(tmp_path: Path) -> None:
 def test_an_empty_store_finds_nothing(tmp_path: Path) -> None:
     store = ReferenceStore(tmp_path / "absent")
     store.reload()
-    assert not store.find(digests(3))[0].any()
+    assert not find(store, digests(3))[0].any()
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
@@ -53,14 +109,14 @@ def test_a_damaged_chunk_is_as_if_absent(tmp_path: Path, harm: str) -> None:
     victim.write_bytes({"flip": bytes(content), "cut": bytes(content[:-5]), "empty": b""}[harm])
     store = ReferenceStore(tmp_path)
     store.reload()
-    found, _ = store.find(keys)
+    found, _ = find(store, keys)
     assert found.sum() == len(keys) // 2
 
 
 def test_writing_the_same_twice_changes_nothing(tmp_path: Path) -> None:
     store, keys, logps = filled(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
-    store.write_chunk(keys[:10], logps[:10])
+    store.write_chunks(keys[:10], np.full(10, 2), logps[:10].reshape(-1, 2))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

@@ -1,0 +1,16 @@
+"""The objective of each stage. A new stage is a row of `dsdpo.config.stages.STAGES` and an entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.objectives.base import Objective
+from dsdpo.objectives.preference import PreferenceObjective
+
+OBJECTIVES: dict[str, Callable[[RunConfig], Objective]] = {"dpo": PreferenceObjective}
+
+
+def objective_of(config: RunConfig) -> Objective:
+    """The objective of a run's stage."""
+    return OBJECTIVES[config.stage](config)

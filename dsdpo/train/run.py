@@ -1,0 +1,314 @@
+"""A training run on one rank: what the loop uses, and all that follows a step and the last one.
+
+A step is reported while the next one is under way, so that reading its numbers does not wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from deepspeed import DeepSpeedEngine, comm
+from transformers import PreTrainedTokenizerBase
+
+from dsdpo.checkpoint.saver import Saver
+from dsdpo.config.schema import RunConfig
+from dsdpo.data.loader import Batch, BatchLoader
+from dsdpo.data.packing import MicroBatch
+from dsdpo.engine.engine import Hardware
+from dsdpo.errors import IOFailure, NumericError, StopRequested
+from dsdpo.export.huggingface import export_engine, set_aside
+from dsdpo.model.packed import ModelOutput, PackedInputs
+from dsdpo.objectives.base import Objective
+from dsdpo.reference.source import Reference
+from dsdpo.runtime.collectives import all_gather_object, any_rank, run_on_main
+from dsdpo.runtime.env import Mesh
+from dsdpo.runtime.faults import fault_point
+from dsdpo.runtime.files import write_atomically
+from dsdpo.runtime.rundir import RunDir
+from dsdpo.runtime.stop import StopFlag
+from dsdpo.runtime.watchdog import Watch
+from dsdpo.train.evaluate import evaluate
+from dsdpo.train.metrics import MetricSums, Reporter, memory_peak_gb
+from dsdpo.train.schedule import Schedule
+
+_NAMED = 8  # examples that an error about numbers names
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is known of a step when its kernels have been queued.
+
+    Attributes:
+        done: optimizer steps taken with it.
+        batch: its examples.
+        sums: its metrics, reduced but not read.
+        learning_rate: that it used.
+        seconds: since the step before was queued and the one before that was done, without evaluations and saves: on
+            average what a step takes on the device, the optimizer and the wait for data included.
+    """
+
+    done: int
+    batch: Batch
+    sums: MetricSums
+    learning_rate: float
+    seconds: float
+
+
+@dataclass
+class Run:
+    """Everything that the training loop uses, set up once per rank.
+
+    Attributes:
+        held_out: loader and reference of the held-out set; None without one.
+        first_step: steps that were taken by earlier processes.
+        done: steps that have been taken.
+        stopping: whether the run has been asked to end.
+    """
+
+    config: RunConfig
+    run_dir: RunDir
+    mesh: Mesh
+    hardware: Hardware
+    engine: DeepSpeedEngine
+    tokenizer: PreTrainedTokenizerBase
+    objective: Objective
+    loader: BatchLoader
+    reference: Reference
+    held_out: tuple[BatchLoader, Reference] | None
+    schedule: Schedule
+    steps_per_epoch: int
+    reporter: Reporter
+    stop_flag: StopFlag
+    first_step: int
+    saver: Saver
+    watchdog: Watch
+    done: int = field(init=False)
+    stopping: bool = field(init=False, default=False)
+    _queued: _Step | None = field(init=False, default=None)
+    _since: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self.done = self.first_step
+
+    # --- what the loop calls ---
+
+    def begin(self) -> None:
+        """What comes before the first step, with an evaluation that an earlier process was to make. A collective call.
+
+        Raises:
+            IOFailure: output_dir cannot be written.
+        """
+        if self.mesh.is_main:
+            settings = yaml.safe_dump(self.config.model_dump(), sort_keys=False)
+            write_atomically(self.run_dir.run_config, settings)
+            if self.first_step < self.schedule.total_steps:
+                set_aside(self.run_dir)  # of a run that was to end before, and was given more steps
+        comm.barrier()
+        self.reporter.start()
+        if self._evaluation_is_missing():
+            self.stopping = not self.evaluate(self.done)
+        self.engine.train()
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) of each optimizer step that is left; the step is 0-based."""
+        steps = range(self.done, self.done if self.stopping else self.schedule.total_steps)
+        batches = self.loader.training_batches(steps, self.config.train_batch_size, self.config.seed)
+        self._since = time.perf_counter()
+        return zip(steps, batches)
+
+    def forward(self, micro_batch: MicroBatch) -> ModelOutput:
+        """The policy's output for a micro-batch."""
+        return self.engine(PackedInputs.of(micro_batch, self.hardware.device))
+
+    def end_step(self, step: int, batch: Batch, sums: MetricSums, learning_rate: float) -> bool:
+        """Report the step before, then save and evaluate where that is due after this one. A collective call.
+
+        Args:
+            step: 0-based.
+            sums: reduced, not read.
+
+        Returns:
+            Whether the run has been asked to end.
+
+        Raises:
+            NumericError: a loss or gradient norm is not finite, on all ranks alike; names the step and its examples.
+            IOFailure: a checkpoint cannot be written.
+        """
+        self.flush()  # so the device never has more than one step to do
+        self.done = step + 1
+        saves, evaluates = self._save_is_due(), self._evaluation_is_due()
+        if saves or evaluates:
+            sums.read()  # waits for this step as well: its time is its own
+        self._queued = _Step(self.done, batch, sums, learning_rate, time.perf_counter() - self._since)
+        if saves:
+            self.flush()
+            self._save()
+        if evaluates and not self.stopping:
+            self.flush()
+            self.stopping = not self.evaluate(self.done)
+        self._since = time.perf_counter()
+        return self.stopping
+
+    def finish(self) -> None:
+        """What follows the last step: its report, a checkpoint where the run stops early, else the export of the
+        weights and an evaluation. A collective call.
+
+        Raises:
+            StopRequested: the run was asked to end before its last step or in its last evaluation.
+            NumericError, IOFailure: see `end_step`.
+        """
+        self.flush()
+        total = self.schedule.total_steps
+        self._save_last(needed=self.done < total)
+        if self.done < total:
+            raise StopRequested(
+                f"stopped on request after step {self.done} of {total}, with a checkpoint; the same command resumes "
+                "from there"
+            )
+        with self.watchdog.slow("the export of the weights"):
+            self.export()
+        if not self.evaluate(total):
+            self._save_last(needed=True)
+            raise StopRequested(
+                "stopped on request in the last evaluation; the weights are exported, and the same command evaluates "
+                "them"
+            )
+        if self.mesh.is_main:
+            write_atomically(self.run_dir.completed, "")
+
+    # --- reports ---
+
+    def flush(self) -> None:
+        """Report the queued step when the device is through with it; before a save, so that no state that is not finite
+        is ever written. A collective call.
+
+        Raises:
+            NumericError: on all ranks alike.
+            IOFailure: so is this; a checkpoint that is written beside the training has failed.
+        """
+        step, self._queued = self._queued, None
+        if step is None:
+            return
+        totals = step.sums.read()
+        if totals.bad_losses or not math.isfinite(totals.grad_norm):
+            with self.watchdog.slow("the checkpoint before"), suppress(IOFailure):  # it is finite, and not to be lost
+                self.saver.finish()
+            raise NumericError(self._diagnose(step, totals.bad_losses, totals.grad_norm))
+        self.stopping = self.stopping or totals.stop
+        with self.watchdog.slow("a checkpoint"):
+            if self.saver.poll(step.done, totals.written, totals.failed):
+                self._check_room(step.done)
+        packing = step.batch.packing
+        self.reporter.step(
+            {
+                "step": step.done,
+                "epoch": step.done / self.steps_per_epoch,
+                **totals.means,
+                "grad_norm": totals.grad_norm,
+                "learning_rate": step.learning_rate,
+                "logical_tokens_per_second": packing.logical_tokens / step.seconds,
+                "physical_tokens_per_second": packing.physical_tokens / step.seconds,
+                "idle_share": packing.idle_share,
+                "step_time": step.seconds,
+                "memory_peak_gb": memory_peak_gb(self.hardware.device),
+            }
+        )
+
+    def _diagnose(self, step: _Step, bad_losses: int, grad_norm: float) -> str:
+        """Name the step and the examples. A collective call: every rank knows only its own losses."""
+        mine: list[int] = []
+        for micro_batch, losses in zip(step.batch.micro_batches, step.sums.per_example):
+            bad = micro_batch.examples[(~torch.isfinite(losses)).cpu().numpy()]
+            mine += step.batch.example_ids[bad].tolist()
+        everyone = all_gather_object(mine)
+        if bad_losses:
+            found = f"the loss of {bad_losses} examples is not finite"
+            ids = sorted(i for part in everyone for i in part)
+        else:
+            found = f"the gradient norm is {grad_norm}, every loss is finite"
+            ids = sorted(step.batch.example_ids.tolist())
+        source = self.loader.source
+        named = ", ".join(f"{i} ({source.where(i)})" for i in ids[:_NAMED])
+        more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+        return (
+            f"step {step.done}: {found}; example ids {named}{more}. Nothing was saved after it. "
+            "A lower learning_rate, a longer warmup_ratio or fp32 may help; so may a look at these examples"
+        )
+
+    # --- saves ---
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.done % every == 0 and self.done < self.schedule.total_steps
+
+    def _save_is_due(self) -> bool:
+        """Every save_steps, and after the last step."""
+        at_the_end = self.config.save_steps is not None and self.done == self.schedule.total_steps
+        return at_the_end or self._is_due(self.config.save_steps)
+
+    def _save(self) -> None:
+        with self.watchdog.slow("a checkpoint"):
+            self.saver.save(self.done)
+            if not self.config.async_save:
+                self._check_room(self.done)
+
+    def _save_last(self, needed: bool) -> None:
+        """Commit the save in flight, and save the state after the last step where that is `needed` and not yet done."""
+        with self.watchdog.slow("the last checkpoint"):
+            if needed and self.done not in (self.saver.last_step, self.first_step):
+                self.saver.save(self.done)
+            self.saver.finish()
+
+    def _check_room(self, step: int) -> None:
+        """End the run here if there will be no room for the checkpoint after the next. Raises IOFailure."""
+        if self.config.save_steps is not None and step < self.schedule.total_steps:
+            self.saver.check_room()
+
+    def export(self) -> Path:
+        """Write the trained weights to output_dir/final. A collective call."""
+        folder = self.run_dir.final
+        export_engine(self.engine, self.tokenizer, folder, self.mesh.is_main)
+        comm.barrier()
+        self.reporter.say(f"weights: {folder}")
+        return folder
+
+    # --- evaluation ---
+
+    def _evaluation_is_due(self) -> bool:
+        """Every eval_steps; the one after the last step belongs to `finish`."""
+        return self.held_out is not None and self._is_due(self.config.eval_steps)
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether an earlier process has saved after this step, but not evaluated. A collective call."""
+        due = self.done > 0 and self._evaluation_is_due()
+        return due and not run_on_main(self.mesh.is_main, lambda: self.reporter.has_evaluation(self.done))
+
+    def evaluate(self, step: int) -> bool:
+        """Report means over the held-out examples, if there are any. A collective call.
+
+        Returns:
+            False where it was interrupted, as the run is to stop.
+        """
+        if self.held_out is None:
+            return True
+        loader, reference = self.held_out
+        batch_size, device = self.config.train_batch_size, self.hardware.device
+
+        def goes_on() -> bool:
+            self.watchdog.goes_on()
+            fault_point("evaluation:batch")
+            return not any_rank(bool(self.stop_flag), device)
+
+        with self.watchdog.slow("an evaluation"):
+            means = evaluate(self.engine, loader, reference, self.objective, batch_size, device, goes_on)
+        if means is None:
+            self.reporter.say(f"evaluation at step {step} interrupted by a stop request; it runs again on resume")
+            return False
+        self.reporter.evaluation(step, means)
+        return True

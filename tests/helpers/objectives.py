@@ -1,0 +1,127 @@
+"""Objectives for 1, 2 and 4 completions that exist for tests alone: they prove what objectives share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+
+from dsdpo.config.stages import STAGES
+from dsdpo.data.loader import Batch
+from dsdpo.data.packing import MicroBatch
+from dsdpo.model.packed import ModelOutput
+from dsdpo.objectives.base import Forward, LossFunction, MicroBatchLoss
+from dsdpo.objectives.pair_logps import completion_sums
+from dsdpo.objectives.stages import OBJECTIVES
+from tests.helpers.tiny import ListOfExamples, random_examples
+
+
+def weights_of(batch: Batch, micro_batch: MicroBatch, device: torch.device) -> torch.Tensor:
+    """fp32 [E]."""
+    return torch.from_numpy(batch.weights[micro_batch.examples].astype(np.float32)).to(device)
+
+
+@dataclass(frozen=True)
+class NegativeLogLikelihood:
+    """Of one completion, a mean over the loss tokens of a step; an example's weight scales its part of the sum."""
+
+    head: ClassVar[Literal["logprob"]] = "logprob"
+    needs_reference: ClassVar[bool] = False
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "tokens")
+
+    def denominator(self, batch: Batch) -> float:
+        """Loss tokens."""
+        return float(batch.lengths.loss_tokens.sum())
+
+    def bind(self, batch: Batch, reference: torch.Tensor | None, forward: Forward) -> LossFunction:
+        """See `Objective`."""
+        assert reference is None and (batch.lengths.counts == 1).all()
+        over = batch.mean_over
+        examples_per_token = len(over) / over.loss_tokens.sum()  # a mean over examples is then one over tokens
+
+        def loss_of(micro_batch: MicroBatch, output: ModelOutput) -> MicroBatchLoss:
+            logps = completion_sums(output, micro_batch.completions).sum(1)
+            losses = -logps * weights_of(batch, micro_batch, logps.device)
+            tokens = torch.from_numpy(micro_batch.completions[:, 2]).to(losses)
+            metrics = torch.stack([losses.detach() * examples_per_token, tokens])
+            return MicroBatchLoss(losses.sum(), losses.detach(), metrics)
+
+        return loss_of
+
+
+def ranking_losses(rewards: torch.Tensor) -> torch.Tensor:
+    """-log of the chance that a Plackett-Luce model draws the K completions in their order: [E, K] -> [E]."""
+    k = rewards.shape[1]
+    rest = torch.stack([rewards[:, i:].logsumexp(1) for i in range(k)], dim=1)
+    return (rest - rewards).sum(1)
+
+
+@dataclass(frozen=True)
+class PlackettLuce:
+    """DPO of a ranking of four completions, best first: appendix A.3 of Rafailov et al. (arXiv 2305.18290)."""
+
+    beta: float
+    head: ClassVar[Literal["logprob"]] = "logprob"
+    needs_reference: ClassVar[bool] = True
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "rewards/first")
+
+    def denominator(self, batch: Batch) -> float:
+        """Examples."""
+        return len(batch.lengths)
+
+    def bind(self, batch: Batch, reference: torch.Tensor | None, forward: Forward) -> LossFunction:
+        """See `Objective`."""
+        assert reference is not None and (batch.lengths.counts == 4).all()
+
+        def loss_of(micro_batch: MicroBatch, output: ModelOutput) -> MicroBatchLoss:
+            sums = completion_sums(output, micro_batch.completions)
+            at = torch.from_numpy(batch.completion_indices(micro_batch))
+            rewards = self.beta * (sums.sum(1) - reference[at].sum(1)).view(-1, 4)
+            losses = ranking_losses(rewards) * weights_of(batch, micro_batch, sums.device)
+            metrics = torch.stack([losses, rewards[:, 0]]).detach()
+            return MicroBatchLoss(losses.sum(), losses.detach(), metrics)
+
+        return loss_of
+
+
+@dataclass(frozen=True)
+class BradleyTerry:
+    """The loss of a reward model: log sigmoid of the difference of two values."""
+
+    head: ClassVar[Literal["value"]] = "value"
+    needs_reference: ClassVar[bool] = False
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracies")
+
+    def denominator(self, batch: Batch) -> float:
+        """Examples."""
+        return len(batch.lengths)
+
+    def bind(self, batch: Batch, reference: torch.Tensor | None, forward: Forward) -> LossFunction:
+        """See `Objective`."""
+
+        def loss_of(micro_batch: MicroBatch, output: ModelOutput) -> MicroBatchLoss:
+            assert output.values is not None
+            better, worse = output.values.view(-1, 2).unbind(1)
+            losses = -torch.nn.functional.logsigmoid(better - worse)
+            metrics = torch.stack([losses, (better > worse).float()]).detach()
+            return MicroBatchLoss(losses.sum(), losses.detach(), metrics)
+
+        return loss_of
+
+
+def register() -> None:
+    """Make the stages `likelihood`, `ranking` and `value` known to this process."""
+    OBJECTIVES["likelihood"] = lambda config: NegativeLogLikelihood()
+    OBJECTIVES["ranking"] = lambda config: PlackettLuce(config.beta)
+    OBJECTIVES["value"] = lambda config: BradleyTerry()
+    STAGES.update(dict.fromkeys(("likelihood", "ranking", "value"), "a stage of the tests"))
+
+
+def examples_for(stage: str, n: int, seed: int = 0) -> ListOfExamples:
+    """Examples for a stage of `register`: weighted, but for `value`; with masks and empty prompts for `likelihood`."""
+    masked = stage == "likelihood"
+    counts = {"likelihood": (1,), "ranking": (4,), "value": (2,)}[stage]
+    weights = None if stage == "value" else np.random.default_rng(seed).choice([0.5, 1.0, 2.0], size=n)
+    return ListOfExamples(random_examples(n, counts, seed, masks=masked, empty=masked), weights=weights)

@@ -1,0 +1,113 @@
+"""Objectives of any K over micro-batches: the loss and gradients of each completion computed alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dsdpo.data.loader import Batch, BatchLoader
+from dsdpo.data.packing import MicroBatch
+from dsdpo.model.attention.register import NAMES
+from dsdpo.model.packed import ModelOutput, PackedInputs, PackedModel
+from dsdpo.objectives.base import Objective
+from dsdpo.objectives.pair_logps import completion_sums
+from dsdpo.runtime.env import Mesh
+from tests.helpers.alone import logps_alone, value_alone
+from tests.helpers.objectives import BradleyTerry, NegativeLogLikelihood, PlackettLuce, examples_for
+from tests.helpers.tiny import ListOfExamples, save_model, tiny_llama_config
+
+CPU = torch.device("cpu")
+N = 6
+BETA = 0.5
+OBJECTIVES: dict[str, Objective] = {
+    "likelihood": NegativeLogLikelihood(),
+    "ranking": PlackettLuce(BETA),
+    "value": BradleyTerry(),
+}
+Gradients = dict[str, torch.Tensor]
+
+
+def load(folder: Path, attention: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).eval()
+
+
+def gradients(model: torch.nn.Module) -> Gradients:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def score_weight() -> torch.Tensor:
+    return torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
+
+
+def expected(stage: str, stock: PreTrainedModel, source: ListOfExamples) -> tuple[float, Gradients]:
+    """The loss of all examples by its formula, each completion computed alone."""
+    examples, weights = [source.example(i) for i in range(N)], source.weights(np.arange(N))
+    if stage == "likelihood":
+        logps = [logps_alone(stock, example, 0) for example in examples]
+        parts = [-float(weight) * some.sum() for weight, some in zip(weights, logps)]
+        loss = torch.stack(parts).sum() / sum(map(len, logps))
+    elif stage == "ranking":
+        parts = []
+        for weight, example in zip(weights, examples):
+            sums = torch.stack([logps_alone(stock, example, k).sum() for k in range(4)])
+            rewards = BETA * (sums - sums.detach() * 0.5)  # the reference of `found` is half the policy
+            chances = [rewards[k].exp() / rewards[k:].exp().sum() for k in range(3)]
+            parts.append(-float(weight) * torch.stack(chances).log().sum())
+        loss = torch.stack(parts).mean()
+    else:
+        stock.score = torch.nn.Linear(32, 1, bias=False)
+        stock.score.weight.data = score_weight()
+        values = [[value_alone(stock, stock.score.weight, example, k) for k in range(2)] for example in examples]
+        loss = torch.stack([(1 + (worse - better).exp()).log() for better, worse in values]).mean()
+    loss.backward()
+    return loss.item(), gradients(stock)
+
+
+def reference_of(batch: Batch, packed: PackedModel) -> torch.Tensor:
+    """fp32 [N, 2]: half the log-probs of the policy."""
+    found = torch.zeros(len(batch.lengths.completions), 2)
+    with torch.no_grad():
+        for micro_batch in batch.micro_batches:
+            sums = completion_sums(packed(PackedInputs.of(micro_batch, CPU)), micro_batch.completions)
+            found[torch.from_numpy(batch.completion_indices(micro_batch))] = sums / 2
+    return found
+
+
+@pytest.mark.parametrize("max_tokens", [210, 4096])
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("stage", OBJECTIVES)
+def test_packed_equals_each_completion_alone(tmp_path: Path, stage: str, share_prefix: bool, max_tokens: int) -> None:
+    """Over two data-parallel ranks, of which each computes its own micro-batches here, one after the other."""
+    save_model(tmp_path, tiny_llama_config(tied=False))
+    objective, source = OBJECTIVES[stage], examples_for(stage, N)
+    wanted_loss, wanted = expected(stage, load(tmp_path, "eager"), source)
+    packed = PackedModel(load(tmp_path, NAMES["sdpa"]), objective.head)
+    if stage == "value":
+        packed.model.score.weight.data = score_weight()
+
+    def forward(micro_batch: MicroBatch) -> ModelOutput:
+        return packed(PackedInputs.of(micro_batch, CPU))
+
+    loss, reported, empty = 0.0, 0.0, 0
+    for rank in range(2):
+        batch = BatchLoader(source, Mesh(rank, 2, rank), max_tokens, share_prefix).batch(np.arange(N))
+        reference = reference_of(batch, packed) if objective.needs_reference else None
+        loss_of = objective.bind(batch, reference, forward)
+        for micro_batch in batch.micro_batches:
+            found = loss_of(micro_batch, forward(micro_batch))
+            (found.total / objective.denominator(batch)).backward()
+            assert found.per_example.shape == micro_batch.examples.shape
+            assert found.metrics.shape == (len(objective.metrics), len(micro_batch.examples))
+            loss += found.total.item() / objective.denominator(batch)
+            reported += found.metrics[0].sum().item() / N
+            empty += len(micro_batch.examples) == 0
+    assert loss == pytest.approx(wanted_loss, rel=1e-5) and reported == pytest.approx(loss, rel=1e-5)
+    computed = gradients(packed.model)
+    assert computed.keys() == wanted.keys()
+    size = torch.stack([gradient.norm() for gradient in wanted.values()]).max()
+    for name, gradient in wanted.items():
+        assert (computed[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-6 * size, name
