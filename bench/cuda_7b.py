@@ -3,8 +3,8 @@
     python bench/cuda_7b.py [--prompt 512 --chosen 256 --rejected 256] [--gpus N] [--rounds 3] [--markdown]
 
 LoRA and full fine-tuning, live and cached reference; one GPU without ZeRO for LoRA, ZeRO-3 for full fine-tuning and on
-several GPUs. Told: pairs/s, logical and physical tokens/s, MFU by the formula in bench/flops.py, and the peak of the
-GPU's allocator on rank 0. Model and pairs are made on the spot; nothing is downloaded.
+several GPUs. Told: pairs/s, logical and physical tokens/s, MFU by the formula in dsdpo/plan/flops.py, and the peak of
+the GPU's allocator on rank 0. Model and pairs are made on the spot; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.against_trl import arguments, compare, end_runs_on_sigterm
 from bench.cases import Case, Pairs
-from bench.flops import Shape, peak_tflops, step_flops, tokens
 from bench.models import BUILT_IN
 from bench.report import Result, machine, table
 from bench.sides import Side
+from dsdpo.data.example import Lengths
+from dsdpo.plan.flops import mfu, peak_tflops, step_flops
+from dsdpo.plan.shape import ModelShape
 
 COLUMNS = ("case", "side", "pairs/s", "logical tokens/s", "physical tokens/s", "MFU", "peak GiB", "last loss")
 LLAMA_2_7B = BUILT_IN["llama-2-7b"]
@@ -99,20 +101,20 @@ def rows(result: Result, config: LlamaConfig, lengths: np.ndarray, peak: float |
     """
     case, told = result.case, []
     full, live = case.finetuning == "full", case.reference == "live"
-    shape = Shape.of(config, 0 if full else case.lora_rank)
+    shape = ModelShape.from_config(config, 0 if full else case.lora_rank)
     sides: list[Side] = ["trl", "dsdpo"]
     for side in sides:
         if why := result.failed(side):
             told.append([case.name, side, f"failed: {why}"] + ["-"] * (len(COLUMNS) - 3))
             continue
-        logical, physical, mfu = [], [], []
+        logical, physical, shares = [], [], []
         for runs in result.rounds:
             for step, seconds in list(enumerate(runs[side].seconds))[result.warmup :]:
-                pairs = lengths[step * case.batch : (step + 1) * case.batch]
+                pairs = Lengths.from_table(lengths[step * case.batch : (step + 1) * case.batch])
                 shared = side == "dsdpo"
-                logical.append(tokens(pairs, False) / seconds)
-                physical.append(tokens(pairs, shared) / seconds)
-                mfu.append(step_flops(shape, pairs, shared, full, live) / (seconds * case.ranks * 1e12 * (peak or 1)))
+                logical.append(pairs.padded / seconds)
+                physical.append(int(pairs.packed(shared).sum()) / seconds)
+                shares.append(mfu(step_flops(shape, pairs, shared, live), seconds, case.ranks, peak or 1))
         told.append(
             [
                 case.name,
@@ -120,7 +122,7 @@ def rows(result: Result, config: LlamaConfig, lengths: np.ndarray, peak: float |
                 f"{result.throughput(side):.2f}",
                 f"{statistics.median(logical):.0f}",
                 f"{statistics.median(physical):.0f}",
-                f"{statistics.median(mfu):.1%}" if peak else "-",
+                f"{statistics.median(shares):.1%}" if peak else "-",
                 f"{result.memory(side):.1f}",
                 f"{result.rounds[-1][side].losses[-1]:.4f}",
             ]

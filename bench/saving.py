@@ -42,11 +42,12 @@ def main() -> None:
 
 
 def _saves(rounds: int) -> None:
-    from dsdpo.checkpoint.saver import Saver, checkpoint_bytes
+    from dsdpo.checkpoint.saver import Saver
     from dsdpo.config.schema import RunConfig
     from dsdpo.config.zero import ZeroConfig
     from dsdpo.engine.engine import build_engine, start_process_group
-    from dsdpo.engine.zero_state import set_adam_step
+    from dsdpo.engine.zero_state import set_adam_step, trained_weights
+    from dsdpo.plan.memory import checkpoint_bytes
     from dsdpo.runtime.env import launched
 
     mesh = launched()
@@ -87,11 +88,8 @@ def _saves(rounds: int) -> None:
         if mesh.is_main:
             medians = {key: round(statistics.median(values), 3) for key, values in found.items()}
             share = medians["async"] / medians["sync"]
-            print(
-                json.dumps(
-                    {"GiB": round(checkpoint_bytes(engine) / 2**30, 2), "seconds": medians, "share": round(share, 3)}
-                )
-            )
+            gib = round(checkpoint_bytes(trained_weights(engine)) / 2**30, 2)
+            print(json.dumps({"GiB": gib, "seconds": medians, "share": round(share, 3)}))
 
 
 class _Endless:

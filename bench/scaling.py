@@ -5,9 +5,9 @@
 
 The model is `llama-2-7b`, `llama-2-70b`, or a folder with a config.json. A step is
 
-    compute   operations (bench/flops.py) of the longest row of every micro-step, plus what is computed twice, over the
-              GPU's FLOP/s
-    links     bytes sent (bench/traffic.py) by collectives of one node, over the GPU's link
+    compute   operations (dsdpo/plan/flops.py) of the longest micro-batch of every micro-step, plus what is computed
+              twice, over the GPU's FLOP/s
+    links     bytes sent (dsdpo/plan/traffic.py) by collectives of one node, over the GPU's link
     network   the same for collectives over several nodes: a ring goes as fast as its slowest piece, which is the GPU's
               link or all network cards of a node together
     host      bytes over PCIe with state on the CPU or NVMe; bytes of NVMe
@@ -24,17 +24,18 @@ the vendors' data sheets times an assumed share, and every output says so.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.models import Model, load_model
+from bench.models import load_config
 from bench.report import table
-from bench.steptime import COMPUTE_SHARE, GPUS, WIRE_SHARE, Job, Rates, Step, draw_lengths, efficiency, predict
-from bench.traffic import Setup, memory
+from dsdpo.plan.memory import USABLE, activation_bytes_per_token, gpu_bytes
+from dsdpo.plan.setup import Setup
+from dsdpo.plan.shape import ModelShape
+from dsdpo.plan.steptime import COMPUTE_SHARE, GPUS, WIRE_SHARE, Job, Rates, Step, draw_lengths, efficiency, predict
 
 COLUMNS = (
     "GPUs",
@@ -61,10 +62,10 @@ def cells(step: Step, one: Step) -> list[str]:
         one: the same pairs on one GPU.
     """
     seconds = [f"{value:.3g}" for value in (step.compute, step.links, step.network, step.host, step.update)]
-    speeds = [step.pairs / total for total in (step.most, step.least)]
+    speeds = [step.examples / total for total in (step.most, step.least)]
     shares = [efficiency(step, one, end) for end in ("most", "least")]
     return [
-        *(str(n) for n in (step.gpus, step.pairs, step.micro_steps)),
+        *(str(n) for n in (step.gpus, step.examples, step.micro_steps)),
         *seconds,
         f"{step.most:.3g} to {step.least:.3g}",
         f"{speeds[0]:.3g} to {speeds[1]:.3g}",
@@ -75,17 +76,14 @@ def cells(step: Step, one: Step) -> list[str]:
     ]
 
 
-def memory_lines(model: Model, job: Job, counts: list[int]) -> list[str]:
+def memory_lines(job: Job, counts: list[int]) -> list[str]:
     """GiB of each GPU by part, a line for each number of GPUs."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # importing DeepSpeed looks for a GPU
-    from dsdpo.plan.memory import activation_bytes_per_token
-
-    per_token = activation_bytes_per_token(model.config, job.setup.element, job.checkpointing)
+    per_token = activation_bytes_per_token(job.shape, job.setup.element, job.checkpointing)
     lines = []
     for gpus in counts:
-        parts = {**memory(job.sizes, job.setup, gpus), f"row of {job.row_tokens}": per_token * job.row_tokens}
+        parts = {**gpu_bytes(job.shape, job.setup, gpus), f"row of {job.row_tokens}": per_token * job.row_tokens}
         total = sum(parts.values())
-        verdict = "fits" if total < 0.9 * job.rates.memory else "does NOT fit"
+        verdict = "fits" if total < USABLE * job.rates.memory else "does NOT fit"
         told = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
         held, room = (f"{value / 2**30:{form}}" for value, form in ((total, ".1f"), (job.rates.memory, ".0f")))
         lines.append(f"{gpus} GPU{'s' * (gpus > 1)}: {held} GiB each, {verdict} in {room}: {told}")
@@ -154,7 +152,7 @@ def rates_of(asked: argparse.Namespace) -> Rates:
     return replace(GPUS[asked.gpu], **changes)
 
 
-def job_of(asked: argparse.Namespace, model: Model, pairs: int) -> Job:
+def job_of(asked: argparse.Namespace, shape: ModelShape, pairs: int) -> Job:
     """The job that the command line asks for, with so many pairs a step."""
     setup = Setup(
         stage=asked.stage or 1,  # stage 0 in bf16 runs as 1
@@ -164,8 +162,7 @@ def job_of(asked: argparse.Namespace, model: Model, pairs: int) -> Job:
         weights=asked.offload_param,
     )
     return Job(
-        shape=model.shape(asked.lora_rank),
-        sizes=model.sizes(asked.lora_rank),
+        shape=shape,
         setup=setup,
         rates=rates_of(asked),
         gpus_per_node=asked.gpus_per_node,
@@ -178,14 +175,13 @@ def job_of(asked: argparse.Namespace, model: Model, pairs: int) -> Job:
 def main() -> None:
     """Predict and tell."""
     asked = options()
-    model = load_model(asked.model)
+    shape = ModelShape.from_config(load_config(asked.model), asked.lora_rank)
     counts = [int(n) for n in asked.gpus.split(",")]
     pairs = {gpus: asked.train_batch_size or gpus * asked.pairs_per_gpu for gpus in counts}
-    jobs = {gpus: job_of(asked, model, pairs[gpus]) for gpus in pairs}
-    sizes = jobs[counts[0]].sizes
-    print(f"{asked.model}: {sizes.total / 1e9:.2f}e9 weights, {sizes.trained / 1e9:.3g}e9 trained; bf16")
+    jobs = {gpus: job_of(asked, shape, pairs[gpus]) for gpus in pairs}
+    print(f"{asked.model}: {shape.total / 1e9:.2f}e9 weights, {shape.trained / 1e9:.3g}e9 trained; bf16")
     if asked.memory:
-        print(*memory_lines(model, jobs[counts[0]], counts), sep="\n")
+        print(*memory_lines(jobs[counts[0]], counts), sep="\n")
         return
     rows = [cells(predict(job, gpus), predict(job, 1)) for gpus, job in jobs.items()]
     print(table(rows, COLUMNS, asked.markdown))

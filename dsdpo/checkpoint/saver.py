@@ -18,15 +18,14 @@ from dsdpo.checkpoint.commit import RUN_FILE, FileRecord, commit, hashed_file, r
 from dsdpo.checkpoint.fragments import Index, index_of, join_indices, rank_file, tensors_of, write_tensors
 from dsdpo.checkpoint.random_state import random_state
 from dsdpo.config.schema import RunConfig
-from dsdpo.engine.zero_state import STATES, adam_step, iter_state_shards, shards_to_save, trainable_shapes
+from dsdpo.engine.zero_state import adam_step, iter_state_shards, shards_to_save, trained_weights
 from dsdpo.errors import DsdpoError, IOFailure
+from dsdpo.plan.memory import checkpoint_bytes
 from dsdpo.runtime.collectives import all_gather_object, raise_on_any_rank, run_on_main
 from dsdpo.runtime.env import Mesh
 from dsdpo.runtime.faults import fault_point
 from dsdpo.runtime.lock import is_held_by
 from dsdpo.runtime.rundir import RunDir
-
-_SPARE_BYTES = 2**24  # run.json, manifest, headers, random states
 
 
 @dataclass
@@ -163,7 +162,7 @@ class Saver:
     # --- how ---
 
     def _check_room(self) -> None:
-        needed = checkpoint_bytes(self._engine)
+        needed = checkpoint_bytes(trained_weights(self._engine))
         free = shutil.disk_usage(self._run_dir.path).free
         if free < needed:
             raise IOFailure(
@@ -210,9 +209,3 @@ class Saver:
         facts = {"step": flying.step, "world_size": self._mesh.world_size, "parameters": index}
         commit(flying.staged, flying.folder, files, facts)
         retain(self._run_dir, self._config.save_total_limit, self._config.save_every_forever)
-
-
-def checkpoint_bytes(engine: DeepSpeedEngine) -> int:
-    """Size of a checkpoint, estimated: three fp32 numbers for each trainable parameter."""
-    numel = sum(torch.Size(shape).numel() for shape in trainable_shapes(engine).values())
-    return 4 * len(STATES) * numel + _SPARE_BYTES

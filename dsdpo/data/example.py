@@ -121,6 +121,25 @@ class Lengths:
             loss_tokens=array([n for example in examples for n in example.loss_tokens]),
         )
 
+    @classmethod
+    def from_table(cls, table: np.ndarray) -> Lengths:
+        """Of examples with K completions each, all of whose tokens are scored.
+
+        Args:
+            table: int [B, 1 + K]: tokens of the prompt, and of each completion.
+        """
+        completions = table[:, 1:].reshape(-1).astype(np.int64)
+        counts = np.full(len(table), table.shape[1] - 1, dtype=np.int64)
+        return cls(table[:, 0].astype(np.int64), counts, completions, completions)
+
+    def select(self, indices: Sequence[int]) -> Lengths:
+        """Of some of the examples, in this order."""
+        taken = np.asarray(indices, dtype=np.int64)
+        counts = self.counts[taken]
+        shift = self.starts[taken] - (np.cumsum(counts) - counts)
+        places = np.repeat(shift, counts) + np.arange(counts.sum())
+        return Lengths(self.prompt[taken], counts, self.completions[places], self.loss_tokens[places])
+
     @property
     def starts(self) -> np.ndarray:
         """int64 [B]: where each example's completions begin among all N."""

@@ -21,6 +21,7 @@ from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora
 from dsdpo.model.attention.register import choose
 from dsdpo.model.load import load_causal_lm
 from dsdpo.model.packed import PackedModel
+from dsdpo.plan.shape import ModelShape
 from dsdpo.runtime.env import Mesh
 
 
@@ -137,14 +138,13 @@ def held_here(engine: DeepSpeedEngine) -> str:
 
 def describe(engine: DeepSpeedEngine, config: RunConfig, zero: ZeroConfig, mesh: Mesh, hardware: Hardware) -> str:
     """One line on what trains where."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
-    total, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+    shape = ModelShape.from_module(engine.module)
     stage, asked = engine.zero_optimization_stage(), zero.stage
     raised = f" (stage {asked} with bf16 runs as stage 1)" if stage != asked else ""
     groups = f" with a second copy in groups of {zero.hpz_size} ranks" if zero.hpz_size > 1 else ""
     return (
-        f"{config.stage} of {config.model_name_or_path}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M "
-        f"trainable ({config.finetuning_type}), reference {config.reference_kind}; ZeRO stage {stage}{raised}{groups}, "
-        f"{mesh.world_size} ranks on {hardware.device.type}, {'bf16' if hardware.bf16 else 'fp32'}, "
-        f"{held_here(engine)}"
+        f"{config.stage} of {config.model_name_or_path}: {shape.total / 1e6:.1f}M parameters, "
+        f"{shape.trained / 1e6:.1f}M trainable ({config.finetuning_type}), reference {config.reference_kind}; "
+        f"ZeRO stage {stage}{raised}{groups}, {mesh.world_size} ranks on {hardware.device.type}, "
+        f"{'bf16' if hardware.bf16 else 'fp32'}, {held_here(engine)}"
     )

@@ -13,10 +13,10 @@ import torch
 from dsdpo.compat import can_swap
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.errors import ConfigError, IOFailure
+from dsdpo.plan.memory import swap_bytes
+from dsdpo.plan.shape import ModelShape
 from dsdpo.runtime.collectives import all_gather_object, raise_on_any_rank
 from dsdpo.runtime.env import Mesh
-
-_BYTES = 16  # on NVMe for a trained weight: fp32 weight, two moments, gradient
 
 
 def prepare_swap(zero: ZeroConfig, mesh: Mesh) -> None:
@@ -52,10 +52,10 @@ def check_swap_room(model: torch.nn.Module, zero: ZeroConfig, mesh: Mesh) -> Non
     folder = zero.nvme_path
     if folder is None:
         return
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    trained = ModelShape.from_module(model).trained
     node = socket.gethostname()
     here = all_gather_object(node).count(node)
-    raise_on_any_rank(lambda: _check_room(folder.parent, node, _BYTES * trained * here // mesh.world_size))
+    raise_on_any_rank(lambda: _check_room(folder.parent, node, swap_bytes(trained, mesh.world_size, here)))
 
 
 def _check_room(disk: Path, node: str, needed: int) -> None:

@@ -227,3 +227,8 @@ def trainable_shapes(engine: DeepSpeedEngine) -> dict[str, list[int]]:
         for name, parameter in engine.module.model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def trained_weights(engine: DeepSpeedEngine) -> int:
+    """How many numbers are trained."""
+    return sum(math.prod(shape) for shape in trainable_shapes(engine).values())

@@ -17,9 +17,9 @@ from dsdpo.data.loader import BatchLoader, ExampleSource
 from dsdpo.data.order import examples_of_steps, steps_per_epoch
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.engine.engine import Hardware, build_engine, describe
+from dsdpo.engine.row_tokens import row_tokens
 from dsdpo.objectives.base import Objective
 from dsdpo.objectives.stages import objective_of
-from dsdpo.plan.memory import row_tokens
 from dsdpo.reference.source import Reference, reference_source
 from dsdpo.runtime.env import Mesh
 from dsdpo.runtime.rundir import RunDir

@@ -1,4 +1,4 @@
-"""bench/traffic.py says what dsdpo sends: held against the collectives of real ranks, byte by byte."""
+"""dsdpo/plan/traffic.py says what dsdpo sends: held against the collectives of real ranks, byte by byte."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from bench.traffic import Setup, Sizes, collectives
+from dsdpo.plan.setup import Setup
+from dsdpo.plan.shape import ModelShape
+from dsdpo.plan.traffic import collectives
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
 
@@ -17,7 +19,12 @@ RELEASE_AT_ONCE = {
     "stage3_max_live_parameters": 0,
     "stage3_max_reuse_distance": 0,
 }
-ZERO: dict[int, dict[str, Any]] = {0: {"stage": 0}, 1: {"stage": 1}, 2: {"stage": 2}, 3: {"stage": 3, **RELEASE_AT_ONCE}}
+ZERO: dict[int, dict[str, Any]] = {
+    0: {"stage": 0},
+    1: {"stage": 1},
+    2: {"stage": 2},
+    3: {"stage": 3, **RELEASE_AT_ONCE},
+}
 SEVERAL = {"max_tokens_per_row": 128}
 CASES: dict[str, tuple[Setup, dict[str, Any]]] = {
     "0 in fp32": (Setup(0, element=4), {"precision": "fp32"}),
@@ -44,7 +51,7 @@ def block(setup: Setup) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Sizes, int, dict[str, int]]]:
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[ModelShape, int, dict[str, int]]]:
     folder = tmp_path_factory.mktemp("traffic")
     save_model(folder / "model", tiny_llama_config(tied=False))
     save_tokenizer(folder / "model")
@@ -54,11 +61,11 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Sizes, 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_model_counts_what_is_sent(counted: dict[str, tuple[Sizes, int, dict[str, int]]], name: str) -> None:
-    sizes, micro_steps, sent = counted[name]
+def test_the_model_counts_what_is_sent(counted: dict[str, tuple[ModelShape, int, dict[str, int]]], name: str) -> None:
+    shape, micro_steps, sent = counted[name]
     setup, changes = CASES[name]
     assert (micro_steps > 1) == ("max_tokens_per_row" in changes), "several micro-steps are counted too"
-    told = collectives(sizes, setup, WORLD, micro_steps)
+    told = collectives(shape, setup, WORLD, micro_steps)
     around = {1: ("all_gather_into_tensor", "reduce_scatter_tensor", "reduce"), 2: ("all_reduce",)}
     for ring, functions in around.items():
         expected = sum(c.bytes for c in told if c.ring == ring)

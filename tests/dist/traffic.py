@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from bench.traffic import Sizes
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.runtime.rundir import RunDir
+from dsdpo.engine.engine import start_process_group
+from dsdpo.plan.shape import ModelShape
 from dsdpo.runtime.env import launched
 from dsdpo.runtime.files import write_atomically
-from dsdpo.engine.engine import start_process_group
-from dsdpo.train.setup import set_up
+from dsdpo.runtime.rundir import RunDir
 from dsdpo.train.run import Run
+from dsdpo.train.setup import set_up
 from dsdpo.runtime.stop import StopFlag
 from tests.dist.grid import run_config, take_steps
 from tests.helpers.tiny import ListOfExamples, random_pairs
@@ -32,10 +32,10 @@ _WHOLE = {
 }
 
 
-def count(cases: list[dict[str, Any]]) -> list[tuple[Sizes, int, dict[str, int]]]:
+def count(cases: list[dict[str, Any]]) -> list[tuple[ModelShape, int, dict[str, int]]]:
     """Train each case (changes to `run_config`; `zero`, a zero_optimization block) for a few steps.
 
-    Returns, for each case: the numbers of weights, micro-steps of a step, and in its last step the bytes gathered or
+    Returns, for each case: the model's shape, micro-steps of a step, and in its last step the bytes gathered or
     reduced by each function of torch.distributed.
     """
     mesh = launched()
@@ -64,12 +64,11 @@ def count(cases: list[dict[str, Any]]) -> list[tuple[Sizes, int, dict[str, int]]
         hardware = start_process_group(config, zero, mesh)
         stop = StopFlag(RunDir(folder))
         run = set_up(config, zero, mesh, hardware, ListOfExamples(random_pairs(40)), None, stop)
-        weights = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in run.engine.module.parameters()]
-        sizes = Sizes(sum(n for n, _ in weights), sum(n for n, trains in weights if trains), largest=0, modules=0)
+        shape = ModelShape.from_module(run.engine.module)
         (*_, batch) = run.loader.training_batches(range(5), config.train_batch_size, config.seed)
         sent.clear()
         take_steps(run)
-        results.append((sizes, len(batch.micro_batches), steps[-1]))
+        results.append((shape, len(batch.micro_batches), steps[-1]))
         run.reporter.close()
         run.engine.destroy()
     torch.distributed.destroy_process_group()

@@ -13,7 +13,6 @@ from transformers import LlamaConfig
 from bench.against_trl import compare
 from bench.cases import Case
 from bench.cuda_7b import COLUMNS, make_model, make_pairs, rows
-from bench.flops import Shape, step_flops
 
 TINY = LlamaConfig(
     vocab_size=96,
@@ -52,17 +51,3 @@ def test_a_case_without_its_data_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "data" / "pairs.jsonl").unlink()
     result = compare(Case("gone", pairs, "lora", "cached", model=model), 1, 1, tmp_path, 60)
     assert result.skipped and "pairs.jsonl" in result.verdicts()[0]
-
-
-def test_flops_of_llama_2_7b_are_what_its_size_says() -> None:
-    """6 N T for long enough rows of a model of 6.6e9 weights in its layers and head."""
-    llama = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
-    shape = Shape.of(llama, lora_rank=0)
-    assert shape.linear == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    pair = np.array([[0, 100, 100]])
-    attention = 12 * 32 * 4096 * 100**2
-    head = 6 * 4096 * llama.vocab_size * 200
-    assert step_flops(shape, pair, True, full=True, live=False) == 6 * shape.linear * 200 + attention + head
-    prompted = np.array([[300, 100, 100]])
-    shared, twice = (step_flops(shape, prompted, s, full=True, live=False) for s in (True, False))
-    assert 0.6 < shared / twice < 0.65, "500 tokens in place of 800"

@@ -1,27 +1,68 @@
-"""`max_tokens_per_row: auto`: the estimate's parts. That it fits a real GPU is for the GPU tests."""
+"""Bytes that a training keeps, and the longest micro-batch. That it fits a real GPU is for the GPU tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig
 
-from dsdpo.plan.memory import activation_bytes_per_token, longest_row, optimizer_bytes
-
-LLAMA_7B = LlamaConfig()  # transformers' defaults are Llama-2-7B's sizes
+from dsdpo.plan.memory import (
+    activation_bytes_per_token,
+    checkpoint_bytes,
+    gpu_bytes,
+    gradient_bytes,
+    longest_row,
+    moments_bytes,
+    row_tokens,
+    swap_bytes,
+)
+from dsdpo.plan.setup import Setup
+from dsdpo.plan.shape import ModelShape, TensorShape
+from tests.unit.plan.shapes import LORA, SHAPE
 
 
 def test_activations_of_a_7b_model() -> None:
     """32 layers of h = g = 4096, i = 11008 in bf16: 32 (2 (14 h + 4 i) + 8 h) bytes."""
-    assert activation_bytes_per_token(LLAMA_7B, 2, False) == 32 * (2 * (14 * 4096 + 4 * 11008) + 8 * 4096)
-    recomputed = activation_bytes_per_token(LLAMA_7B, 2, True)
-    assert recomputed < activation_bytes_per_token(LLAMA_7B, 2, False) / 15
+    assert activation_bytes_per_token(SHAPE, 2, False) == 32 * (2 * (14 * 4096 + 4 * 11008) + 8 * 4096)
+    recomputed = activation_bytes_per_token(SHAPE, 2, True)
+    assert recomputed < activation_bytes_per_token(SHAPE, 2, False) / 15
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3", "phi3", "gemma3_text", "mistral"])
 def test_every_family_has_the_sizes(kind: str) -> None:
-    assert activation_bytes_per_token(AutoConfig.for_model(kind), 4, False) > 0
+    shape = ModelShape.from_tensors(AutoConfig.for_model(kind), [TensorShape("embeddings", (1, 1), True)])
+    assert activation_bytes_per_token(shape, 4, False) > 0
 
 
 def test_zero_shards_what_it_shards() -> None:
-    assert [optimizer_bytes(100, stage, 4) for stage in (0, 1, 2, 3)] == [1200, 600, 300, 300]
+    assert [moments_bytes(100, stage, 4) + gradient_bytes(100, stage, 4) for stage in range(4)] == [1200, 600, 300, 300]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_memory_is_shared_out_as_the_stage_says(stage: int) -> None:
+    parts = gpu_bytes(SHAPE, Setup(stage), 8)
+    assert parts["Adam's moments"] == 8 * SHAPE.trained / (8 if stage >= 1 else 1)
+    assert parts["gradients"] == 4 * SHAPE.trained / (8 if stage >= 2 else 1)
+    assert parts["weights"] == 2 * SHAPE.total / (8 if stage == 3 else 1)
+    assert gpu_bytes(SHAPE, Setup(stage, live=True), 8)["reference"] == 2 * SHAPE.total / 8
+    assert "reference" not in gpu_bytes(LORA, Setup(stage, live=True), 8)
+
+
+def test_a_row_takes_what_training_leaves() -> None:
+    """Of 80 GB: 90 %, less the weights, Adam's moments and gradients, and the largest tensor twice."""
+    free = 72 * 10**9 - 14 * 10**9 - 12 * 7 * 10**9 // 8 - 2 * 2 * SHAPE.largest_tensor
+    told = row_tokens(SHAPE, 3, 8, 2, False, 512, gpu_memory=80 * 10**9, allocated=14 * 10**9)
+    assert told == longest_row(free, activation_bytes_per_token(SHAPE, 2, False), 512) > 1024
+    assert row_tokens(SHAPE, 0, 8, 2, False, 512, gpu_memory=80 * 10**9, allocated=14 * 10**9) == 1024
+    frozen = replace(SHAPE, trained=0)
+    assert row_tokens(frozen, 3, 8, 2, False, 512, gpu_memory=80 * 10**9, allocated=14 * 10**9) > told
+
+
+def test_bytes_on_disks() -> None:
+    """Three fp32 numbers of a trained weight in a checkpoint, and its gradient too on NVMe."""
+    assert checkpoint_bytes(10**9) == 12 * 10**9 + 2**24
+    assert swap_bytes(10**9, gpus=16, gpus_here=8) == 8 * 10**9
 
 
 def test_a_row_holds_at_least_one_pair() -> None:

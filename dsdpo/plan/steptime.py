@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.flops import PEAK_TFLOPS, Shape, step_flops
-from bench.traffic import Setup, Sizes, collectives, nvme_bytes, pcie_bytes
+from dsdpo.data.example import Lengths
 from dsdpo.data.packing import plan_step
+from dsdpo.plan.flops import PEAK_TFLOPS, step_flops, visible_pairs
+from dsdpo.plan.setup import Setup
+from dsdpo.plan.shape import ModelShape
+from dsdpo.plan.traffic import collectives, nvme_bytes, pcie_bytes
 
 COMPUTE_SHARE, WIRE_SHARE = 0.45, 0.8  # of the data sheets' numbers: assumed
 _BASE_S, _NEAR_HOP_S, _FAR_HOP_S = 8.4e-6, 3.4e-6, 14e-6
@@ -58,17 +61,18 @@ class Job:
     """What is trained where.
 
     Attributes:
-        lengths: prompt, chosen and rejected tokens of a step's pairs, int [B, 3].
+        row_tokens: the longest micro-batch, in tokens.
+        checkpointing: whether the layers' forward pass runs again in the backward pass.
+        lengths: of a step's B examples.
     """
 
-    shape: Shape
-    sizes: Sizes
+    shape: ModelShape
     setup: Setup
     rates: Rates
     gpus_per_node: int
     row_tokens: int
     checkpointing: bool
-    lengths: np.ndarray
+    lengths: Lengths
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Step:
     """
 
     gpus: int
-    pairs: int
+    examples: int
     micro_steps: int
     compute: float
     links: float
@@ -108,33 +112,34 @@ class Step:
         return max(parts, key=lambda name: parts[name])
 
 
-def compute_flops(job: Job, lengths: np.ndarray) -> float:
-    """Operations of some pairs in a micro-step as they are executed, so with those that are repeated.
+def compute_flops(job: Job, lengths: Lengths) -> float:
+    """Operations of some examples in a micro-step as they are executed, so with those that are repeated.
 
     The head's forward product runs again in its backward pass, since logits are never kept; with gradient checkpointing
     the layers' forward does too.
     """
-    shape, lora = job.shape, job.sizes.lora
-    p, c, r = lengths.astype(np.float64).T
-    again = 2 * shape.hidden * shape.vocab * float((c + r).sum())
+    shape = job.shape
+    again = 2 * shape.hidden * shape.vocab * float(lengths.loss_tokens.sum())
     if job.checkpointing:
-        visible = float(((p**2 + c**2 + r**2) / 2 + p * (c + r)).sum())
-        weights = shape.linear + (shape.lora if lora else 0)
-        again += 2 * weights * float(lengths.sum()) + 4 * shape.layers * shape.hidden * visible
-    return step_flops(shape, lengths, shared_prompt=True, full=not lora, live=job.setup.live) + again
+        tokens = float(lengths.packed(share_prefix=True).sum())
+        attention = 4 * shape.layers * shape.hidden * visible_pairs(lengths, share_prefix=True)
+        again += 2 * (shape.linear + shape.lora) * tokens + attention
+    return step_flops(shape, lengths, share_prefix=True, live=job.setup.live) + again
 
 
 def predict(job: Job, gpus: int) -> Step:
-    """A step of the job's pairs on so many GPUs."""
-    tokens = job.lengths.sum(axis=1)
-    plan = plan_step(tokens, gpus, job.row_tokens)
-    slowest = [max((compute_flops(job, job.lengths[row]) for row in rows if row), default=0.0) for rows in plan]
+    """A step of the job's examples on so many GPUs."""
+    plan = plan_step(job.lengths.packed(share_prefix=True), gpus, job.row_tokens)
+    slowest = [
+        max((compute_flops(job, job.lengths.select(indices)) for indices in micro_step if indices), default=0.0)
+        for micro_step in plan
+    ]
     rates, m = job.rates, len(plan)
     local = min(gpus, job.gpus_per_node)
     wires = {"links": 0.0, "network": 0.0}
     crossing = 0.0
     sent = 0.0
-    for collective in collectives(job.sizes, job.setup, gpus, m):
+    for collective in collectives(job.shape, job.setup, gpus, m):
         nodes = math.ceil(collective.group / job.gpus_per_node)
         hops, far = collective.group - 1, nodes - 1
         latency = rates.base + collective.ring * ((hops - far) * rates.near_hop + far * rates.far_hop)
@@ -142,17 +147,17 @@ def predict(job: Job, gpus: int) -> Step:
         wires["links" if nodes == 1 else "network"] += collective.sent / rate + collective.calls * latency
         sent += collective.sent
         crossing += collective.sent if nodes > 1 else 0.0
-    trained = job.sizes.trained / (gpus if job.setup.stage else 1)
+    trained = job.shape.trained / (gpus if job.setup.stage else 1)
     on_gpu = job.setup.optimizer == "gpu"
-    disk = nvme_bytes(job.sizes, job.setup, gpus, m) * local / rates.nvme
+    disk = nvme_bytes(job.shape, job.setup, gpus, m) * local / rates.nvme
     return Step(
         gpus=gpus,
-        pairs=len(job.lengths),
+        examples=len(job.lengths),
         micro_steps=m,
         compute=sum(slowest) / rates.flops,
         links=wires["links"],
         network=wires["network"],
-        host=pcie_bytes(job.sizes, job.setup, gpus, m) / rates.pcie + disk,
+        host=pcie_bytes(job.shape, job.setup, gpus, m) / rates.pcie + disk,
         update=_ADAM_BYTES * trained / (rates.hbm if on_gpu else rates.cpu / local),
         sent=sent,
         crossing=crossing,
@@ -160,7 +165,7 @@ def predict(job: Job, gpus: int) -> Step:
 
 
 def efficiency(step: Step, one: Step, seconds: str = "least") -> float:
-    """Pairs/s per GPU, over those of one GPU that trains the same step.
+    """Examples/s per GPU, over those of one GPU that trains the same step.
 
     Args:
         seconds: the end of the range, `least` or `most`.
@@ -168,8 +173,12 @@ def efficiency(step: Step, one: Step, seconds: str = "least") -> float:
     return float(getattr(one, seconds) / getattr(step, seconds) / step.gpus)
 
 
-def draw_lengths(pairs: int, mean: tuple[int, int, int], spread: float) -> np.ndarray:
-    """Lengths of pairs, uniform within (1 +- spread) of the means; int64 [pairs, 3], always the same."""
+def draw_lengths(examples: int, mean: tuple[int, ...], spread: float) -> Lengths:
+    """Lengths of made-up examples, uniform within (1 +- spread) of the means; always the same.
+
+    Args:
+        mean: tokens of the prompt, and of each completion.
+    """
     rng = np.random.default_rng(0)
-    factors = rng.uniform(1 - spread, 1 + spread, size=(pairs, 3))
-    return np.maximum(1, np.round(factors * np.array(mean))).astype(np.int64)
+    factors = rng.uniform(1 - spread, 1 + spread, size=(examples, len(mean)))
+    return Lengths.from_table(np.maximum(1, np.round(factors * np.array(mean))).astype(np.int64))
