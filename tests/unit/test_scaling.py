@@ -21,6 +21,7 @@ def test_a_folder_is_read(tmp_path: Path) -> None:
         load_config(str(tmp_path / "other"))
 
 
+@pytest.mark.start
 def test_what_it_prints() -> None:
     line = [sys.executable, "bench/scaling.py", "llama-2-7b", "--gpus", "8,64"]
     told = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -179,6 +179,7 @@ def test_ids_are_those_of_the_whole_texts(family, template):
     same(tokenizer, template, repository_pairs())
 
 
+@pytest.mark.start
 @pytest.mark.parametrize("template", ["default", "chatml", "llama2", "llama3", "none"])
 def test_ids_are_those_of_the_whole_texts_on_real_data(template):
     tokenizer = load_tokenizer(str(smollm2()))
