@@ -271,10 +271,10 @@ def resume_candidates(config: RunConfig) -> list[Checkpoint]:
     return [*went_on, read(named)]
 
 
-def supersede_later(run_dir: RunDir, chosen: Checkpoint) -> None:
+def supersede_later(run_dir: RunDir, kept: Checkpoint) -> None:
     """Rename checkpoints later than the one that a run goes back to: they would be taken next time, or be damaged."""
     for checkpoint in checkpoints(run_dir):
-        if checkpoint.step > chosen.step and checkpoint.path.resolve() != chosen.path.resolve():
+        if checkpoint.step > kept.step and checkpoint.path.resolve() != kept.path.resolve():
             names = (
                 f"{checkpoint.path.name}{SUPERSEDED}{'-' * (n > 1)}{n if n > 1 else ''}" for n in itertools.count(1)
             )

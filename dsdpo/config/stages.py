@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 # stage -> what it trains, for `--help`
-STAGES: dict[str, str] = {"dpo": "direct preference optimization on chosen/rejected pairs"}
+STAGES: dict[str, str] = {"dpo": "direct preference optimization on pairs of answers"}

@@ -151,20 +151,6 @@ def check_prompt(messages: Sequence[Message]) -> list[Message]:
     return kept
 
 
-def split_dialogues(
-    chosen: Sequence[Message], rejected: Sequence[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """Two whole dialogues -> (the turns that they share, rest of chosen, rest of rejected)."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared == len(chosen) == len(rejected):
-        raise Refused("chosen and rejected are the same")
-    if shared == len(chosen) or shared == len(rejected):
-        raise Refused("one dialogue is the beginning of the other")
-    return list(chosen[:shared]), list(chosen[shared:]), list(rejected[shared:])
-
-
 def reply(messages: Sequence[Message], side: str) -> list[Message]:
     """A completion: exactly one assistant message."""
     roles = [message["role"] for message in messages]

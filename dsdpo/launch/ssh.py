@@ -106,10 +106,10 @@ def leave_environment(run_dir: RunDir, token: str, environment: Mapping[str, str
     """
     forget_environment(run_dir)  # of a run that was killed
     wanted = [name for name in environment if name.startswith(_OF_LIBRARIES + _OF_TORCH) and name not in _NOT]
-    chosen = {name: environment[name] for name in wanted}
+    passed = {name: environment[name] for name in wanted}
     before = os.umask(0o077)
     try:
-        write_atomically(run_dir.environment(token), json.dumps(chosen))
+        write_atomically(run_dir.environment(token), json.dumps(passed))
     finally:
         os.umask(before)
 
@@ -120,8 +120,8 @@ def take_environment(run_dir: RunDir, token: str) -> None:
     A shell over ssh has the system's PATH, without this interpreter's ninja.
     """
     with suppress(FileNotFoundError):
-        chosen: dict[str, Any] = json.loads(run_dir.environment(token).read_text())
-        for name, value in chosen.items():
+        passed: dict[str, Any] = json.loads(run_dir.environment(token).read_text())
+        for name, value in passed.items():
             os.environ.setdefault(name, value)
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 

@@ -73,7 +73,6 @@ class Run:
     """
 
     config: RunConfig
-    run_dir: RunDir
     mesh: Mesh
     hardware: Hardware
     engine: DeepSpeedEngine
@@ -96,6 +95,11 @@ class Run:
 
     def __post_init__(self) -> None:
         self.done = self.first_step
+
+    @property
+    def run_dir(self) -> RunDir:
+        """The files of output_dir."""
+        return RunDir(Path(self.config.output_dir))
 
     # --- what the loop calls ---
 

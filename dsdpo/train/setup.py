@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from deepspeed import DeepSpeedEngine
@@ -64,19 +65,16 @@ def set_up(
     load = _Loaders(config, zero, mesh, hardware, engine, objective, point, reporter.say, stop_flag)
     used = examples_of_steps(schedule.total_steps, len(train_set), config.train_batch_size, config.seed)
     loader, reference = load(train_set, used)
-    held_out = load(eval_set, np.arange(len(eval_set))) if eval_set is not None else None
-    run_dir = RunDir(Path(config.output_dir))
-    watchdog = watchdog or Watch(run_dir, mesh, config.hang_timeout, None)
-    metadata = {**point.identity, **run_metadata(config, mesh, engine, train_set, load.row_tokens)}
-    saver = Saver(config, engine, mesh, metadata, reporter.say, watchdog.token)
-    _restore(config, mesh, engine, point, reporter.say)
+    held_out = None if eval_set is None else load(eval_set, np.arange(len(eval_set)))
+    watchdog = watchdog or Watch(RunDir(Path(config.output_dir)), mesh, config.hang_timeout, None)
+    metadata = run_metadata(config, mesh, engine, train_set, load.row_tokens)
+    saver = _saver(config, mesh, engine, point, metadata, reporter.say, watchdog.token)
     if trains and config.save_steps is not None and point.step < schedule.total_steps:
         saver.check_room()
     steps = f"{schedule.total_steps} steps of {config.train_batch_size}"
     reporter.say(f"{len(train_set)} examples, {steps}, micro-batches of at most {load.row_tokens} tokens")
     return Run(
         config=config,
-        run_dir=run_dir,
         mesh=mesh,
         hardware=hardware,
         engine=engine,
@@ -122,10 +120,20 @@ class _Loaders:
         return loader, self._reference_of(loader, ids)
 
 
-def _restore(
-    config: RunConfig, mesh: Mesh, engine: DeepSpeedEngine, point: ResumePoint, say: Callable[[str], None]
-) -> None:
-    """After the reference, which the untrained policy may have had to compute."""
+def _saver(
+    config: RunConfig,
+    mesh: Mesh,
+    engine: DeepSpeedEngine,
+    point: ResumePoint,
+    metadata: dict[str, Any],
+    say: Callable[[str], None],
+    token: str | None,
+) -> Saver:
+    """Makes checkpoints of an engine, which gets its state back here.
+
+    That comes after the reference, which the untrained policy may have had to compute.
+    """
     if point.checkpoint is not None:
         restore(engine, point.checkpoint, config, mesh)
         say(f"resumed after step {point.step} from {point.checkpoint.path}")
+    return Saver(config, engine, mesh, {**point.identity, **metadata}, say, token)

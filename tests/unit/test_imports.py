@@ -216,4 +216,36 @@ def test_the_training_loop_is_on_one_screen() -> None:
     assert len(rulers) == 2, "the loop stands between two rulers"
     body = lines[rulers[0] + 1 : rulers[1]]
     assert re.match(r"\s+(for|while) ", body[0]), "the loop starts under the first ruler"
-    assert len(body) <= 45
+    assert len(body) <= 30
+    loop = ast.parse(textwrap.dedent("\n".join(body)))
+    assert not any(isinstance(node, ast.Subscript) for node in ast.walk(loop)), "it slices nothing"
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_modules_and_functions_stay_readable(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 320 or path == PACKAGE / "config" / "schema.py"
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    long = {f.name: n for f in functions if (n := (f.end_lineno or 0) - f.lineno + 1) > 60}
+    assert not long
+
+
+def test_few_modules_know_what_a_preference_is() -> None:
+    """Formats, the preference objective and its metrics, options, chat."""
+    knowing = [name_of(path) for path in modules() if re.search("chosen|rejected", path.read_text())]
+    assert len(knowing) <= 15, knowing
+
+
+def test_there_is_no_import_circle() -> None:
+    """Also by imports inside functions: a module can be read after those that it imports."""
+    names = {name_of(path) for path in modules()}
+    imports = {
+        name_of(path): {n for n in imported(ast.parse(path.read_text())) if n in names and n != name_of(path)}
+        for path in modules()
+    }
+    while free := [name for name, needed in imports.items() if not needed]:
+        for name in free:
+            del imports[name]
+        for needed in imports.values():
+            needed.difference_update(free)
+    assert not imports, f"a circle among {sorted(imports)}"

@@ -7,7 +7,7 @@ every format by example.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from dsdpo.data.messages import (
     read_score,
     read_tools,
     reply,
-    split_dialogues,
     system_and,
     text_of,
 )
@@ -87,6 +86,20 @@ def _implicit_text(chosen: str, rejected: str) -> Example:
     if shared and chosen[shared - 1] == " ":
         shared -= 1
     return preference(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def split_dialogues(
+    chosen: Sequence[Message], rejected: Sequence[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Two whole dialogues -> (the turns that they share, rest of chosen, rest of rejected)."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == len(chosen) == len(rejected):
+        raise Refused("chosen and rejected are the same")
+    if shared == len(chosen) or shared == len(rejected):
+        raise Refused("one dialogue is the beginning of the other")
+    return list(chosen[:shared]), list(chosen[shared:]), list(rejected[shared:])
 
 
 def hh_rlhf(row: Columns, tags: Mapping[str, str]) -> Example:
