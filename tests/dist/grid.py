@@ -13,23 +13,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsdpo.runtime.rundir import RunDir
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.loader import BatchLoader
 from dsdpo.data.packing import Segment
-from dsdpo.runtime.env import launched
+from dsdpo.engine.engine import build_engine, build_reference_engine, start_process_group
 from dsdpo.errors import NumericError
-from dsdpo.runtime.files import write_atomically
 from dsdpo.model.attention.register import PackedLayout
-from dsdpo.reference.store import ReferenceStore
 from dsdpo.reference import precompute
 from dsdpo.reference.source import StoredReference, reference_source
-from dsdpo.engine.engine import build_engine, build_reference_engine, start_process_group
+from dsdpo.reference.store import ReferenceStore
+from dsdpo.runtime.env import launched
+from dsdpo.runtime.files import write_atomically
+from dsdpo.runtime.rundir import RunDir
+from dsdpo.runtime.stop import StopFlag
 from dsdpo.train.loop import train
 from dsdpo.train.run import Run
 from dsdpo.train.setup import set_up
-from dsdpo.runtime.stop import StopFlag
 from tests.helpers.tiny import ListOfExamples, random_pairs
 
 STEPS = 5
@@ -130,7 +130,7 @@ def fill_store(folder: str, runs: list[dict[str, Any]]) -> list[tuple[int, np.nd
 
     Args:
         folder: shared by the ranks.
-        runs: changes to `run_config`, and: `pairs`, how many the run has; `store`, a name: runs of one name share a store;
+        runs: changes to `run_config`, and: `pairs`, how many the run has; `store`, a name: runs of one name share it;
             `damage`, whether chunks of the store are damaged first; `blind`, a rank that sees the store only at its
             second look; `die_after` so many chunks the ranks die, as by a power cut.
 
@@ -269,7 +269,9 @@ def run_cases(cases: list[dict[str, Any]], n_pairs: int) -> list[dict[str, Any]]
         results.append(
             {
                 "metrics": [json.loads(line) for line in metrics.read_text().splitlines()] if mesh.is_main else [],
-                "example_ids": [[i for m in b.micro_batches for i in b.example_ids[m.examples].tolist()] for b in batches],
+                "example_ids": [
+                    [i for m in b.micro_batches for i in b.example_ids[m.examples].tolist()] for b in batches
+                ],
                 "micro_steps": [len(b.micro_batches) for b in batches],
             }
         )

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from dsdpo.runtime.rundir import RunDir
-from dsdpo.engine.zero_state import MOMENTS, STATES
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.runtime.env import launched
 from dsdpo.engine.engine import start_process_group
+from dsdpo.engine.zero_state import MOMENTS, STATES
+from dsdpo.runtime.env import launched
+from dsdpo.runtime.rundir import RunDir
+from dsdpo.runtime.stop import StopFlag
 from dsdpo.train.run import Run
 from dsdpo.train.setup import set_up
-from dsdpo.runtime.stop import StopFlag
 from tests.dist.grid import run_config, take_steps
 from tests.helpers.tiny import ListOfExamples, random_pairs
 
@@ -45,8 +45,8 @@ def go(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Several stretches of runs, one after another in one process group.
 
     Args:
-        tasks: changes to `run_config`, and: `folder`, of the run; `until`, the step to stop after (its learning rates are
-            those of the whole run); `save`, whether to save then; `state`, whether to return what DeepSpeed holds
+        tasks: changes to `run_config`, and: `folder`, of the run; `until`, the step to stop after (its learning rates
+            are those of the whole run); `save`, whether to save then; `state`, whether to return what DeepSpeed holds
             before the first step.
 
     Returns:

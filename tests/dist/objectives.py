@@ -27,8 +27,8 @@ def train_objectives(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Train each case for a few steps in one process group.
 
     Args:
-        cases: changes to `run_config`, and: `objective`, a stage of `register`; `folder`, of the run, where a checkpoint
-            of an earlier case may be; `until`, the step to stop after; `save`, whether to save then.
+        cases: changes to `run_config`, and: `objective`, a stage of `register`; `folder`, of the run, where a
+            checkpoint of an earlier case may be; `until`, the step to stop after; `save`, whether to save then.
 
     Returns:
         For each: `metrics` of each step of the folder's runs so far, and of the evaluation behind the last one, on rank

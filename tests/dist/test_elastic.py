@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsdpo.runtime.rundir import RunDir
 from dsdpo.checkpoint.commit import checkpoints
 from dsdpo.checkpoint.fragments import Fragments
 from dsdpo.engine.zero_state import STATES
+from dsdpo.runtime.rundir import RunDir
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
 
@@ -142,7 +142,9 @@ def test_at_the_same_world_size_nothing_changes_at_all(base: Path, kind: str) ->
     One kind in new interpreters: no thread may import what a forked rank has at its start.
     """
     more: dict[str, Any] = {"disable_dropout": True} if kind == "full" else {"lora_dropout": 0.2}
-    wholes = [task(base, kind, f"one-go-{kind}-{i}", **p, **more, until=STEPS, save=True) for i, p in enumerate(MORE_PLACES)]
+    wholes = [
+        task(base, kind, f"one-go-{kind}-{i}", **p, **more, until=STEPS, save=True) for i, p in enumerate(MORE_PLACES)
+    ]
     halves = []
     for i, place in enumerate(MORE_PLACES):
         where = {**place, **more, "async_save": i % 2 == 0}

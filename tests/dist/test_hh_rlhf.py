@@ -23,7 +23,9 @@ ROWS = 2312
 def test_prepare_and_train_hh_harmless(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
     tokenizer.save_pretrained(tmp_path / "model")
-    small = tiny_llama_config(tied=True, vocab_size=len(tokenizer), max_position_embeddings=2048, initializer_range=0.02)
+    small = tiny_llama_config(
+        tied=True, vocab_size=len(tokenizer), max_position_embeddings=2048, initializer_range=0.02
+    )
     save_model(tmp_path / "model", small)
     data = shutil.copy(shared_file("hh_harmless_base_test.jsonl.gz"), tmp_path)
     settings = {

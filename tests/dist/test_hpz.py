@@ -56,8 +56,14 @@ def test_losses_and_grad_norms_are_those_of_plain_zero3(base: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_checkpoints_go_between_hpz_and_plain_zero3(base: Path, kind: str) -> None:
-    """Under hpZ to the bit; to and from plain ZeRO-3 the same state, and the next loss is that of the loaded weights."""
-    common = {"model": str(base / "model"), "stage": 3, "finetuning_type": kind, "learning_rate": 0.01, "max_steps": STEPS}
+    """Under hpZ to the bit; to and from plain ZeRO-3 the same state, and the next loss is that of its weights."""
+    common = {
+        "model": str(base / "model"),
+        "stage": 3,
+        "finetuning_type": kind,
+        "learning_rate": 0.01,
+        "max_steps": STEPS,
+    }
 
     def task(run: str, where: dict[str, Any], until: int, **more: Any) -> dict[str, Any]:
         return {**common, **where, "folder": str(base / f"{kind}-{run}"), "until": until, "save": True, **more}

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from dsdpo.config.zero import ZeroConfig
+from dsdpo.engine.engine import start_process_group
 from dsdpo.runtime.env import Mesh
 from dsdpo.runtime.rundir import RunDir
-from dsdpo.engine.engine import start_process_group
-from dsdpo.train.setup import set_up
 from dsdpo.runtime.stop import StopFlag
+from dsdpo.train.setup import set_up
 from tests.dist.grid import STEPS, run_config, take_steps
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import ListOfExamples, random_pairs, save_model, save_tokenizer, tiny_llama_config

@@ -57,7 +57,10 @@ def found(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
         "moved": {**run, "model": str(variant(folder / "moved", base))},
         "other layout": {**run, "share_prefix": False},
         "other weights": {**run, "model": str(variant(folder / "weights", base, norm=1.5))},
-        "other config": {**run, "model": str(variant(folder / "config", base, **{'"rms_norm_eps": 1e-06': '"rms_norm_eps": 0.1'}))},
+        "other config": {
+            **run,
+            "model": str(variant(folder / "config", base, **{'"rms_norm_eps": 1e-06': '"rms_norm_eps": 0.1'})),
+        },
         "seen late by one rank": {**run, "blind": 1},
         "grown": {**run, "pairs": N + 5},
         "damaged": {**run, "damage": True, "store": "damaged"},

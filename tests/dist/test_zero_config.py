@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsdpo.runtime.env import launched
-from dsdpo.launch.worker import join
 from dsdpo.launch.task import Task
+from dsdpo.launch.worker import join
+from dsdpo.runtime.env import launched
 from tests.dist.grid import zero_json
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_model, save_pairs, save_tokenizer, tiny_llama_config

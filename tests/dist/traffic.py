@@ -17,9 +17,9 @@ from dsdpo.plan.shape import ModelShape
 from dsdpo.runtime.env import launched
 from dsdpo.runtime.files import write_atomically
 from dsdpo.runtime.rundir import RunDir
+from dsdpo.runtime.stop import StopFlag
 from dsdpo.train.run import Run
 from dsdpo.train.setup import set_up
-from dsdpo.runtime.stop import StopFlag
 from tests.dist.grid import run_config, take_steps
 from tests.helpers.tiny import ListOfExamples, random_pairs
 
