@@ -103,8 +103,9 @@ def _view(column: pa.Array) -> np.ndarray:
     Numbers are not copied; bool is.
     """
     if pa.types.is_boolean(column.type):
-        bits = np.unpackbits(np.frombuffer(column.buffers()[1] or b"", np.uint8), bitorder="little")
-        return bits[column.offset : column.offset + len(column)].astype(bool)
+        first, last = column.offset // 8, (column.offset + len(column) + 7) // 8
+        packed = np.frombuffer(column.buffers()[1] or b"", np.uint8)[first:last]
+        return np.unpackbits(packed, bitorder="little")[column.offset % 8 :][: len(column)].astype(bool)
     kind = np.dtype(str(column.type).replace("double", "float64"))
     return np.frombuffer(column.buffers()[1] or b"", kind, count=len(column), offset=column.offset * kind.itemsize)
 
@@ -118,8 +119,9 @@ def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def _split_lists(lists: pa.ListScalar) -> tuple[np.ndarray, ...]:
     """The inner lists of one value of a list of lists."""
     inner = lists.values
-    ends = np.diff(_view(inner.offsets)).cumsum()[:-1]
-    return tuple(np.split(_view(inner.flatten()), ends))
+    offsets = _view(inner.offsets)
+    values = inner.values.slice(offsets[0], offsets[-1] - offsets[0])  # flatten() would import pyarrow.compute
+    return tuple(np.split(_view(values), offsets[1:-1] - offsets[0]))
 
 
 class PreparedSet:

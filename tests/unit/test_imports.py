@@ -181,9 +181,12 @@ def test_reading_prepared_data_loads_pyarrow_alone(prepared_run: Path) -> None:
         from dsdpo.data.prepare import open_prepared
 
         examples = open_prepared(load({str(prepared_run)!r}, []).config, "train")
+        import sys
+        before = set(sys.modules)
         ids = numpy.arange(len(examples))
         examples.lengths(ids), examples.digests(ids), examples.scores(ids), examples.weights(ids)
         examples.example(0), examples.where(0)
+        assert set(sys.modules) == before, set(sys.modules) - before
     """
     assert loaded_after(code) == {"pyarrow"}
 
@@ -199,7 +202,7 @@ def test_the_kernel_is_loaded_without_its_package() -> None:
     assert not loaded_after(code) & {"trl", "datasets", "peft", "deepspeed"}
 
 
-def test_only_dist_reads_the_ranks_variables() -> None:
+def test_only_env_reads_the_ranks_variables() -> None:
     variables = re.compile(r"[\"'](RANK|WORLD_SIZE|LOCAL_RANK|SLURM_\w+)[\"']")
     readers = [name_of(path) for path in modules() if variables.search(path.read_text())]
     assert readers == ["dsdpo.runtime.env"]

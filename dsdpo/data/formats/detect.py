@@ -32,7 +32,7 @@ def unread(formatting: str, columns: Mapping[str, str]) -> list[str]:
 
 
 def detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    """Tell the format of a set from one of its rows: a key of FORMATS, or None.
+    """Tell the format of a set from one of its rows: a key of READS, or None.
 
     A format that reads every column named in `columns` goes before one that would leave some out.
     """
