@@ -21,8 +21,9 @@ def train(run: Run) -> None:
     for step, batch in run.batches():
         learning_rate = run.schedule.learning_rate(step)
         set_learning_rate(engine, learning_rate)
-        loss_of = objective.bind(batch, run.reference.logps(batch), run.forward)
+        reference = run.reference.logps(batch)
         run.watchdog.beat(step)
+        loss_of = objective.bind(batch, reference, run.forward)
         # DeepSpeed averages gradients over data-parallel ranks: times their number, this is the mean over the step.
         scale = run.mesh.dp_size / objective.denominator(batch)
         sums = MetricSums(objective.metrics, run.hardware.device)

@@ -156,7 +156,8 @@ class Run:
             self._save()
         if evaluates and not self.stopping:
             self.flush()
-            self.stopping = not self.evaluate(self.done)
+            if not self.evaluate(self.done):
+                self.stopping = True
         self._since = time.perf_counter()
         return self.stopping
 
