@@ -26,6 +26,7 @@ from dsdpo.runtime.stop import StopFlag
 _EXAMPLES_PER_PASS = 64  # per rank, between two looks at the micro-batches' balance
 _PASSES_PER_CHUNK = 16  # a killed pass repeats at most this many
 _COUNTED_AT_ONCE = 1_000_000
+_NOT_ASKED_FOR = np.iinfo(np.int64).max // 2  # beyond every array: to look up such an example is an IndexError
 _STORE_FORMAT = 2
 _SEEN_WITHIN_S = 60.0
 
@@ -88,7 +89,7 @@ def find_or_compute(
             f"the reference gives no finite log-prob for {len(bad)} examples, the first at "
             f"{source.where(int(ids[bad[0]]))}: check the model and the precision, then remove {store.folder}"
         )
-    starts = np.zeros(len(source), dtype=np.int64)
+    starts = np.full(len(source), _NOT_ASKED_FOR)
     starts[ids] = np.cumsum(counts) - counts
     return starts, logps
 
