@@ -69,7 +69,7 @@ def find_resume_point(config: RunConfig, mesh: Mesh, identity: dict[str, Any]) -
     saved: only those that are tried are sent, one at a time. A collective call.
 
     Args:
-        identity: of this run, as `facts.identity` gives it.
+        identity: of this run, as `run_metadata.identity` gives it.
 
     Raises:
         CheckpointError: the one that is named, or every one that there is, is damaged; or the run is another one.

@@ -131,7 +131,7 @@ def _folder_of(config: RunConfig, offload: dict[str, Any]) -> Path:
 
 
 def engine_config(config: RunConfig, zero: ZeroConfig, dp_size: int, bf16: bool) -> dict[str, Any]:
-    """The complete config for `deepspeed.initialize`. A row is one micro-batch: batch sizes count rows.
+    """The complete config for `deepspeed.initialize`. Batch sizes count micro-batches of one rank.
 
     The caller sets the accumulation boundary itself and passes its own optimizer; in bf16 gradients
     accumulate and travel in fp32. Assumes a config that passed `check_deepspeed`.

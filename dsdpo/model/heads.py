@@ -49,7 +49,7 @@ class LogProbHead(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """A number from a hidden state: a linear map, fp32, which is the parameter `score.weight` of the model.
+    """A number from a hidden state: a linear map, which is the parameter `score.weight` of the model.
 
     Like LogProbHead it holds the parameter itself and is a module of its own, for ZeRO-3's hooks.
     """

@@ -85,7 +85,7 @@ class AcrossBatch:
             if sums is None:
                 sums = torch.zeros(n, found.shape[1], device=found.device)
                 gathered = torch.zeros(n, 2, device=found.device)
-            at = torch.from_numpy(batch.completion_indices(micro_batch)).to(found.device)
+            at = torch.from_numpy(batch.completion_indices(micro_batch)).to(found.device, non_blocking=True)
             sums[at] = found
             if reference is not None:
                 gathered[at] = reference[at]  # type: ignore[index]
@@ -102,7 +102,7 @@ class AcrossBatch:
     def __call__(self, micro_batch: MicroBatch, output: ModelOutput) -> MicroBatchLoss:
         """The second pass: a number whose gradient by the policy's sums is the known one."""
         sums = completion_sums(output, micro_batch.completions)
-        at = torch.from_numpy(self.batch.completion_indices(micro_batch)).to(sums.device)
-        examples = torch.from_numpy(micro_batch.examples).to(sums.device)
+        at = torch.from_numpy(self.batch.completion_indices(micro_batch)).to(sums.device, non_blocking=True)
+        examples = torch.from_numpy(micro_batch.examples).to(sums.device, non_blocking=True)
         total = (sums * self.gradients[at]).sum()
         return MicroBatchLoss(total, self.losses[examples], self.metrics[:, examples])

@@ -38,7 +38,7 @@ class PairFacts(NamedTuple):
         return cls(
             torch.from_numpy(tokens).to(device, non_blocking=True),
             torch.from_numpy(gaps).to(device, non_blocking=True),
-            float(batch.mean_over.loss_tokens[::2].mean()),
+            batch.mean_over.mean_first_loss_tokens,
         )
 
 
@@ -107,9 +107,9 @@ def completion_sums(output: ModelOutput, completions: np.ndarray) -> torch.Tenso
         completions: int64 [S, 3] of the micro-batch.
 
     Returns:
-        fp32 [S, 2], or [S, 3] with `token_log_sum_sq`. Column 0 sums log-probs at places that all completions of the
-        example have, column 1 those beyond the end of the shortest. Column 2 sums log(p_t / sum_v p_v^2) over all
-        tokens, without gradient.
+        fp32 [S, 2], or [S, 3] with `token_log_sum_sq`. Column 0 sums the log-probs of as many scored tokens as the
+        example's completion with the fewest has, column 1 those of the rest. Column 2 sums log(p_t / sum_v p_v^2) over
+        all tokens, without gradient.
     """
     assert output.token_logps is not None, "sums of log-probs need a logprob head"
     tokens = completions[:, 2]
