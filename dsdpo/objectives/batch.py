@@ -15,7 +15,8 @@ from dsdpo.data.loader import Batch
 from dsdpo.data.packing import MicroBatch
 from dsdpo.model.packed import ModelOutput
 from dsdpo.objectives.base import Forward, MicroBatchLoss
-from dsdpo.objectives.pair_logps import PairFacts, completion_sums
+from dsdpo.objectives.pair_logps import PairFacts
+from dsdpo.objectives.sums import completion_sums
 
 
 class PairLosses(NamedTuple):

@@ -17,7 +17,7 @@ from dsdpo.model.adapters import reference_weights
 from dsdpo.model.attention.register import choose
 from dsdpo.model.load import weights_digests
 from dsdpo.model.packed import PackedInputs
-from dsdpo.objectives.pair_logps import completion_sums
+from dsdpo.objectives.sums import completion_sums
 from dsdpo.reference.store import ReferenceStore, store_key
 from dsdpo.runtime.collectives import any_rank
 from dsdpo.runtime.env import Mesh

@@ -15,7 +15,7 @@ from dsdpo.data.loader import Batch, BatchLoader
 from dsdpo.engine.engine import Hardware, build_reference_engine, held_here
 from dsdpo.model.adapters import reference_weights
 from dsdpo.model.packed import PackedInputs
-from dsdpo.objectives.pair_logps import completion_sums
+from dsdpo.objectives.sums import completion_sums
 from dsdpo.reference.precompute import find_or_compute, open_store
 from dsdpo.runtime.env import Mesh
 from dsdpo.runtime.stop import StopFlag

@@ -13,8 +13,8 @@ from dsdpo.data.loader import Batch
 from dsdpo.data.packing import MicroBatch
 from dsdpo.model.packed import ModelOutput
 from dsdpo.objectives.base import Forward, LossFunction, MicroBatchLoss
-from dsdpo.objectives.pair_logps import completion_sums
 from dsdpo.objectives.stages import OBJECTIVES
+from dsdpo.objectives.sums import completion_sums
 from tests.helpers.tiny import ListOfExamples, random_examples
 
 

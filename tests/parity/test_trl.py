@@ -21,7 +21,8 @@ from dsdpo.data.packing import build_micro_batch
 from dsdpo.data.templates import EncodedExample, ExampleEncoder
 from dsdpo.model.attention.register import NAMES
 from dsdpo.model.packed import PackedInputs, PackedModel
-from dsdpo.objectives.pair_logps import PairFacts, completion_sums
+from dsdpo.objectives.pair_logps import PairFacts
+from dsdpo.objectives.sums import completion_sums
 from tests.helpers.objective import preference_objective
 from tests.helpers.real import hh_rows, smollm2
 

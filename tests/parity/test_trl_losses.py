@@ -20,8 +20,9 @@ from dsdpo.data.example import TokenizedExample
 from dsdpo.data.packing import build_micro_batch
 from dsdpo.model.attention.register import NAMES
 from dsdpo.model.packed import PackedInputs, PackedModel
-from dsdpo.objectives.pair_logps import PairFacts, completion_sums
+from dsdpo.objectives.pair_logps import PairFacts
 from dsdpo.objectives.preference import PreferenceObjective
+from dsdpo.objectives.sums import completion_sums
 from tests.helpers.real import smollm2
 from tests.helpers.tiny import VOCAB, random_pairs, save_model, save_tokenizer, tiny_llama_config
 

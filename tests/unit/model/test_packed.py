@@ -14,7 +14,7 @@ from dsdpo.data.packing import build_micro_batch, empty_micro_batch
 from dsdpo.errors import ConfigError
 from dsdpo.model.attention.register import NAMES
 from dsdpo.model.packed import PackedInputs, PackedModel
-from dsdpo.objectives.pair_logps import completion_sums
+from dsdpo.objectives.sums import completion_sums
 from tests.helpers.alone import logps_alone, value_alone
 from tests.helpers.tiny import VOCAB, random_examples, random_pairs, save_model, tiny_llama_config
 

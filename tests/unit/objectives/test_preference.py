@@ -14,10 +14,11 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import Batch, BatchLoader
 from dsdpo.errors import DataError
 from dsdpo.model.packed import ModelOutput
-from dsdpo.objectives.pair_logps import PairFacts, PairLogps, completion_sums
+from dsdpo.objectives.pair_logps import PairFacts, PairLogps
 from dsdpo.objectives.preference import METRICS
 from dsdpo.objectives.preference_losses import divergence_scores, sft_loss, smoothed_logistic
 from dsdpo.objectives.registry import LOSS_FUNCTIONS, loss
+from dsdpo.objectives.sums import completion_sums
 from dsdpo.runtime.env import Mesh
 from tests.helpers.objective import preference_objective as objective
 from tests.helpers.tiny import ListOfExamples, random_examples, random_pairs

@@ -14,7 +14,7 @@ from dsdpo.data.packing import MicroBatch
 from dsdpo.model.attention.register import NAMES
 from dsdpo.model.packed import ModelOutput, PackedInputs, PackedModel
 from dsdpo.objectives.base import Objective
-from dsdpo.objectives.pair_logps import completion_sums
+from dsdpo.objectives.sums import completion_sums
 from dsdpo.runtime.env import Mesh
 from tests.helpers.alone import logps_alone, value_alone
 from tests.helpers.objectives import BradleyTerry, NegativeLogLikelihood, PlackettLuce, examples_for
