@@ -22,7 +22,7 @@ from typing import IO, Any
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, IOFailure
 from dsdpo.runtime.faults import fault_point
-from dsdpo.runtime.files import fsync_folder, write_atomically
+from dsdpo.runtime.files import fsync_path, write_atomically
 from dsdpo.runtime.rundir import RunDir
 
 MANIFEST = "MANIFEST.json"
@@ -141,7 +141,7 @@ def commit(staged: Path, folder: Path, files: dict[str, FileRecord], facts: dict
         fault_point("save:before-rename")
         os.rename(staged, folder)
         fault_point("save:renamed")
-        fsync_folder(folder.parent)
+        fsync_path(folder.parent)
     except OSError as error:
         raise IOFailure(f"cannot commit {folder}: {error.strerror or error}") from error
 

@@ -28,10 +28,10 @@ from dsdpo.data.formats.detect import READS, detect, unread
 from dsdpo.data.messages import Refused
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import INFO_FILE, DatasetEntry
-from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SCHEMA, fsync_path, write_shards
+from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SCHEMA, write_shards
 from dsdpo.data.templates import ExampleEncoder
 from dsdpo.errors import DataError
-from dsdpo.runtime.files import write_atomically
+from dsdpo.runtime.files import fsync_path, write_atomically
 
 if TYPE_CHECKING:
     from datasets import Dataset

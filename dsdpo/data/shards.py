@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ import pyarrow as pa
 
 from dsdpo.data.example import DIGEST, DIGEST_BYTES, Lengths, TokenizedExample
 from dsdpo.data.order import permute
+from dsdpo.runtime.files import fsync_path
 
 MANIFEST = "manifest.json"
 DROPPED_ROWS = "dropped_rows.jsonl"
@@ -47,15 +47,6 @@ SCHEMA = pa.schema(
 
 _OPEN_BATCHES = 256  # a record batch is a view of the map: a few KB of Python objects, no data
 _SPLIT_KEY = 2**32 - 1  # an epoch number that training never reaches, so that the split has an order of its own
-
-
-def fsync_path(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _shard_name(number: int) -> str:

@@ -19,7 +19,7 @@ from dsdpo.compat import is_partitioned
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.errors import CheckpointError, IOFailure
 from dsdpo.export.assemble import assemble
-from dsdpo.runtime.files import fsync_folder, fsync_tree
+from dsdpo.runtime.files import fsync_path, fsync_tree
 from dsdpo.runtime.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-        fsync_folder(folder.parent)
+        fsync_path(folder.parent)
     except (OSError, SafetensorError) as error:  # safetensors has an exception of its own for a full disk
         raise IOFailure(f"cannot write {folder}: {error}; free space or choose another folder") from error
     finally:

@@ -35,25 +35,21 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        fsync_folder(path.parent)
+        fsync_path(path.parent)
     except OSError as error:
         raise IOFailure(
             f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
         ) from error
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut. Raises OSError."""
-    _fsync(folder)
-
-
 def fsync_tree(folder: Path) -> None:
     """Make all that is in a folder survive a power cut, whoever wrote it. Raises OSError."""
     for path in (*folder.rglob("*"), folder):
-        _fsync(path)
+        fsync_path(path)
 
 
-def _fsync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
