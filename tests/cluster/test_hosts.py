@@ -135,12 +135,12 @@ def test_an_unreachable_host_is_named(hosts: Hosts, place: Place) -> None:
 
 @pytest.mark.slow
 def test_a_file_that_differs_on_a_host_is_named(hosts: Hosts, place: Place) -> None:
-    path = ROOT / "dsdpo" / "objectives" / "dpo.py"
+    path = ROOT / "dsdpo" / "objectives" / "preference_losses.py"
     hosts["h2"].overlay(path, path.read_text() + "\n# changed\n")
     started = time.monotonic()
     run = train(hosts, place, "changed")
     assert run.wait() == 64 and time.monotonic() - started < 100, run.output
-    assert "1. h2: dsdpo/objectives/dpo.py is another file than on h1; install the same dsdpo" in run.output
+    assert "1. h2: dsdpo/objectives/preference_losses.py is another file than on h1; install the same dsdpo" in run.output
 
 
 @pytest.mark.slow
