@@ -42,8 +42,8 @@ endef
 help:
 	@echo "make demo     install, then train a small model on text-to-SQL and show what changed"
 	echo "make quick    install, then run the tests that start no run: a minute or so"
-	echo "make test     install, then run what a change must pass, with one real run for each promise: 20 minutes"
-	echo "make test-all install, then run every test with KILLS=60: hours (PART=i/4: a quarter, under an hour)"
+	echo "make test     install, then run what a change must pass, with one real run for each promise: 11 minutes"
+	echo "make test-all install, then run every test with KILLS=60 (PART=i/4: a quarter, 20 minutes)"
 	echo "make test-faults KILLS=60    install, then kill as many runs, most inside a save, and count what was lost"
 	echo "make cluster-packages    install SLURM, ssh and the like from Debian: tests/cluster skips without them"
 	echo "make bench    install, then dsdpo beside TRL's DPOTrainer: hours (BENCH_ARGS=\"--cases 'hh-lora-*'\" for a part)"
