@@ -140,7 +140,7 @@ def test_a_file_that_differs_on_a_host_is_named(hosts: Hosts, place: Place) -> N
     started = time.monotonic()
     run = train(hosts, place, "changed")
     assert run.wait() == 64 and time.monotonic() - started < 100, run.output
-    assert "1. h2: dsdpo/objectives/preference_losses.py is another file than on h1; install the same dsdpo" in run.output
+    assert "1. h2: dsdpo/objectives/preference_losses.py is another file than on h1; install" in run.output
 
 
 @pytest.mark.slow
