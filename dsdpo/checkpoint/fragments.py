@@ -34,7 +34,7 @@ def write_tensors(
     """A safetensors file of tensors.
 
     Args:
-        tensors: what the file holds, those that are not at hand on the device `meta`.
+        tensors: what the file holds; those that are not in memory stand on the device `meta`.
         portions: of which those come, in the same order, one portion after another.
 
     Raises:
