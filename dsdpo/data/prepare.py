@@ -1,4 +1,4 @@
-"""The prepared sets of a run: made when missing, opened memory-mapped, told in a sentence."""
+"""The prepared sets of a run: made when missing, opened memory-mapped, and summed up in a sentence."""
 
 from __future__ import annotations
 
@@ -166,19 +166,20 @@ def _opened(config: RunConfig, split: Split, path: Path) -> PreparedSet:
 
 def summary(prepared: PreparedSet) -> str:
     """One paragraph for the terminal: what was read, kept, refused, cut, and how long the examples are."""
-    told = prepared.manifest
-    n_refused = told["rows"] - told["examples"]
-    text = f"{prepared.split} data: {', '.join(told['datasets'])}: {told['rows']} rows, {told['examples']} examples"
+    manifest = prepared.manifest
+    n_refused = manifest["rows"] - manifest["examples"]
+    text = f"{prepared.split} data: {', '.join(manifest['datasets'])}: "
+    text += f"{manifest['rows']} rows, {manifest['examples']} examples"
     if prepared.held_out is not None:
         text += f", {len(prepared)} of them in this split"
-    text += "; mean tokens " + ", ".join(f"{part} {value:.0f}" for part, value in told["mean_tokens"].items())
-    text += "; longest " + ", ".join(f"{part} {value}" for part, value in told["longest"].items())
-    if told["truncated"]:
-        mode, max_length = told["settings"]["truncation_mode"], told["settings"]["max_length"]
-        text += f"; {told['truncated']} cut to max_length {max_length} ({mode})"
-    if told["diverged"]:
-        text += f"; {told['diverged']} where prompt and completion share a token, which went to the completion"
+    text += "; mean tokens " + ", ".join(f"{part} {value:.0f}" for part, value in manifest["mean_tokens"].items())
+    text += "; longest " + ", ".join(f"{part} {value}" for part, value in manifest["longest"].items())
+    if manifest["truncated"]:
+        mode, max_length = manifest["settings"]["truncation_mode"], manifest["settings"]["max_length"]
+        text += f"; {manifest['truncated']} cut to max_length {max_length} ({mode})"
+    if manifest["diverged"]:
+        text += f"; {manifest['diverged']} where prompt and completion share a token, which went to the completion"
     if n_refused:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in told["refused"].items())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in manifest["refused"].items())
         text += f"; {n_refused} refused ({reasons}), listed in {prepared.path / DROPPED_ROWS}"
     return text
