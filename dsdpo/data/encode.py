@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import DIGEST_BYTES, Example, TokenizedExample, example_digest
 from dsdpo.data.formats.preference import to_example
-from dsdpo.data.messages import Refused
 from dsdpo.data.readers import RawRow, parse_row
 from dsdpo.data.registry import DatasetEntry
-from dsdpo.data.templates import EQUAL, EncodedExample, ExampleEncoder, has_equal
+from dsdpo.data.templates import EncodedExample, ExampleEncoder, has_equal
 
-_EXCERPT = 200  # characters of a refused row that are shown
+_EXCERPT = 200  # characters of a dropped row that are shown
 
 
 @dataclass(frozen=True)
@@ -61,27 +61,27 @@ def fit(example: EncodedExample, limits: Limits, bos_id: int | None) -> tuple[En
         The example that fits, and whether it was cut.
 
     Raises:
-        Refused: nothing sensible is left, or truncation_mode is `refuse`, or the example exceeds a micro-batch.
+        Dropped: nothing sensible is left, or truncation_mode is `refuse`, or the example exceeds a micro-batch.
     """
     prompt, completions = example.prompt_ids, example.completion_ids
     over = len(prompt) + max(map(len, completions)) - limits.max_length
     if over > 0:
         size = f"{over + limits.max_length} tokens, max_length is {limits.max_length}"
         if limits.truncation_mode == "refuse":
-            raise Refused("longer than max_length", size)
+            raise Dropped("too_long", size)
         if limits.truncation_mode == "keep_start":
             room = limits.max_length - len(prompt)
             if room < 1:
                 detail = f"{len(prompt)} tokens, max_length is {limits.max_length}"
-                raise Refused("the prompt alone reaches max_length", detail)
+                raise Dropped("prompt_too_long", detail)
             completions = [ids[:room] for ids in completions]
             if has_equal(completions):
-                raise Refused(f"{EQUAL} once cut to max_length", size)
+                raise Dropped("same_once_cut", size)
         else:
             kept = [bos_id] if bos_id is not None and prompt[:1] == [bos_id] else []
             prompt = [*kept, *prompt[over + len(kept) :]]
             if len(prompt) == len(kept):
-                raise Refused("a completion alone reaches max_length", size)
+                raise Dropped("completion_too_long", size)
     _check_micro_batch(len(prompt), [len(ids) for ids in completions], limits)
     return EncodedExample(prompt, completions, example.diverged), over > 0
 
@@ -90,7 +90,7 @@ def _check_micro_batch(prompt: int, completions: list[int], limits: Limits) -> N
     tokens = (1 if limits.share_prefix else len(completions)) * prompt + sum(completions)
     if limits.row_tokens is not None and tokens > limits.row_tokens:
         detail = f"{tokens} tokens, max_tokens_per_row is {limits.row_tokens}"
-        raise Refused("longer than max_tokens_per_row", detail)
+        raise Dropped("too_long_for_row", detail)
 
 
 class RowEncoder:
@@ -113,13 +113,13 @@ class RowEncoder:
             rows: columns `source`, `set` (number of the entry) and `row` (JSON, bytes).
 
         Returns:
-            The columns of a shard, and `reason`, `detail`, `excerpt` (all empty for accepted rows), `truncated`,
-            `diverged`.
+            The columns of a shard, and `code`, `reason`, `detail`, `excerpt` (all empty for accepted records),
+            `truncated`, `diverged`.
         """
         examples = [self.example(raw, self.entries[number]) for raw, number in zip(rows["row"], rows["set"])]
         encoded = iter(self.encoder.encode([example for example in examples if isinstance(example, Example)]))
         results = [
-            self._accepted(example, next(encoded)) if isinstance(example, Example) else _refused(example)
+            self._accepted(example, next(encoded)) if isinstance(example, Example) else _dropped(example)
             for example in examples
         ]
         for result, raw, source in zip(results, rows["row"], rows["source"]):
@@ -127,23 +127,24 @@ class RowEncoder:
             result["excerpt"] = _excerpt(raw) if result["reason"] else ""
         return {key: [result[key] for result in results] for key in results[0]}
 
-    def example(self, raw: RawRow, entry: DatasetEntry) -> Example | Refused:
+    def example(self, raw: RawRow, entry: DatasetEntry) -> Example | Dropped:
         """One record of `entry` as an Example, or why not."""
         assert entry.formatting is not None, "the formatting is told before rows are encoded"
         try:
             return to_example(parse_row(raw), entry.formatting, entry.columns, entry.tags, entry.allow_empty_rejected)
-        except Refused as refused:
-            return refused
+        except Dropped as dropped:
+            return dropped
 
-    def _accepted(self, example: Example, encoded: EncodedExample | Refused) -> dict[str, Any]:
-        if isinstance(encoded, Refused):
-            return _refused(encoded)
+    def _accepted(self, example: Example, encoded: EncodedExample | Dropped) -> dict[str, Any]:
+        if isinstance(encoded, Dropped):
+            return _dropped(encoded)
         try:
             fitted, truncated = fit(encoded, self.limits, self.encoder.tokenizer.bos_token_id)
-        except Refused as refused:
-            return _refused(refused)
+        except Dropped as dropped:
+            return _dropped(dropped)
         return {
             **shard_row(fitted.prompt_ids, fitted.completion_ids, example.scores, example.weight),
+            "code": "",
             "reason": "",
             "detail": "",
             "truncated": truncated,
@@ -174,7 +175,7 @@ def shard_row(
     }
 
 
-def _refused(refused: Refused) -> dict[str, Any]:
+def _dropped(dropped: Dropped) -> dict[str, Any]:
     return {
         "prompt_ids": [],
         "completion_ids": [],
@@ -185,8 +186,9 @@ def _refused(refused: Refused) -> dict[str, Any]:
         "digest": bytes(DIGEST_BYTES),
         "scores": [],
         "weight": 1.0,
-        "reason": refused.reason,
-        "detail": refused.detail,
+        "code": dropped.code,
+        "reason": dropped.reason,
+        "detail": dropped.detail,
         "truncated": False,
         "diverged": False,
     }

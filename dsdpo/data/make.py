@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.data.dropped import REASONS, Dropped
 from dsdpo.data.encode import Limits, RowEncoder
 from dsdpo.data.example import Example
 from dsdpo.data.formats.detect import READS, detect, unread
-from dsdpo.data.messages import Refused
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import INFO_FILE, DatasetEntry
 from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SCHEMA, write_shards
@@ -98,7 +98,7 @@ def _with_formatting(entry: DatasetEntry, config: RunConfig) -> DatasetEntry:
             break
         try:
             row = parse_row(raw)
-        except Refused:
+        except Dropped:
             continue
         if not isinstance(row, dict):
             continue
@@ -154,7 +154,7 @@ def _encode(rows: RowEncoder, config: RunConfig, folder: Path) -> Dataset:
     if len(raw) == 0:
         raise DataError(f"{', '.join(config.dataset)}: there is no row at all")
     features = Features.from_arrow_schema(SCHEMA)
-    features |= {key: Value("string") for key in ("reason", "detail", "excerpt")}
+    features |= {key: Value("string") for key in ("code", "reason", "detail", "excerpt")}
     features |= {key: Value("bool") for key in ("truncated", "diverged")}
     workers = min(config.preprocessing_num_workers, len(raw))
     with _quiet_unless_terminal(), _one_thread_per_worker(workers):
@@ -247,8 +247,8 @@ def _write_dropped(encoded: Dataset, path: Path) -> None:
     with path.open("w") as stream:
         for batch in _tables(encoded):
             refused = batch.filter(pc.not_equal(batch.column("reason"), ""))
-            for row in refused.select(["source", "reason", "detail", "excerpt"]).to_pylist():
-                stream.write(json.dumps(row) + "\n")
+            for row in refused.select(["source", "code", "reason", "detail", "excerpt"]).to_pylist():
+                stream.write(json.dumps({**row, "remedy": REASONS[row["code"]].remedy}) + "\n")
     fsync_path(path)
 
 

@@ -1,4 +1,4 @@
-"""Refusals, and the checks that every format shares: text, messages, turns, scores."""
+"""The checks that every format shares: text, messages, turns, scores."""
 
 from __future__ import annotations
 
@@ -7,21 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Message
-
-
-class Refused(Exception):
-    """A row that cannot be used.
-
-    Attributes:
-        reason: one of a small set of phrases; refusals are counted by it.
-        detail: what is special about this row, or an empty string.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
 
 
 class Columns:
@@ -35,12 +22,12 @@ class Columns:
         """The value under the name that `columns` gives for `key`, else under the first usual name with a value.
 
         Raises:
-            Refused: `columns` names a column that the row lacks.
+            Dropped: `columns` names a column that the row lacks.
         """
         named = self.columns.get(key)
         if named is not None:
             if named not in self.row:
-                raise Refused("a column named in columns is missing", f"{named} (columns.{key})")
+                raise Dropped("named_column_missing", f"{named} (columns.{key})")
             return self.row[named]
         return next((self.row[name] for name in usual or (key,) if self.row.get(name) is not None), None)
 
@@ -48,7 +35,7 @@ class Columns:
         """A column that must be there and be text."""
         value = self.get(key, *usual)
         if value is None:
-            raise Refused(f"no {key}")
+            raise Dropped("column_missing", what=key)
         return text_of(value, key)
 
     def optional_text(self, key: str, *usual: str) -> str:
@@ -58,9 +45,9 @@ class Columns:
 
 
 def text_of(value: Any, what: str) -> str:
-    """`value` if it is text. Raises Refused."""
+    """`value` if it is text. Raises Dropped."""
     if not isinstance(value, str):
-        raise Refused(f"{what} is not text", type(value).__name__)
+        raise Dropped("not_text", type(value).__name__, what)
     return value
 
 
@@ -73,10 +60,10 @@ def read_message(raw: Any, role_key: str, content_key: str, roles: Mapping[str, 
         roles: role in the data -> system, user, assistant, tool or function_call.
     """
     if not isinstance(raw, dict):
-        raise Refused("a message is no object", type(raw).__name__)
+        raise Dropped("message_not_object", type(raw).__name__)
     role = roles.get(str(raw.get(role_key)))
     if role is None:
-        raise Refused("unknown role", f"{raw.get(role_key)!r} under {role_key!r}; allowed: {', '.join(roles)}")
+        raise Dropped("unknown_role", f"{raw.get(role_key)!r} under {role_key!r}; allowed: {', '.join(roles)}")
     calls = raw.get("tool_calls")
     content = raw.get(content_key)
     text = "" if content is None and calls else text_of(content, "message content")
@@ -90,10 +77,10 @@ def _tool_calls(text: str) -> list[dict[str, Any]]:
     try:
         calls = json.loads(text)
     except ValueError as error:
-        raise Refused("a function call is not JSON", str(error)) from error
+        raise Dropped("call_not_json", str(error)) from error
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
-        raise Refused("a function call has no name")
+        raise Dropped("call_without_name")
     return [{"type": "function", "function": call} for call in calls]
 
 
@@ -103,11 +90,11 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise Refused("tools is not JSON", str(error)) from error
+            raise Dropped("tools_not_json", str(error)) from error
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise Refused("tools is no list of objects")
+        raise Dropped("tools_not_list")
     return value
 
 
@@ -120,7 +107,7 @@ def read_score(value: Any, what: str) -> float | None:
     except (TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
-        raise Refused("a score is no number", f"{what}: {value!r}")
+        raise Dropped("bad_score", f"{what}: {value!r}")
     return score
 
 
@@ -134,20 +121,20 @@ _MAY_FOLLOW = {
 
 
 def check_prompt(messages: Sequence[Message]) -> list[Message]:
-    """The prompt of a conversation, without an empty system message. Raises Refused if turns are out of order."""
+    """The prompt of a conversation, without an empty system message. Raises Dropped if turns are out of order."""
     kept = [m for m in messages if m["role"] != "system" or m["content"].strip()]
     before = None
     for message in kept:
         role = message["role"]
         if role not in _MAY_FOLLOW[before]:
-            raise Refused("roles do not alternate", f"{role} after {before or 'nothing'}")
+            raise Dropped("roles_do_not_alternate", f"{role} after {before or 'nothing'}")
         if not message["content"].strip() and "tool_calls" not in message:
-            raise Refused("empty message in the prompt", role)
+            raise Dropped("empty_message", role)
         before = role
     if before is None:
-        raise Refused("empty prompt")
+        raise Dropped("empty_prompt")
     if before not in ("user", "tool"):
-        raise Refused("the prompt does not end with a user message", before)
+        raise Dropped("prompt_ends_with_reply", before)
     return kept
 
 
@@ -156,8 +143,8 @@ def reply(messages: Sequence[Message], side: str) -> list[Message]:
     roles = [message["role"] for message in messages]
     if roles != ["assistant"]:
         if len(roles) > 1:
-            raise Refused("the dialogues part before the last reply", f"{side}: {', '.join(roles)}")
-        raise Refused(f"{side} is no assistant message", ", ".join(roles) or "nothing")
+            raise Dropped("several_replies", ", ".join(roles), side)
+        raise Dropped("no_reply", ", ".join(roles) or "nothing", side)
     return list(messages)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from dsdpo.data.messages import Refused
+from dsdpo.data.dropped import Dropped
 from dsdpo.data.registry import DatasetEntry
 from dsdpo.errors import DataError
 
@@ -33,15 +33,15 @@ def iter_rows(entry: DatasetEntry, max_samples: int | None = None) -> Iterator[t
 
 
 def parse_row(row: RawRow) -> Any:
-    """The row as a JSON value. Raises Refused for a line that is not JSON."""
+    """The row as a JSON value. Raises Dropped for a line that is not JSON."""
     if not isinstance(row, bytes):
         return row
     try:
         return json.loads(row)
     except RecursionError as error:
-        raise Refused("not valid JSON", "nested too deeply") from error
+        raise Dropped("not_json", "nested too deeply") from error
     except ValueError as error:
-        raise Refused("not valid JSON", str(error)) from error
+        raise Dropped("not_json", str(error)) from error
 
 
 def _all_rows(entry: DatasetEntry) -> Iterator[tuple[str, RawRow]]:

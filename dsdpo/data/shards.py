@@ -1,7 +1,7 @@
 """The prepared set on disk: Arrow shards that are memory-mapped, and a manifest written last.
 
     <set>/examples-00000.arrow   Arrow files of SHARD_ROWS examples in batches of BATCH_ROWS; only the last are shorter
-    <set>/dropped_rows.jsonl     one object per dropped record: source, reason, excerpt
+    <set>/dropped_rows.jsonl     one object per dropped record: source, code, reason, detail, remedy, excerpt
     <set>/manifest.json          counts, settings, fingerprint
 
 Where an example lies is arithmetic, so opening costs the same for any number of examples.

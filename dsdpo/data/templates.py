@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from dsdpo.compat import chat_renderer
+from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example, Message
-from dsdpo.data.messages import Refused, assistant
+from dsdpo.data.messages import assistant
 from dsdpo.data.named_templates import NAMED, PLAIN
 from dsdpo.data.tokens import Tokens
 from dsdpo.errors import ConfigError
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SENTINEL = "words of the reply"
-EQUAL = "two completions are the same"
 
 
 def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
@@ -97,8 +97,8 @@ class ExampleEncoder:
         turns = [{"role": "user", "content": "question"}, *assistant(_SENTINEL)]
         try:
             text = self._render(turns, None, for_reply=False)
-        except Refused as refused:
-            raise ConfigError(f"template {self.template} cannot render a conversation: {refused.detail}") from refused
+        except Dropped as dropped:
+            raise ConfigError(f"template {self.template} cannot render a conversation: {dropped.detail}") from dropped
         if _SENTINEL not in text:
             raise ConfigError(f"template {self.template} leaves the assistant's words out; choose another template")
         after = text[text.rindex(_SENTINEL) + len(_SENTINEL) :]
@@ -115,7 +115,7 @@ class ExampleEncoder:
         try:
             return self._renderer(list(messages), tools or None, for_reply)
         except TemplateError as error:
-            raise Refused("the chat template refuses the conversation", str(error)) from error
+            raise Dropped("template_error", str(error)) from error
 
     def check_supports(self, example: Example) -> None:
         """Raises ConfigError where the example is a conversation and nothing says how to write one."""
@@ -139,10 +139,10 @@ class ExampleEncoder:
         prompt = self._with_system(prompt)
         spoken = [*prompt, *(message for answer in answers for message in answer)]
         if not self._is_own and (example.tools or any(_uses_tools(message) for message in spoken)):
-            raise Refused("tools need a chat template that knows them", f"template {self.template} does not")
+            raise Dropped("no_tools_in_template", f"template {self.template} does not")
         if not self._has_chat:
             if self.template not in PLAIN:
-                raise Refused("a conversation, but the tokenizer has no chat template", "set template")
+                raise Dropped("no_template")
             return self._plain_texts(plain_prompt(prompt), [answer[0]["content"] for answer in answers])
         replied = (None if _is_empty(answer[0]) else self._replied(prompt, answer, example.tools) for answer in answers)
         return _Texts(self._render(prompt, example.tools, for_reply=True), tuple(replied), as_chat=True)
@@ -163,31 +163,31 @@ class ExampleEncoder:
         reply = {**answer[0], "content": _without_end(answer[0]["content"], end)}
         text = self._render([*prompt, reply], tools, for_reply=False)
         if not text.endswith(self._tail):
-            raise Refused("the chat template ends this reply in its own way", repr(text[-40:]))
+            raise Dropped("own_end", repr(text[-40:]))
         return text[: len(text) - len(self._tail)]
 
     # --- token ids ---
 
-    def encode(self, examples: Sequence[Example]) -> list[EncodedExample | Refused]:
+    def encode(self, examples: Sequence[Example]) -> list[EncodedExample | Dropped]:
         """Token ids of many examples, in order; one that the template cannot hold gives its refusal instead."""
-        prepared: list[tuple[_Texts, list[str]] | Refused] = []
+        prepared: list[tuple[_Texts, list[str]] | Dropped] = []
         for example in examples:
             try:
                 texts = _checked(self._texts(example))
                 prepared.append((texts, self._parts(texts)))
-            except Refused as refused:
-                prepared.append(refused)
-        ids = self.tokens.encode(part for some in prepared if not isinstance(some, Refused) for part in some[1])
-        encoded: list[EncodedExample | Refused] = []
+            except Dropped as dropped:
+                prepared.append(dropped)
+        ids = self.tokens.encode(part for some in prepared if not isinstance(some, Dropped) for part in some[1])
+        encoded: list[EncodedExample | Dropped] = []
         for some in prepared:
-            if isinstance(some, Refused):
+            if isinstance(some, Dropped):
                 encoded.append(some)
                 continue
             texts, (shared, *rests) = some
             try:
                 encoded.append(self._encoded(texts, [ids[shared] + ids[rest] for rest in rests]))
-            except Refused as refused:
-                encoded.append(refused)
+            except Dropped as dropped:
+                encoded.append(dropped)
         return encoded
 
     def _parts(self, texts: _Texts) -> list[str]:
@@ -209,13 +209,13 @@ class ExampleEncoder:
         whole = [prompt + [end_id] if text is None else next(rest) for text in texts.replied]
         shared = min(_shared_length(prompt, some) for some in whole)
         if shared == 0:
-            raise Refused("prompt and completion share no token", "an empty prompt, or one that merges with the reply")
+            raise Dropped("no_shared_token", "an empty prompt, or one that merges with the reply")
         completions = [some[shared:] for some in whole]
         for completion in completions:
             if completion.count(end_id) != 1 or completion[-1] != end_id:
-                raise Refused("the end-of-turn token stands inside a completion")
+                raise Dropped("end_inside")
         if has_equal(completions):
-            raise Refused(EQUAL)
+            raise Dropped("same_tokens")
         return EncodedExample(prompt[:shared], completions, diverged=shared < len(prompt))
 
     def _with_bos(self, ids: list[int], as_chat: bool) -> list[int]:
@@ -226,7 +226,7 @@ class ExampleEncoder:
         return [self._bos, *ids]
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
-        """Ids that ask for a reply to `messages`. Raises Refused when the template cannot hold them."""
+        """Ids that ask for a reply to `messages`. Raises Dropped when the template cannot hold them."""
         messages = self._with_system(messages)
         text = self._render(messages, None, for_reply=True) if self._has_chat else plain_prompt(messages)
         return self._with_bos(self.tokens.encode([text])[text], as_chat=self._has_chat)
@@ -290,7 +290,7 @@ def _checked(texts: _Texts) -> _Texts:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise Refused("broken Unicode", "a lone surrogate") from error
+            raise Dropped("broken_unicode", "a lone surrogate") from error
     return texts
 
 

@@ -15,8 +15,9 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from dsdpo.data.dropped import Dropped
 from dsdpo.data.formats.preference import SQL_PROMPT
-from dsdpo.data.messages import Message, Refused, check_prompt, read_message
+from dsdpo.data.messages import Message, check_prompt, read_message
 from dsdpo.data.templates import ExampleEncoder, load_tokenizer
 from dsdpo.errors import CheckpointError, ConfigError, DataError
 from dsdpo.export.huggingface import finished_weights
@@ -85,7 +86,7 @@ class ChatModel:
     def _ids(self, prompt: str | Sequence[Message]) -> list[int]:
         try:
             ids = self._encoder.prompt_ids(as_messages(prompt))
-        except Refused as refused:
+        except Dropped as refused:
             raise DataError(f"the template cannot hold this conversation: {refused}") from refused
         longest = getattr(self.model.config, "max_position_embeddings", None)
         needed = len(ids) + self.max_new_tokens
@@ -217,7 +218,7 @@ def read_prompts(path: Path) -> list[list[Message]]:
             continue
         try:
             prompts.append(as_messages(line.strip()) if path.suffix == ".txt" else _row_messages(line))
-        except Refused as refused:
+        except Dropped as refused:
             raise DataError(f"{path}:{number}: {refused}") from refused
     if not prompts:
         raise DataError(f"{path} holds no prompt")
@@ -228,9 +229,9 @@ def _row_messages(line: str) -> list[Message]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise Refused("not valid JSON", str(error)) from error
+        raise Dropped("not_json", str(error)) from error
     if not isinstance(row, dict):
-        raise Refused("the row is no JSON object", type(row).__name__)
+        raise Dropped("not_object", type(row).__name__)
     if isinstance(row.get("question"), str) and isinstance(row.get("context"), str):
         return as_messages(SQL_PROMPT.format(context=row["context"], question=row["question"]))
     prompt = row.get("prompt", row.get("messages"))
@@ -238,7 +239,7 @@ def _row_messages(line: str) -> list[Message]:
         return check_prompt([read_message(raw, "role", "content", _ROLES) for raw in prompt])
     if isinstance(prompt, str):
         return check_prompt(as_messages(prompt))
-    raise Refused("no prompt, no messages, and no question with context", f"it has {', '.join(row) or 'nothing'}")
+    raise Dropped("no_prompt", f"it has {', '.join(row) or 'nothing'}")
 
 
 # --- the command ---

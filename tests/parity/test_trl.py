@@ -14,9 +14,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
+from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example, TokenizedExample
 from dsdpo.data.formats.preference import to_example
-from dsdpo.data.messages import Refused
 from dsdpo.data.packing import build_micro_batch
 from dsdpo.data.templates import EncodedExample, ExampleEncoder
 from dsdpo.model.attention.register import NAMES
@@ -58,7 +58,7 @@ class Numbers:
 def pairs() -> list[Example]:
     accepted = []
     for row in hh_rows(2 * PAIRS, longest=300):
-        with suppress(Refused):
+        with suppress(Dropped):
             accepted.append(to_example(row, "hh_rlhf", {}, {}, allow_empty_rejected=False))
     return accepted[:PAIRS]
 

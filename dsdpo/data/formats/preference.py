@@ -1,4 +1,4 @@
-"""Records of the preference formats -> Example with a chosen and a rejected completion, or Refused with a reason.
+"""Records of the preference formats -> Example with a chosen and a rejected completion, or Dropped with a reason.
 
 Pure functions, one per format. Each takes the record (through `Columns`) and the entry's `tags`. docs/formats.md shows
 every format by example.
@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example, Message
 from dsdpo.data.formats.detect import TAGS
 from dsdpo.data.messages import (
     Columns,
-    Refused,
     assistant,
     check_prompt,
     read_message,
@@ -55,7 +55,7 @@ def trl(row: Columns, tags: Mapping[str, str]) -> Example:
     tools = read_tools(row.get("tools"))
     for side, value in (("chosen", chosen), ("rejected", rejected)):
         if value is None:
-            raise Refused(f"no {side}")
+            raise Dropped("column_missing", what=side)
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
             return _implicit_text(text_of(chosen, "chosen"), text_of(rejected, "rejected"))
@@ -63,7 +63,7 @@ def trl(row: Columns, tags: Mapping[str, str]) -> Example:
     better, worse = _openai_messages(chosen, "chosen"), _openai_messages(rejected, "rejected")
     if isinstance(prompt, str):
         if not better or better[0] != {"role": "user", "content": prompt}:
-            raise Refused("prompt is text but chosen and rejected are messages")
+            raise Dropped("text_beside_messages")
         prompt = None
     if prompt is None:
         shared, better, worse = split_dialogues(better, worse)
@@ -74,7 +74,7 @@ def trl(row: Columns, tags: Mapping[str, str]) -> Example:
 
 def _openai_messages(value: Any, side: str) -> list[Message]:
     if not isinstance(value, list):
-        raise Refused(f"{side} is neither text nor a list of messages", type(value).__name__)
+        raise Dropped("not_text_or_messages", type(value).__name__, side)
     return [read_message(raw, "role", "content", _ROLES) for raw in value]
 
 
@@ -96,9 +96,9 @@ def split_dialogues(
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     if shared == len(chosen) == len(rejected):
-        raise Refused("chosen and rejected are the same")
+        raise Dropped("same")
     if shared == len(chosen) or shared == len(rejected):
-        raise Refused("one dialogue is the beginning of the other")
+        raise Dropped("one_begins_the_other")
     return list(chosen[:shared]), list(chosen[shared:]), list(rejected[shared:])
 
 
@@ -113,7 +113,7 @@ def hh_rlhf(row: Columns, tags: Mapping[str, str]) -> Example:
 def _hh_messages(text: str, side: str) -> list[Message]:
     before, *turns = _HH_TURN.split("\n\n" + text.lstrip())  # the first turn may lack the blank line
     if before.strip() or not turns:
-        raise Refused(f'{side} does not begin with "Human:"')
+        raise Dropped("not_hh", what=side)
     roles = ["user" if speaker == "Human" else "assistant" for speaker in turns[::2]]
     return [{"role": role, "content": said.strip()} for role, said in zip(roles, turns[1::2])]
 
@@ -126,15 +126,15 @@ def alpaca(row: Columns, tags: Mapping[str, str]) -> Example:
     if chosen is None and rejected is None:
         answers = row.get("response", "output")
         if not isinstance(answers, list) or len(answers) != 2:
-            raise Refused("no pair of answers", "output must be [better, worse], or give chosen and rejected")
+            raise Dropped("no_pair")
         chosen, rejected = answers
     history = row.get("history") or []
     if not isinstance(history, list):
-        raise Refused("history is no list of [question, answer]")
+        raise Dropped("bad_history")
     prompt: list[Message] = []
     for turn in history:
         if not isinstance(turn, list) or len(turn) != 2:
-            raise Refused("history is no list of [question, answer]")
+            raise Dropped("bad_history")
         prompt.append({"role": "user", "content": text_of(turn[0], "history")})
         prompt += assistant(text_of(turn[1], "history"))
     prompt.append({"role": "user", "content": question})
@@ -145,7 +145,7 @@ def alpaca(row: Columns, tags: Mapping[str, str]) -> Example:
 
 def _answer(value: Any, side: str) -> str:
     if value is None:
-        raise Refused(f"no {side}")
+        raise Dropped("column_missing", what=side)
     return text_of(value, side)
 
 
@@ -153,7 +153,7 @@ def sharegpt(row: Columns, tags: Mapping[str, str]) -> Example:
     """LLaMA-Factory's sharegpt: the conversation so far, and `chosen` and `rejected` as one message each."""
     messages = row.get("messages", "conversations", "messages")
     if not isinstance(messages, list):
-        raise Refused("no list of messages", type(messages).__name__)
+        raise Dropped("no_messages", type(messages).__name__)
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
     openai = "role" in first and not tags
     role_key = tags.get("role_tag") or ("role" if openai else TAGS["role_tag"])
@@ -167,7 +167,7 @@ def sharegpt(row: Columns, tags: Mapping[str, str]) -> Example:
     def answer(side: str) -> list[Message]:
         raw = row.get(side)
         if raw is None:
-            raise Refused(f"no {side}")
+            raise Dropped("column_missing", what=side)
         if isinstance(raw, str):
             return assistant(text_of(raw, side))
         return reply([read_message(raw, role_key, content_key, roles)], side)
@@ -188,13 +188,13 @@ def cvalues(row: Columns, tags: Mapping[str, str]) -> Example:
         better, worse = row.text("chosen", "pos_resp"), row.text("rejected", "neg_resp")
         return preference(prompt, assistant(better), assistant(worse))
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise Refused("no list of messages", type(messages).__name__)
+        raise Dropped("no_messages", type(messages).__name__)
     earlier, last = messages[:-1], messages[-1]
     if _cvalues_role(last) != "assistant":
-        raise Refused("the last message is no assistant message")
+        raise Dropped("last_is_no_reply")
     for key in ("chosen_value", "rejected_value"):
         if last.get(key) is None:
-            raise Refused(f"the last message has no {key}")
+            raise Dropped("last_lacks", what=key)
     return preference(
         system_and(row.optional_text("system"), [_cvalues_turn(turn) for turn in earlier]),
         assistant(text_of(last["chosen_value"], "chosen_value")),
@@ -209,7 +209,7 @@ def cvalues(row: Columns, tags: Mapping[str, str]) -> Example:
 def _cvalues_role(message: Message) -> str:
     said = str(message.get("role", message.get("from")))
     if said not in _LOOSE_ROLES:
-        raise Refused("unknown role", f"{said!r}; allowed: {', '.join(_LOOSE_ROLES)}")
+        raise Dropped("unknown_role", f"{said!r}; allowed: {', '.join(_LOOSE_ROLES)}")
     return _LOOSE_ROLES[said]
 
 
@@ -218,7 +218,7 @@ def _cvalues_turn(message: Message) -> Message:
     if text is None:
         text = message.get("chosen_value")
         if text != message.get("rejected_value"):
-            raise Refused("an earlier turn differs between chosen and rejected")
+            raise Dropped("earlier_turn_differs")
     return {"role": _cvalues_role(message), "content": text_of(text, "message content")}
 
 
@@ -226,7 +226,7 @@ def text_to_sql(row: Columns, tags: Mapping[str, str]) -> Example:
     """Question, context (the CREATE TABLE statements) and answer; the rejected side is empty on purpose."""
     question, context = row.text("question"), row.text("context")
     if not question.strip():
-        raise Refused("empty prompt")
+        raise Dropped("empty_prompt")
     content = SQL_PROMPT.format(context=context, question=question)
     return preference([{"role": "user", "content": content}], assistant(row.text("answer")), assistant(""))
 
@@ -256,27 +256,27 @@ def to_example(
         columns, tags, allow_empty_rejected: of the set's entry.
 
     Raises:
-        Refused: with the reason.
+        Dropped: with the reason.
     """
     if not isinstance(row, dict):
-        raise Refused("the row is no JSON object", type(row).__name__)
+        raise Dropped("not_object", type(row).__name__)
     seen = Columns(row, columns)
     example = FORMATS[formatting](seen, tags)
     if isinstance(example.prompt, str):
         if not example.prompt.strip():
-            raise Refused("empty prompt")
+            raise Dropped("empty_prompt")
     elif (checked := check_prompt(example.prompt)) != example.prompt:
         example = replace(example, prompt=checked)
     chosen, rejected = example.completions
     if _is_empty(chosen):
-        raise Refused("empty chosen")
+        raise Dropped("empty_chosen")
     if _is_empty(rejected):
         if not allow_empty_rejected:
-            raise Refused("empty rejected", "set allow_empty_rejected: true in the entry if it is meant")
+            raise Dropped("empty_rejected")
         rejected = "" if isinstance(rejected, str) else assistant("")
         example = replace(example, completions=(chosen, rejected))
     if chosen == rejected:
-        raise Refused("chosen and rejected are the same")
+        raise Dropped("same")
     return _with_scores(example, seen)
 
 

@@ -13,7 +13,7 @@ import pytest
 from dsdpo.data.example import Example
 from dsdpo.data.formats.detect import READS, detect
 from dsdpo.data.formats.preference import FORMATS, SQL_PROMPT, preference, to_example
-from dsdpo.data.messages import Columns, Refused
+from dsdpo.data.messages import Columns, Dropped
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import resolve
 
@@ -37,7 +37,7 @@ def read(row, formatting, columns=None, tags=None, allow_empty_rejected=False) -
 
 
 def refusal(row, formatting, **kwargs) -> str:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(Dropped) as caught:
         read(row, formatting, **kwargs)
     return str(caught.value)
 
@@ -118,7 +118,7 @@ def test_trl_tools_are_lists_or_json():
         ({"chosen": [user("p"), bot("c")], "rejected": [user("p")]}, "the beginning of the other"),
         (
             {"chosen": [user("p"), bot("c"), user("q"), bot("s")], "rejected": [user("p"), bot("r")]},
-            "part before the last reply",
+            "more than one message after the prompt",
         ),
         ([1], "no JSON object: list"),
         (None, "no JSON object: NoneType"),
@@ -140,13 +140,17 @@ def test_hh_turns_become_messages():
 @pytest.mark.parametrize(
     ("chosen", "rejected", "reason"),
     [
-        ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: x\n\nAssistant: c", "part before the last reply"),
+        ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: x\n\nAssistant: c", "more than one message after the prompt"),
         (
             "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
             "\n\nHuman: a\n\nAssistant: B\n\nHuman: C\n\nAssistant: D",
-            "part before the last reply",
+            "more than one message after the prompt",
         ),
-        ("\n\nHuman: a\n\nAssistant: b\n\nAssistant: c", "\n\nHuman: a\n\nAssistant: d", "part before the last reply"),
+        (
+            "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c",
+            "\n\nHuman: a\n\nAssistant: d",
+            "more than one message after the prompt",
+        ),
         ("\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant: d", "empty chosen"),
         ("\n\nHuman:\n\nAssistant: b", "\n\nHuman:\n\nAssistant: d", "empty message in the prompt"),
         ("\n\nAssistant: b", "\n\nAssistant: d", "empty prompt"),
@@ -286,7 +290,7 @@ def test_text_to_sql_prompt_is_exact():
         )
     ]
     assert pair.completions == ([bot("SELECT COUNT(*) FROM cat")], [bot("")])
-    assert "allow_empty_rejected" in refusal(row, "text_to_sql")
+    assert "empty rejected" in refusal(row, "text_to_sql")
     assert "empty chosen" in refusal({**row, "answer": " "}, "text_to_sql", allow_empty_rejected=True)
     assert "empty prompt" in refusal({**row, "question": ""}, "text_to_sql", allow_empty_rejected=True)
     assert "no context" in refusal({**row, "context": None}, "text_to_sql", allow_empty_rejected=True)
@@ -434,5 +438,5 @@ def test_any_json_value_is_a_pair_or_refused():
 
     for _ in range(150):
         for row, formatting in zip(good, formats):
-            with contextlib.suppress(Refused):
+            with contextlib.suppress(Dropped):
                 read(spoil(row), formatting, allow_empty_rejected=rng.random() < 0.5)

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pytest
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.data.dropped import Dropped
 from dsdpo.data.encode import Limits, fit
 from dsdpo.data.example import DIGEST_BYTES
 from dsdpo.data.fingerprint import known_tokenizer_digest, tokenizer_digest
-from dsdpo.data.messages import Refused
 from dsdpo.data.prepare import open_prepared, prepare, summary, wait_prepared
 from dsdpo.data.shards import BATCH_ROWS, DROPPED_ROWS, MANIFEST, SCHEMA, PreparedSet, write_shards
 from dsdpo.data.templates import EncodedExample, load_tokenizer
@@ -418,10 +418,10 @@ def test_keep_start_cuts_each_completion_alone():
     pair, cut = fit(encoded(6, 9, 2), limits(), None)
     assert cut and sizes(pair) == (6, 4, 2) and pair.completion_ids[0] == [100, 101, 102, 103]
     assert sizes(fit(encoded(9, 5, 5), limits(), None)[0]) == (9, 1, 1)
-    with pytest.raises(Refused, match="the prompt alone reaches max_length: 10 tokens"):
+    with pytest.raises(Dropped, match="the prompt alone reaches max_length: 10 tokens"):
         fit(encoded(10, 1, 1), limits(), None)
     same_start = EncodedExample([1] * 8, [[5, 6, 7, 9], [5, 6, 8, 9]], False)
-    with pytest.raises(Refused, match="the same once cut"):
+    with pytest.raises(Dropped, match="the same once cut"):
         fit(same_start, limits(), None)
 
 
@@ -432,15 +432,15 @@ def test_keep_end_drops_the_oldest_prompt_tokens_for_both_and_keeps_bos():
     assert pair.prompt_ids == [0, 3, 4, 5, 6, 7]
     assert fit(encoded(8, 9, 1), limits("keep_end"), None)[0].prompt_ids == [7]
     for prompt, chosen, bos in ((8, 10, None), (8, 9, 0), (0, 11, 0)):
-        with pytest.raises(Refused, match="a completion alone"):
+        with pytest.raises(Dropped, match="a completion alone"):
             fit(encoded(prompt, chosen, 1), limits("keep_end"), bos)
 
 
 def test_refuse_and_the_row_limit():
-    with pytest.raises(Refused, match="longer than max_length: 11 tokens, max_length is 10"):
+    with pytest.raises(Dropped, match="longer than max_length: 11 tokens, max_length is 10"):
         fit(encoded(6, 5, 1), limits("refuse"), None)
     assert sizes(fit(encoded(4, 4, 4), limits(row_tokens=12), None)[0]) == (4, 4, 4)
-    with pytest.raises(Refused, match="longer than max_tokens_per_row: 16 tokens"):
+    with pytest.raises(Dropped, match="longer than max_tokens_per_row: 16 tokens"):
         fit(encoded(4, 4, 4), limits(row_tokens=12, share_prefix=False), None)
 
 
@@ -454,7 +454,7 @@ def test_limits_hold_for_any_number_of_completions():
         tokens = {True: 5 + sum(lengths), False: 5 * len(lengths) + sum(lengths)}
         for share_prefix, total in tokens.items():
             assert fit(example, limits(row_tokens=total, share_prefix=share_prefix), None) == (example, False)
-            with pytest.raises(Refused, match=f"longer than max_tokens_per_row: {total} tokens"):
+            with pytest.raises(Dropped, match=f"longer than max_tokens_per_row: {total} tokens"):
                 fit(example, limits(row_tokens=total - 1, share_prefix=share_prefix), None)
         long = EncodedExample(list(range(7)), example.completion_ids, False)
         cut, is_cut = fit(long, limits(), None)

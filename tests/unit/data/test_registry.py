@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsdpo.data.messages import Refused
+from dsdpo.data.dropped import Dropped
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import resolve
 from dsdpo.errors import DataError
@@ -181,7 +181,7 @@ def test_lines_keep_their_numbers_and_broken_ones_are_refused(folder):
     for source, row in iter_rows(entries[0]):
         try:
             seen.append((source, parse_row(row)))
-        except Refused as refused:
+        except Dropped as refused:
             seen.append((source, refused.reason))
     assert seen == [
         ("odd.jsonl:1", {"a": 1}),

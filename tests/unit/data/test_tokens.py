@@ -12,9 +12,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example
 from dsdpo.data.formats.preference import preference, to_example
-from dsdpo.data.messages import Refused
 from dsdpo.data.named_templates import NAMED
 from dsdpo.data.readers import iter_rows
 from dsdpo.data.registry import resolve
@@ -144,7 +144,7 @@ def real_pairs() -> list[Example]:
     for formatting, row in rows:
         try:
             pairs.append(to_example(row, formatting, {}, {}, False))
-        except Refused:
+        except Dropped:
             continue
     return pairs
 
@@ -167,7 +167,7 @@ class TextByText(ExampleEncoder):
 def same(tokenizer, template, pairs):
     found, expected = (kind(tokenizer, template).encode(pairs) for kind in (ExampleEncoder, TextByText))
     assert [str(one) for one in found] == [str(one) for one in expected]
-    assert sum(isinstance(one, Refused) for one in found) <= 0.02 * len(pairs)
+    assert sum(isinstance(one, Dropped) for one in found) <= 0.02 * len(pairs)
 
 
 @pytest.mark.parametrize(

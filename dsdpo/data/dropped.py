@@ -1,0 +1,82 @@
+"""Why a record is dropped: each reason with its code, its words, and what would keep the record."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Reason(NamedTuple):
+    """Words for a reason; `{what}` stands for a column, a side or the like. The remedy may be empty."""
+
+    text: str
+    remedy: str = ""
+
+
+class Dropped(Exception):
+    """A record that cannot be used.
+
+    Attributes:
+        code: a key of REASONS. Tests and other programs compare it.
+        reason: its words; dropped records are counted by them.
+        detail: what is special about this record, or an empty string.
+        remedy: what would keep the record, or an empty string.
+    """
+
+    def __init__(self, code: str, detail: str = "", what: str = "") -> None:
+        text, self.remedy = REASONS[code]
+        self.code, self.reason, self.detail = code, text.format(what=what), detail
+        super().__init__(f"{self.reason}: {detail}" if detail else self.reason)
+
+
+_SIDES = "both sides must continue the same turns with one assistant message each"
+REASONS = {
+    # the record and its columns
+    "not_json": Reason("not valid JSON"),
+    "not_object": Reason("the record is no JSON object"),
+    "named_column_missing": Reason("a column named in columns is missing"),
+    "column_missing": Reason("no {what}"),
+    "not_text": Reason("{what} is not text"),
+    "not_text_or_messages": Reason("{what} is neither text nor a list of messages"),
+    "no_messages": Reason("no list of messages"),
+    "no_pair": Reason("no pair of answers", "output must be [better, worse], or give chosen and rejected"),
+    "bad_history": Reason("history is no list of [question, answer]"),
+    "bad_score": Reason("a score is no number"),
+    # messages
+    "message_not_object": Reason("a message is no object"),
+    "unknown_role": Reason("unknown role"),
+    "call_not_json": Reason("a function call is not JSON"),
+    "call_without_name": Reason("a function call has no name"),
+    "tools_not_json": Reason("tools is not JSON"),
+    "tools_not_list": Reason("tools is no list of objects"),
+    "roles_do_not_alternate": Reason("roles do not alternate"),
+    "empty_message": Reason("empty message in the prompt"),
+    "empty_prompt": Reason("empty prompt"),
+    "prompt_ends_with_reply": Reason("the prompt does not end with a user message"),
+    "several_replies": Reason("{what} has more than one message after the prompt", _SIDES),
+    "no_reply": Reason("{what} is no assistant message"),
+    "text_beside_messages": Reason("prompt is text but chosen and rejected are messages"),
+    "same": Reason("chosen and rejected are the same"),
+    "one_begins_the_other": Reason("one dialogue is the beginning of the other"),
+    "not_hh": Reason('{what} does not begin with "Human:"'),
+    "last_is_no_reply": Reason("the last message is no assistant message"),
+    "last_lacks": Reason("the last message has no {what}"),
+    "earlier_turn_differs": Reason("an earlier turn differs between chosen and rejected"),
+    "empty_chosen": Reason("empty chosen"),
+    "empty_rejected": Reason("empty rejected", "set allow_empty_rejected: true in the entry if it is meant"),
+    "no_prompt": Reason("no prompt, no messages, and no question with context"),
+    # template and tokens
+    "template_error": Reason("the chat template refuses the conversation"),
+    "no_template": Reason("a conversation, but the tokenizer has no chat template", "set template"),
+    "no_tools_in_template": Reason("tools need a chat template that knows them"),
+    "own_end": Reason("the chat template ends this reply in its own way"),
+    "no_shared_token": Reason("prompt and completion share no token"),
+    "end_inside": Reason("the end-of-turn token stands inside a completion"),
+    "broken_unicode": Reason("broken Unicode"),
+    "same_tokens": Reason("two completions are the same"),
+    # lengths
+    "too_long": Reason("longer than max_length", "raise max_length, or set truncation_mode: keep_end or keep_start"),
+    "prompt_too_long": Reason("the prompt alone reaches max_length", "raise max_length, or truncation_mode: keep_end"),
+    "completion_too_long": Reason("a completion alone reaches max_length", "raise max_length"),
+    "same_once_cut": Reason("two completions are the same once cut to max_length", "raise max_length"),
+    "too_long_for_row": Reason("longer than max_tokens_per_row", "raise max_tokens_per_row"),
+}
