@@ -6,10 +6,17 @@ from typing import NamedTuple
 
 
 class Reason(NamedTuple):
-    """Words for a reason; `{what}` stands for a column, a side or the like. The remedy may be empty."""
+    """Words for a reason.
+
+    Attributes:
+        text: `{what}` in it stands for a column, a side or the like.
+        remedy: what would keep such records: an option, an entry, a repair.
+        fatal: one such record ends the preparation (65), whatever max_refused allows.
+    """
 
     text: str
     remedy: str = ""
+    fatal: bool = False
 
 
 class Dropped(Exception):
@@ -23,7 +30,7 @@ class Dropped(Exception):
     """
 
     def __init__(self, code: str, detail: str = "", what: str = "") -> None:
-        text, self.remedy = REASONS[code]
+        text, self.remedy, _ = REASONS[code]
         self.code, self.reason, self.detail = code, text.format(what=what), detail
         super().__init__(f"{self.reason}: {detail}" if detail else self.reason)
 
@@ -52,7 +59,7 @@ REASONS = {
     "empty_message": Reason("empty message in the prompt"),
     "empty_prompt": Reason("empty prompt"),
     "prompt_ends_with_reply": Reason("the prompt does not end with a user message"),
-    "several_replies": Reason("{what} has more than one message after the prompt", _SIDES),
+    "several_replies": Reason("a side has more than one message after the prompt", _SIDES),
     "no_reply": Reason("{what} is no assistant message"),
     "text_beside_messages": Reason("prompt is text but chosen and rejected are messages"),
     "same": Reason("chosen and rejected are the same"),

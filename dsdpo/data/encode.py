@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ def fit(example: EncodedExample, limits: Limits, bos_id: int | None) -> tuple[En
             if len(prompt) == len(kept):
                 raise Dropped("completion_too_long", size)
     _check_micro_batch(len(prompt), [len(ids) for ids in completions], limits)
-    return EncodedExample(prompt, completions, example.diverged), over > 0
+    return replace(example, prompt_ids=prompt, completion_ids=completions), over > 0
 
 
 def _check_micro_batch(prompt: int, completions: list[int], limits: Limits) -> None:
@@ -114,7 +114,7 @@ class RowEncoder:
 
         Returns:
             The columns of a shard, and `code`, `reason`, `detail`, `excerpt` (all empty for accepted records),
-            `truncated`, `diverged`.
+            `truncated`, `diverged`, `notes`.
         """
         examples = [self.example(raw, self.entries[number]) for raw, number in zip(rows["row"], rows["set"])]
         encoded = iter(self.encoder.encode([example for example in examples if isinstance(example, Example)]))
@@ -149,6 +149,7 @@ class RowEncoder:
             "detail": "",
             "truncated": truncated,
             "diverged": encoded.diverged,
+            "notes": [*example.notes, *encoded.notes],
         }
 
 
@@ -191,6 +192,7 @@ def _dropped(dropped: Dropped) -> dict[str, Any]:
         "detail": dropped.detail,
         "truncated": False,
         "diverged": False,
+        "notes": [],
     }
 
 

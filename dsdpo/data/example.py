@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -30,6 +30,8 @@ class Example:
             log-probs.
         weight: factor on the example's loss.
         tools: function descriptions for the chat template, or None.
+        template_kwargs: further variables of the chat template, from the record's chat_template_kwargs.
+        notes: what happened to the record on its way that is no reason to drop it; the summary counts each text.
     """
 
     prompt: str | list[Message]
@@ -37,6 +39,8 @@ class Example:
     scores: tuple[float | None, ...]
     weight: float = 1.0
     tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert 1 <= len(self.completions) <= MAX_COMPLETIONS, f"{len(self.completions)} completions"

@@ -145,7 +145,7 @@ def _raw_batches(entries: list[DatasetEntry], max_samples: int | None) -> Iterat
 
 def _encode(rows: RowEncoder, config: RunConfig, folder: Path) -> Dataset:
     """All rows, encoded or refused, in their order."""
-    from datasets import Dataset, Features, Value
+    from datasets import Dataset, Features, List, Value
 
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, _RAW_SCHEMA) as writer:
         for batch in _raw_batches(rows.entries, config.max_samples):
@@ -156,6 +156,7 @@ def _encode(rows: RowEncoder, config: RunConfig, folder: Path) -> Dataset:
     features = Features.from_arrow_schema(SCHEMA)
     features |= {key: Value("string") for key in ("code", "reason", "detail", "excerpt")}
     features |= {key: Value("bool") for key in ("truncated", "diverged")}
+    features |= {"notes": List(Value("string"))}
     workers = min(config.preprocessing_num_workers, len(raw))
     with _quiet_unless_terminal(), _one_thread_per_worker(workers):
         return raw.map(
@@ -215,8 +216,7 @@ def _accepted(encoded: Dataset) -> Iterator[pa.RecordBatch]:
 def _count(encoded: Dataset) -> dict[str, Any]:
     """Records, examples, refusals by reason (the most frequent first), cuts, and token totals by part of an example."""
     table = encoded.data.table
-    found = pc.value_counts(table.column("reason")).to_pylist()
-    refused = {item["values"]: item["counts"] for item in found if item["values"]}
+    refused = _counted(table.column("reason"))
     examples = len(table) - sum(refused.values())
     parts = [("prompt", *_totals(table.column("prompt_length"), examples))]
     for number in range(pc.max(pc.list_value_length(table.column("completion_lengths"))).as_py() or 0):
@@ -226,12 +226,19 @@ def _count(encoded: Dataset) -> dict[str, Any]:
     return {
         "rows": len(table),
         "examples": examples,
-        "refused": dict(sorted(refused.items(), key=lambda item: -item[1])),
+        "refused": refused,
         "truncated": pc.sum(table.column("truncated")).as_py(),
         "diverged": pc.sum(table.column("diverged")).as_py(),
+        "notes": _counted(pc.list_flatten(table.column("notes"))),
         "mean_tokens": {part: total / max(count, 1) for part, total, _, count in parts},
         "longest": {part: longest for part, _, longest, _ in parts},
     }
+
+
+def _counted(texts: pa.ChunkedArray) -> dict[str, int]:
+    """How often each text that is not empty occurs, the most frequent first."""
+    found = {item["values"]: item["counts"] for item in pc.value_counts(texts).to_pylist() if item["values"]}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _totals(lengths: pa.ChunkedArray, count: int) -> tuple[int, int, int]:

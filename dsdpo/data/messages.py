@@ -143,7 +143,7 @@ def reply(messages: Sequence[Message], side: str) -> list[Message]:
     roles = [message["role"] for message in messages]
     if roles != ["assistant"]:
         if len(roles) > 1:
-            raise Dropped("several_replies", ", ".join(roles), side)
+            raise Dropped("several_replies", f"{side}: {', '.join(roles)}")
         raise Dropped("no_reply", ", ".join(roles) or "nothing", side)
     return list(messages)
 

@@ -179,6 +179,8 @@ def summary(prepared: PreparedSet) -> str:
         text += f"; {manifest['truncated']} cut to max_length {max_length} ({mode})"
     if manifest["diverged"]:
         text += f"; {manifest['diverged']} where prompt and completion share a token, which went to the completion"
+    for note, count in manifest.get("notes", {}).items():
+        text += f"; {count} {note}"
     if n_refused:
         reasons = ", ".join(f"{count} {reason}" for reason, count in manifest["refused"].items())
         text += f"; {n_refused} refused ({reasons}), listed in {prepared.path / DROPPED_ROWS}"

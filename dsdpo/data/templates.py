@@ -42,11 +42,13 @@ class EncodedExample:
 
     Attributes:
         diverged: the prompt's last tokens merged with a completion and belong to the completions now.
+        notes: what the template did that is no reason to drop the record; the summary counts each text.
     """
 
     prompt_ids: list[int]
     completion_ids: list[list[int]]
     diverged: bool
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -586,7 +586,7 @@ def test_hh_rlhf_test_split(settings, tmp_path):
     pairs = prepared(settings, dataset=[source.name], dataset_dir=str(source.parent), max_length=4096)
     assert pairs.manifest["rows"] == 2312
     assert pairs.manifest["refused"] == {
-        "the dialogues part before the last reply": 5,
+        "a side has more than one message after the prompt": 5,
         "empty chosen": 4,
         "roles do not alternate": 4,
     }
