@@ -35,6 +35,17 @@ class Dropped(Exception):
         super().__init__(f"{self.reason}: {detail}" if detail else self.reason)
 
 
+# key of the object that stands for a value which no format can take for text
+NOT_TEXT = "no text"
+
+
+def kind_of(value: object) -> str:
+    """What a value is that is not text, in words."""
+    if isinstance(value, dict) and set(value) == {NOT_TEXT}:
+        return str(value[NOT_TEXT])
+    return type(value).__name__
+
+
 _SIDES = "both sides must continue the same turns with one assistant message each"
 REASONS = {
     # the record and its columns
@@ -82,8 +93,9 @@ REASONS = {
     "same_tokens": Reason("two completions are the same"),
     # lengths
     "too_long": Reason("longer than max_length", "raise max_length, or set truncation_mode: keep_end or keep_start"),
-    "prompt_too_long": Reason("the prompt alone reaches max_length", "raise max_length, or truncation_mode: keep_end"),
-    "completion_too_long": Reason("a completion alone reaches max_length", "raise max_length"),
+    "prompt_too_long": Reason(
+        "the prompt alone reaches max_length", "raise max_length, or set truncation_mode: keep_end"
+    ),
     "same_once_cut": Reason("two completions are the same once cut to max_length", "raise max_length"),
     "too_long_for_row": Reason("longer than max_tokens_per_row", "raise max_tokens_per_row"),
 }

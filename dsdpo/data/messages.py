@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsdpo.data.dropped import Dropped
+from dsdpo.data.dropped import Dropped, kind_of
 from dsdpo.data.example import Message
 
 
@@ -47,7 +47,7 @@ class Columns:
 def text_of(value: Any, what: str) -> str:
     """`value` if it is text. Raises Dropped."""
     if not isinstance(value, str):
-        raise Dropped("not_text", type(value).__name__, what)
+        raise Dropped("not_text", kind_of(value), what)
     return value
 
 

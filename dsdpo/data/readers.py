@@ -1,59 +1,70 @@
-"""Rows of a data set with the place that each came from, streamed."""
+"""Records of a data set with the place that each came from, streamed. Files are text in UTF-8, Parquet or Arrow."""
 
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import itertools
 import json
+import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 from dsdpo.data.dropped import Dropped
+from dsdpo.data.json_files import iter_json
 from dsdpo.data.registry import DatasetEntry
+from dsdpo.data.utf8 import Source, check_head, iter_lines, kind_of_file, opened
 from dsdpo.errors import DataError
 
-# a parsed row, or a line of JSON that is not parsed yet (workers do that)
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# a parsed record, or the JSON text of one that is not parsed yet (workers do that)
 RawRow = dict[str, Any] | bytes
 
 _PARQUET_ROWS = 1024
+_HUB_ROWS = 1000
+_UNKNOWN_SPLIT = re.compile(r'Unknown split "(.*)"\. Should be one of \[(.*)\]')
 
 
 def iter_rows(entry: DatasetEntry, max_samples: int | None = None) -> Iterator[tuple[str, RawRow]]:
-    """Every row of a set with its place, such as `pairs.jsonl:17` (lines count from 1; rows in other kinds of files).
+    """Every record of a set with its place, such as `pairs.jsonl:17` (lines count from 1; records in other files).
 
     Raises:
-        DataError: a file cannot be read to its end, or the hub set cannot be loaded.
+        DataError: a file is not what its name says, or cannot be read to its end, or the hub set cannot be loaded.
     """
     return itertools.islice(_all_rows(entry), entry.row_limit(max_samples))
 
 
 def parse_row(row: RawRow) -> Any:
-    """The row as a JSON value. Raises Dropped for a line that is not JSON."""
+    """The record as a JSON value. Raises Dropped for a line that is not JSON."""
     if not isinstance(row, bytes):
         return row
     try:
         return json.loads(row)
     except RecursionError as error:
         raise Dropped("not_json", "nested too deeply") from error
-    except ValueError as error:
+    except json.JSONDecodeError as error:
+        raise Dropped("not_json", f"{error.msg} at byte {len(error.doc[: error.pos].encode())} of the line") from error
+    except ValueError as error:  # such as a number of more digits than Python converts
         raise Dropped("not_json", str(error)) from error
 
 
 def _all_rows(entry: DatasetEntry) -> Iterator[tuple[str, RawRow]]:
     if entry.hub_id is not None:
-        for number, row in enumerate(load_hub(entry), 1):
-            yield f"{entry.hub_id}:{number}", row
+        tables = load_hub(entry).with_format("arrow").iter(batch_size=_HUB_ROWS)
+        batches = (batch for table in tables for batch in table.to_batches())
+        yield from ((f"{entry.hub_id}:{number}", row) for number, row in _table_rows(batches))
         return
     for path in entry.files:
-        label = entry.label(path)
+        source = Source(path, entry.label(path))
+        if len(entry.files) > 1 and path.stat().st_size == 0:
+            continue  # jobs that write many files leave such ones
         try:
-            for number, row in _file_rows(path):
-                yield f"{label}:{number}", row
+            for number, row in _file_rows(source, entry):
+                yield f"{source.label}:{number}", row
         except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
             raise DataError(f"{path} cannot be read: {error}; fetch it again or repair it") from error
 
@@ -69,68 +80,92 @@ def load_hub(entry: DatasetEntry) -> Any:
 
         return load_dataset(entry.hub_id, name=entry.subset, data_dir=entry.folder, split=entry.split)
     except Exception as error:
+        if found := _UNKNOWN_SPLIT.search(str(error)):
+            splits = [name.strip("' \"") for name in found[2].split(",")]
+            raise DataError(
+                f"{entry.hub_id} has no split {found[1]}; it has {', '.join(splits)}: name one, as in "
+                f"{entry.hub_id}:{splits[0]}, or give split in the entry"
+            ) from error
         raise DataError(
             f"{entry.hub_id} cannot be loaded from the hub: {error}; check its name, subset, split and the network"
         ) from error
 
 
-def _file_rows(path: Path) -> Iterator[tuple[int, RawRow]]:
-    name = path.name.removesuffix(".gz")
+def _file_rows(source: Source, entry: DatasetEntry) -> Iterator[tuple[int, RawRow]]:
+    name = source.path.name.removesuffix(".gz")
     if name.endswith((".jsonl", ".json")):
-        return _json_rows(path, is_array=name.endswith(".json") and _first_byte(path) == b"[")
+        return iter_json(source, entry.columns)
     if name.endswith(".csv"):
-        return _csv_rows(path)
-    return _parquet_rows(path) if name.endswith(".parquet") else _arrow_rows(path)
+        return _csv_rows(source)
+    if name.endswith(".txt"):
+        return _text_rows(source)
+    return _table_rows(_parquet_batches(source) if name.endswith(".parquet") else _arrow_batches(source))
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _first_byte(path: Path) -> bytes:
-    """The first byte that is neither space nor part of a byte order mark."""
-    with _open(path) as stream:
-        while (byte := stream.read(1)) and (byte.isspace() or byte in b"\xef\xbb\xbf"):
-            pass
-        return byte
-
-
-def _json_rows(path: Path, is_array: bool) -> Iterator[tuple[int, RawRow]]:
-    """Lines of JSON, unparsed; or the items of one array, which is read whole."""
-    with _open(path) as stream:
-        if is_array:
-            yield from enumerate(json.loads(stream.read()), 1)
-            return
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield number, line
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, RawRow]]:
+def _csv_rows(source: Source) -> Iterator[tuple[int, RawRow]]:
     csv.field_size_limit(sys.maxsize)
-    with _open(path) as stream:
-        reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""))
-        for row in reader:
-            yield reader.line_num, row
+    with opened(source) as stream:
+        yield from _csv_records(source, csv.reader((text for _, _, text in iter_lines(source, stream)), strict=True))
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, RawRow]]:
+def _csv_records(source: Source, reader: Any) -> Iterator[tuple[int, RawRow]]:
+    names = next(reader, None)
+    if names is None:
+        raise source.error(1, 0, "the file is empty", "fetch it again, or remove it")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise source.error(1, 0, f"the column {twice[0]!r} stands twice in the first line", "rename one of them")
+    rows = iter(reader)
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise DataError(f"{source.label}:{reader.line_num}: not CSV: {error}; write double quotes twice") from error
+        if row is None:
+            return
+        if row == names:
+            raise DataError(f"{source.label}:{reader.line_num} names the columns again; keep the first such line alone")
+        if any(row[len(names) :]):
+            raise DataError(
+                f"{source.label}:{reader.line_num} has {len(row)} fields, the first line names {len(names)} columns; "
+                "put fields that hold commas or line breaks into double quotes"
+            )
+        if row:
+            yield reader.line_num, dict(itertools.zip_longest(names, row[: len(names)]))
+
+
+def _text_rows(source: Source) -> Iterator[tuple[int, RawRow]]:
+    with opened(source) as stream:
+        for number, _, line in iter_lines(source, stream):
+            if line.strip():
+                yield number, {"text": line.rstrip("\r\n")}
+
+
+def _table_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, RawRow]]:
+    from dsdpo.data.values import records
+
+    yield from enumerate((record for batch in batches for record in records(batch)), 1)
+
+
+def _parquet_batches(source: Source) -> Iterator[pa.RecordBatch]:
     import pyarrow.parquet
 
-    batches = pyarrow.parquet.ParquetFile(path).iter_batches(_PARQUET_ROWS)
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    check_head(source, b"PAR1", "Parquet")
+    with pyarrow.parquet.ParquetFile(source.path) as file:
+        yield from file.iter_batches(_PARQUET_ROWS)
 
 
-def _arrow_rows(path: Path) -> Iterator[tuple[int, RawRow]]:
-    """Arrow's file format, or the stream format that `datasets` writes."""
-    import pyarrow
+def _arrow_batches(source: Source) -> Iterator[pa.RecordBatch]:
+    """Arrow's file format, or the stream format that `datasets` writes. Not mapped: read pages are given back."""
+    import pyarrow as pa
 
-    with pyarrow.memory_map(str(path)) as source:
-        is_file = source.read(6) == b"ARROW1"
-        source.seek(0)
-        if is_file:
-            reader = pyarrow.ipc.open_file(source)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            batches = iter(pyarrow.ipc.open_stream(source))
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    with source.path.open("rb") as stream:
+        head = stream.read(4096)
+    if not head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) and (kind := kind_of_file(head)):
+        raise source.error(1, 0, *kind)
+    with pa.OSFile(str(source.path)) as file:
+        if not head.startswith(b"ARROW1"):
+            yield from pa.ipc.open_stream(file)
+            return
+        reader = pa.ipc.open_file(file)
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number)

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.config.aliases import did_you_mean
+from dsdpo.data.folders import DEFAULT_SPLIT, FILE_KINDS, INFO_FILE, EntryProblem, data_files, is_saved_dict
 from dsdpo.data.formats.detect import COLUMNS, READS, TAGS, unread
-
-INFO_FILE = "dataset_info.json"
-FILE_KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".arrow")
 
 _KEYS: dict[str, type] = {
     "hf_hub_url": str,
@@ -49,6 +47,7 @@ _UNSUPPORTED_COLUMNS = {
     "kto_tag": "single labelled answers are no pairs; give chosen and rejected",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SPLIT = re.compile(r"\w+(?:\.\w+)*(?:\[[\d:%-]*\])?")  # as `datasets` takes it, with a part such as [:10%]
 _HASH_BLOCK = 1 << 22
 
 
@@ -76,7 +75,7 @@ class DatasetEntry:
     formatting: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
-    split: str = "train"
+    split: str = DEFAULT_SPLIT
     subset: str | None = None
     folder: str | None = None
     num_samples: int | None = None
@@ -90,10 +89,6 @@ class DatasetEntry:
     def label(self, path: Path) -> str:
         """A file's name in messages and in dropped_rows.jsonl: relative to dataset_dir."""
         return path.relative_to(self.root).as_posix()
-
-
-class _Problem(Exception):
-    """What is wrong with one entry."""
 
 
 def resolve(names: list[str], dataset_dir: str | Path) -> tuple[list[DatasetEntry], list[str]]:
@@ -117,7 +112,7 @@ def resolve(names: list[str], dataset_dir: str | Path) -> tuple[list[DatasetEntr
             continue
         try:
             entries.append(_entry(name, info, root.resolve()))
-        except _Problem as problem:
+        except EntryProblem as problem:
             problems.append(str(problem))
     return entries, problems
 
@@ -146,34 +141,52 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(name: str, info: dict[str, Any], root: Path) -> DatasetEntry:
     if name in info:
         return _described(name, info[name], root)
+    if (found := _path(name, root)) is not None:
+        return DatasetEntry(name, root, files=data_files(found, root, name))
+    without, colon, split = name.rpartition(":")
+    if colon and _SPLIT.fullmatch(split):
+        if (found := _path(without, root)) is not None:
+            return DatasetEntry(name, root, files=data_files(found, root, name, split), split=split)
+        if _HUB_ID.fullmatch(without) and not without.endswith(FILE_KINDS):
+            return DatasetEntry(name, root, hub_id=without, split=split)
+    if _HUB_ID.fullmatch(name) and not name.endswith(FILE_KINDS):
+        folder, split = name.split("/")
+        if (parent := _path(folder, root)) is not None and is_saved_dict(parent):
+            return DatasetEntry(name, root, files=data_files(parent, root, name, split), split=split)
+        return DatasetEntry(name, root, hub_id=name)
+    if name.endswith(FILE_KINDS) or "/" in name:
+        raise EntryProblem(f"{name}: there is no such file in {root}")
+    known = ", ".join(sorted(info)[:8]) + (", ..." if len(info) > 8 else "")
+    hint = did_you_mean(name, info) or (f"it describes {known}" if info else f"there is no entry in {root / INFO_FILE}")
+    raise EntryProblem(f"{name} is not in {INFO_FILE}, no file in {root} and no hub id (org/name); {hint}")
+
+
+def _path(name: str, root: Path) -> Path | None:
+    """The file or folder that a name means, if it means one."""
     meant_as_path = name.endswith(FILE_KINDS) or name.startswith((".", "/"))
     for path in (root / name, Path(name)):
         # a folder of the same name elsewhere is a coincidence, not a data set
         if path.exists() and (meant_as_path or path.resolve().is_relative_to(root)):
-            return DatasetEntry(name, root, files=_files(path, root, name))
-    if _HUB_ID.fullmatch(name) and not name.endswith(FILE_KINDS):
-        return DatasetEntry(name, root, hub_id=name)
-    if name.endswith(FILE_KINDS) or "/" in name:
-        raise _Problem(f"{name}: there is no such file in {root}")
-    known = ", ".join(sorted(info)[:8]) + (", ..." if len(info) > 8 else "")
-    hint = did_you_mean(name, info) or (f"it describes {known}" if info else f"there is no entry in {root / INFO_FILE}")
-    raise _Problem(f"{name} is not in {INFO_FILE}, no file in {root} and no hub id (org/name); {hint}")
+            return path
+    return None
 
 
 def _described(name: str, described: Any, root: Path) -> DatasetEntry:
     """An entry of dataset_info.json, checked key by key."""
     where = f"{INFO_FILE}, {name}"
     if not isinstance(described, dict):
-        raise _Problem(f"{where}: must be an object with file_name or hf_hub_url")
+        raise EntryProblem(f"{where}: must be an object with file_name or hf_hub_url")
     _check_keys(where, described)
     if described.get("ranking") is False:
-        raise _Problem(f"{where}: ranking is false, so it holds no preference pairs; name another set for stage dpo")
+        raise EntryProblem(
+            f"{where}: ranking is false, so it holds no preference pairs; name another set for stage dpo"
+        )
     formatting = described.get("formatting")
     if formatting is not None and formatting not in READS:
-        raise _Problem(f"{where}: formatting {formatting!r} is not one of {', '.join(READS)}")
+        raise EntryProblem(f"{where}: formatting {formatting!r} is not one of {', '.join(READS)}")
     columns = described.get("columns") or {}
     if formatting is not None and (left := unread(formatting, columns)):
-        raise _Problem(
+        raise EntryProblem(
             f"{where}: formatting {formatting} does not read columns.{', columns.'.join(left)}; "
             f"it reads {', '.join(READS[formatting])}: delete the others, or give the formatting that the rows have"
         )
@@ -187,7 +200,7 @@ def _described(name: str, described: Any, root: Path) -> DatasetEntry:
         formatting=formatting,
         columns=columns,
         tags=described.get("tags") or {},
-        split=described.get("split") or "train",
+        split=described.get("split") or DEFAULT_SPLIT,
         subset=described.get("subset"),
         folder=described.get("folder"),
         num_samples=described.get("num_samples"),
@@ -198,25 +211,25 @@ def _described(name: str, described: Any, root: Path) -> DatasetEntry:
 def _check_keys(where: str, described: dict[str, Any]) -> None:
     for key, value in described.items():
         if key in _UNSUPPORTED:
-            raise _Problem(f"{where}: {key} is not supported; {_UNSUPPORTED[key]}")
+            raise EntryProblem(f"{where}: {key} is not supported; {_UNSUPPORTED[key]}")
         if key not in _KEYS:
             hint = did_you_mean(key, _KEYS) or f"known keys are {', '.join(_KEYS)}"
-            raise _Problem(f"{where}: unknown key {key!r}; {hint}")
+            raise EntryProblem(f"{where}: unknown key {key!r}; {hint}")
         kind = _KEYS[key]
         if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-            raise _Problem(f"{where}: {key} must be a {kind.__name__}, not {value!r}")
+            raise EntryProblem(f"{where}: {key} must be a {kind.__name__}, not {value!r}")
     samples = described.get("num_samples")
     if samples is not None and samples < 1:
-        raise _Problem(f"{where}: num_samples must be at least 1, not {samples}")
+        raise EntryProblem(f"{where}: num_samples must be at least 1, not {samples}")
     for key, known in (("columns", COLUMNS), ("tags", TAGS)):
         for inner, value in (described.get(key) or {}).items():
             if inner in _UNSUPPORTED_COLUMNS:
-                raise _Problem(f"{where}: {key}.{inner} is not supported; {_UNSUPPORTED_COLUMNS[inner]}")
+                raise EntryProblem(f"{where}: {key}.{inner} is not supported; {_UNSUPPORTED_COLUMNS[inner]}")
             if inner not in known:
                 hint = did_you_mean(inner, known) or f"known are {', '.join(known)}"
-                raise _Problem(f"{where}: unknown key {key}.{inner}; {hint}")
+                raise EntryProblem(f"{where}: unknown key {key}.{inner}; {hint}")
             if not isinstance(value, str):
-                raise _Problem(f"{where}: {key}.{inner} must be a string, not {value!r}")
+                raise EntryProblem(f"{where}: {key}.{inner} must be a string, not {value!r}")
 
 
 def _source(where: str, described: dict[str, Any], root: Path, name: str) -> tuple[tuple[Path, ...], str | None, bool]:
@@ -225,46 +238,28 @@ def _source(where: str, described: dict[str, Any], root: Path, name: str) -> tup
         return (), described["hf_hub_url"], False
     if described.get("ms_hub_url"):
         if importlib.util.find_spec("modelscope") is None:
-            raise _Problem(f"{where}: ms_hub_url needs the modelscope package; install it, or give hf_hub_url")
+            raise EntryProblem(f"{where}: ms_hub_url needs the modelscope package; install it, or give hf_hub_url")
         return (), described["ms_hub_url"], True
     if not described.get("file_name"):
-        raise _Problem(f"{where}: needs file_name, hf_hub_url or ms_hub_url")
+        raise EntryProblem(f"{where}: needs file_name, hf_hub_url or ms_hub_url")
     path = root / described["file_name"]
     if not path.exists():
-        raise _Problem(f"{where}: file_name {described['file_name']} does not exist in {root}")
-    files = _files(path, root, where)
+        raise EntryProblem(f"{where}: file_name {described['file_name']} does not exist in {root}")
+    files = data_files(path, root, where, described.get("split"))
     if sha1 := described.get("file_sha1"):
         _check_sha1(where, path, sha1)
     return files, None, False
 
 
-def _files(path: Path, root: Path, where: str) -> tuple[Path, ...]:
-    """The data file, or a folder's data files by name; all must lie inside dataset_dir, links followed."""
-    if not path.resolve().is_relative_to(root):
-        raise _Problem(f"{where}: {path} lies outside dataset_dir {root}; move it inside or change dataset_dir")
-    path = path.resolve()
-    if not path.is_dir():
-        if not path.name.endswith(FILE_KINDS):
-            raise _Problem(f"{where}: {path.name} is none of the kinds {', '.join(FILE_KINDS)}")
-        return (path,)
-    found = sorted(file for file in path.iterdir() if file.name.endswith(FILE_KINDS) and file.name != INFO_FILE)
-    if not found:
-        raise _Problem(f"{where}: the folder {path} holds no {', '.join(FILE_KINDS)} file")
-    for file in found:
-        if not file.resolve().is_relative_to(root):
-            raise _Problem(f"{where}: {file} points outside dataset_dir {root}; move the data inside")
-    return tuple(file.resolve() for file in found)
-
-
 def _check_sha1(where: str, path: Path, expected: str) -> None:
     if path.is_dir():
-        raise _Problem(f"{where}: file_sha1 is for one file, but file_name is the folder {path.name}; delete it")
+        raise EntryProblem(f"{where}: file_sha1 is for one file, but file_name is the folder {path.name}; delete it")
     digest = hashlib.sha1(usedforsecurity=False)
     with path.open("rb") as stream:
         while block := stream.read(_HASH_BLOCK):
             digest.update(block)
     if digest.hexdigest() != expected.lower():
-        raise _Problem(
+        raise EntryProblem(
             f"{where}: {path.name} has sha1 {digest.hexdigest()}, file_sha1 says {expected}; "
             "fetch the file again, or correct file_sha1 if the change is meant"
         )

@@ -124,7 +124,7 @@ def test_our_own_sets_resolve():
         ({"file_name": "gone.jsonl"}, "does not exist"),
         ({"file_name": "../outside.jsonl"}, "outside dataset_dir"),
         ({"file_name": "empty"}, "holds no .jsonl"),
-        ({"file_name": "notes.txt"}, "none of the kinds"),
+        ({"file_name": "notes.doc"}, "none of the kinds"),
         ({"script_url": "loader"}, "script_url is not supported"),
         ({"formatting": "trl"}, "needs file_name, hf_hub_url or ms_hub_url"),
         ({"ms_hub_url": "org/pairs"}, "needs the modelscope package"),
@@ -134,7 +134,7 @@ def test_our_own_sets_resolve():
 def test_problem_of_an_entry(folder, entry, told):
     (folder.parent / "outside.jsonl").write_text(LINES)
     (folder / "empty").mkdir()
-    (folder / "notes.txt").write_text("text")
+    (folder / "notes.doc").write_text("text")
     describe(folder, mine=entry)
     assert told in one_problem(["mine"], folder)
 
@@ -175,7 +175,7 @@ def test_unreadable_info_file(folder):
 
 
 def test_lines_keep_their_numbers_and_broken_ones_are_refused(folder):
-    (folder / "odd.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": \n"\xff"\n{"a": 2}')
+    (folder / "odd.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": \n"\\x"\n{"a": 2}')
     entries, _ = resolve(["odd.jsonl"], folder)
     seen = []
     for source, row in iter_rows(entries[0]):
@@ -253,5 +253,9 @@ def test_hub_set_is_loaded_by_datasets(folder, monkeypatch, tmp_path):
     describe(folder, hub={"hf_hub_url": "org/pairs", "ranking": True})
     assert rows_of("hub", folder) == [(f"org/pairs:{i}", row) for i, row in enumerate(ROWS, 1)]
     describe(folder, hub={"hf_hub_url": "org/pairs", "split": "nowhere"})
-    with pytest.raises(DataError, match="org/pairs cannot be loaded"):
+    with pytest.raises(DataError, match=r"org/pairs has no split nowhere; it has train"):
+        rows_of("hub", folder)
+    assert [source for source, _ in rows_of("org/pairs:train", folder)] == [f"org/pairs:{i}" for i in range(1, 6)]
+    describe(folder, hub={"hf_hub_url": "org/elsewhere"})
+    with pytest.raises(DataError, match="org/elsewhere cannot be loaded"):
         rows_of("hub", folder)

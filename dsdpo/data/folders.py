@@ -1,0 +1,121 @@
+"""Which data files a path stands for: a file, a folder of files, a folder of splits, or one that `datasets` saved.
+
+Only names and small JSON files are read here: the check before a run comes this way, too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+INFO_FILE = "dataset_info.json"
+FILE_KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".arrow", ".txt", ".txt.gz")
+DEFAULT_SPLIT = "train"
+
+_SAVED = "state.json"  # of a Dataset that save_to_disk wrote
+_SAVED_DICT = "dataset_dict.json"  # of a DatasetDict
+_TEXT_KINDS = (".txt", ".txt.gz")
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.\w+(?:\.gz)?")  # how the hub and `datasets` name the files of a split
+
+
+class EntryProblem(Exception):
+    """What is wrong with one entry."""
+
+
+def data_files(path: Path, root: Path, where: str, split: str | None = None) -> tuple[Path, ...]:
+    """The data files of a path, in reading order; all must lie inside dataset_dir, links followed.
+
+    Args:
+        path: a file or folder.
+        root: dataset_dir.
+        where: what to call the entry in a problem.
+        split: that the entry or the name asks for.
+
+    Raises:
+        EntryProblem: there are none, or they are several splits and none is asked for.
+    """
+    if not path.resolve().is_relative_to(root):
+        raise EntryProblem(f"{where}: {path} lies outside dataset_dir {root}; move it inside or change dataset_dir")
+    path = path.resolve()
+    if not path.is_dir():
+        if not path.name.endswith(FILE_KINDS):
+            raise EntryProblem(f"{where}: {path.name} is none of the kinds {', '.join(FILE_KINDS)}")
+        return (path,)
+    if is_saved_dict(path):
+        splits = [str(name) for name in _read(path / _SAVED_DICT, where).get("splits") or []]
+        found = _saved(path / _chosen(path, splits, split, where), split, where)
+    else:
+        found = _saved(path, split, where) if (path / _SAVED).is_file() else _of_folder(path, split, where)
+    for file in found:
+        if not file.resolve().is_relative_to(root):
+            raise EntryProblem(f"{where}: {file} points outside dataset_dir {root}; move the data inside")
+    return tuple(file.resolve() for file in found)
+
+
+def is_saved_dict(folder: Path) -> bool:
+    """Whether `datasets` saved a DatasetDict there."""
+    return (folder / _SAVED_DICT).is_file()
+
+
+def _of_folder(path: Path, split: str | None, where: str) -> tuple[Path, ...]:
+    """A folder's data files by name; those of one split where their names say splits."""
+    found = sorted(file for file in path.iterdir() if file.name.endswith(FILE_KINDS) and file.name != INFO_FILE)
+    found = [file for file in found if not file.name.endswith(_TEXT_KINDS)] or found  # a README beside the data
+    if not found:
+        folders = [file.name for file in sorted(path.iterdir()) if file.is_dir() and not file.name.startswith(".")]
+        hint = f"; it holds the folders {', '.join(folders)}: name one of them" if folders else ""
+        raise EntryProblem(f"{where}: the folder {path} holds no {', '.join(FILE_KINDS)} file{hint}")
+    named = {file: match[1] for file in found if (match := _SHARD.fullmatch(file.name))}
+    if len(named) < len(found):
+        return tuple(found)
+    chosen = _chosen(path, list(dict.fromkeys(named.values())), split, where, inside=False)
+    return tuple(file for file in found if named[file] == chosen)
+
+
+def _chosen(path: Path, splits: list[str], split: str | None, where: str, inside: bool = True) -> str:
+    """The split that is asked for; or `train`, where there is no other."""
+    if split in splits:
+        return str(split)
+    if split is None and splits == [DEFAULT_SPLIT]:
+        return DEFAULT_SPLIT
+    first = splits[0] if splits else "NAME"
+    plural, wrong = "s" if len(splits) != 1 else "", f", not {split}" if split is not None else ""
+    raise EntryProblem(
+        f"{where}: {path.name} holds the split{plural} {', '.join(splits) or 'of no name'}{wrong}; name one, as in "
+        f"{path.name}{'/' if inside else ':'}{first}, or give split in the entry"
+    )
+
+
+def _saved(folder: Path, split: str | None, where: str) -> tuple[Path, ...]:
+    """The files of a Dataset that save_to_disk wrote, in the order of its state.json."""
+    state = _read(folder / _SAVED, where)
+    try:
+        names = [str(file["filename"]) for file in state["_data_files"]]
+    except (KeyError, TypeError) as error:
+        raise EntryProblem(f"{where}: {folder / _SAVED} names no data files; save the data set again") from error
+    if state.get("_indices_data_files"):
+        raise EntryProblem(
+            f"{where}: {folder} was saved with a selection of its rows; save it again with flatten_indices"
+        )
+    own = state.get("_split")
+    if split is not None and own is not None and re.fullmatch(r"\w+", str(own)) and own != split:
+        raise EntryProblem(f"{where}: {folder.name} holds the split {own}, not {split}; correct split")
+    files = tuple(folder / name for name in names)
+    for file in files:
+        if not file.is_file():
+            raise EntryProblem(
+                f"{where}: {folder / _SAVED} names {file.name}, which is not there; copy the whole folder"
+            )
+    return files
+
+
+def _read(path: Path, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise EntryProblem(f"{where}: {path} cannot be read: {error}; copy the whole folder again") from error
+    if not isinstance(found, dict):
+        raise EntryProblem(f"{where}: {path} holds no JSON object; copy the whole folder again")
+    return found

@@ -1,0 +1,227 @@
+"""Records of JSON files, as lines or as one array; the text of each is passed on and parsed by the workers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from io import BufferedReader
+from itertools import chain
+from typing import Any
+
+from dsdpo.data.formats.detect import detect
+from dsdpo.data.utf8 import Source, first_character, iter_lines, iter_pieces, opened
+from dsdpo.errors import DataError
+
+_TRIED_LINES = 10  # when none of a file's first lines is JSON, the file is at fault and not its records
+_WHOLE_OBJECT = 1 << 20  # characters in which an object over several lines is looked for
+_PIECE = 1 << 20  # bytes of an array that are read at a time
+_NEAR_END = 16  # an error this close to the end of what was read may only mean that more is to come
+_DECODER = json.JSONDecoder()
+_SPACE = re.compile(r"[\s\ufeff]*")
+_WRAPPER = re.compile(r'\s*\{\s*(?:"[^"]*"\s*:\s*(?:"[^"]*"|[\w.]+)\s*,\s*)*"([^"]+)"\s*:\s*\[\s*(?=\{)')
+
+Line = tuple[int, int, str]  # number, first byte, text
+
+
+def iter_json(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[int, bytes]]:
+    """Records of a .json or .jsonl file as JSON text, with the line of each, or its number in the array.
+
+    Args:
+        source: the file.
+        columns: of the set's entry.
+
+    Raises:
+        DataError: the file as a whole is not what its name says.
+    """
+    with opened(source) as stream:
+        if first_character(stream) != "[":
+            yield from _iter_json_lines(source, stream, columns)
+        elif ".jsonl" not in source.path.suffixes:
+            yield from _ArrayReader(source, stream).items()
+        else:
+            number, byte, _ = next(line for line in iter_lines(source, stream) if line[2].strip())
+            name = source.path.name.replace(".jsonl", ".json")
+            what = "a JSON array, where a .jsonl file has one object in each line"
+            raise source.error(number, byte, what, f"give it the name {name}, under which an array is read")
+
+
+def _iter_json_lines(source: Source, stream: BufferedReader, columns: Mapping[str, str]) -> Iterator[tuple[int, bytes]]:
+    """One record in each line that is not blank. The first lines are parsed, to tell what the file really is."""
+    lines = (line for line in iter_lines(source, stream) if line[2].strip())
+    tried = [line for _, line in zip(range(_TRIED_LINES), lines)]
+    if not tried:
+        raise source.error(1, 0, "the file is empty", "fetch it again, or remove it")
+    if (error := _parse_error(tried[0][2])) is None:
+        _refuse_wrapper(source, tried[0], json.loads(tried[0][2]), columns)
+    else:
+        length = 0
+        for line in lines:
+            tried.append(line)
+            length += len(line[2])
+            if length > _WHOLE_OBJECT:
+                break
+        fault = _several_lines(source, tried, columns)
+        if fault or all(_parse_error(line[2]) for line in tried[:_TRIED_LINES]):
+            raise fault or _not_json(source, tried[0], error)
+    for number, _, text in chain(tried, lines):
+        yield number, text.encode()
+
+
+def _parse_error(text: str) -> Exception | None:
+    """Why a line is no JSON object, if it is none."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return error
+    return None
+
+
+def _refuse_wrapper(source: Source, line: Line, record: Any, columns: Mapping[str, str]) -> None:
+    """Raise DataError for `{"data": [records]}`: a record that has no format, around records that have one."""
+    if not isinstance(record, dict) or detect(record, columns):
+        return
+    for key, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict) and detect(value[0], columns):
+            raise _wrapper(source, line, key)
+
+
+def _wrapper(source: Source, line: Line, key: str) -> DataError:
+    what = f"one JSON object whose key {key!r} holds the records"
+    remedy = f"keep the list alone: jq -c '.[\"{key}\"][]' {source.path.name} > records.jsonl"
+    return source.error(line[0], line[1], what, remedy)
+
+
+def _several_lines(source: Source, lines: list[Line], columns: Mapping[str, str]) -> DataError | None:
+    """The fault of a file whose first line begins an object that a later line ends."""
+    whole = "".join(line[2] for line in lines)
+    number, byte, text = lines[0]
+    if found := _WRAPPER.match(whole):
+        item = _first_value(whole, found.end())
+        if isinstance(item, dict) and detect(item, columns):
+            return _wrapper(source, lines[0], found[1])
+    try:
+        _, end = _DECODER.raw_decode(whole, len(whole) - len(whole.lstrip()))
+    except RecursionError:
+        return None
+    except json.JSONDecodeError as error:
+        if not (len(whole) >= _WHOLE_OBJECT // 2 and whole.lstrip().startswith("{") and _may_go_on(error, whole)):
+            return None
+        end = len(whole)
+    if end <= len(text.rstrip()):
+        return None
+    what = "a JSON object over several lines, where each line is to be one record"
+    return source.error(number, byte, what, f"write one in each line: jq -c . {source.path.name} > lines.jsonl")
+
+
+def _first_value(text: str, start: int) -> Any:
+    try:
+        return _DECODER.raw_decode(text, start)[0]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _not_json(source: Source, line: Line, error: Exception) -> DataError:
+    number, byte, text = line
+    if not isinstance(error, json.JSONDecodeError):
+        return source.error(number, byte, "JSON that is nested too deeply", "write flatter records")
+    byte += len(text[: error.pos].encode())
+    if text.lstrip().startswith(("{'", '{"')) and error.msg == "Extra data":
+        return source.error(number, byte, "a second JSON value in the same line", "write one record in each line")
+    remedy = "write each record as a JSON object in its own line"
+    if text.lstrip().startswith("{'"):
+        remedy = "this is how Python prints a dict: write it with json.dumps"
+    return source.error(number, byte, f"not JSON: {error.msg}", remedy)
+
+
+def _may_go_on(error: json.JSONDecodeError, text: str) -> bool:
+    """Whether the error may be due to the end of what has been read."""
+    return error.msg.startswith("Unterminated string") or error.pos >= len(text) - _NEAR_END
+
+
+class _ArrayReader:
+    """The items of one JSON array, read a piece at a time.
+
+    Args:
+        source: the file.
+        stream: its bytes.
+    """
+
+    def __init__(self, source: Source, stream: BufferedReader) -> None:
+        self._source = source
+        self._pieces = iter_pieces(source, stream, _PIECE)
+        self._text = ""
+        self._at = 0
+        self._line, self._byte = 1, 0  # of the first character of the text
+        self._ended = False
+
+    def items(self) -> Iterator[tuple[int, bytes]]:
+        """Number, from 1, and JSON text of each."""
+        self._next()
+        self._at += 1
+        is_empty = self._next() == "]"
+        number = 0
+        while not is_empty:
+            number += 1
+            yield number, self._item().encode()
+            mark = self._next()
+            if mark == "]":
+                break
+            if mark != ",":
+                raise self._error(self._at, f"no comma after item {number}" if mark else "the array does not end")
+            self._at += 1
+            self._next()
+        self._at += 1
+        if self._next():
+            raise self._error(self._at, "more text after the end of the array")
+
+    def _read(self) -> None:
+        """Forget what is behind, and read as much again as is left, or a piece."""
+        passed = self._text[: self._at]
+        self._line += passed.count("\n")
+        self._byte += len(passed.encode())
+        parts = [self._text[self._at :]]
+        wanted = max(len(parts[0]), 1)
+        self._at = 0
+        for piece in self._pieces:
+            parts.append(piece)
+            wanted -= len(piece)
+            if wanted <= 0:
+                break
+        else:
+            self._ended = True
+        self._text = "".join(parts)
+
+    def _next(self) -> str:
+        """The next character that is no space, or "" at the end."""
+        while True:
+            found = _SPACE.match(self._text, self._at)
+            assert found is not None, "it matches nothing, too"
+            self._at = found.end()
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if self._ended:
+                return ""
+            self._read()
+
+    def _item(self) -> str:
+        while True:
+            try:
+                _, end = _DECODER.raw_decode(self._text, self._at)
+            except RecursionError:
+                raise self._error(self._at, "an item that is nested too deeply") from None
+            except json.JSONDecodeError as error:
+                if self._ended or not _may_go_on(error, self._text):
+                    raise self._error(error.pos, error.msg) from None
+            else:
+                if end < len(self._text) or self._ended:  # a number may go on in the next piece
+                    item = self._text[self._at : end]
+                    self._at = end
+                    return item
+            self._read()
+
+    def _error(self, at: int, what: str) -> DataError:
+        passed = self._text[:at]
+        remedy = "repair the file, or fetch it again: one array of objects is read, or one object in each line"
+        line, byte = self._line + passed.count("\n"), self._byte + len(passed.encode())
+        return self._source.error(line, byte, f"not JSON: {what}", remedy)

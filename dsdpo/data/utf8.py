@@ -1,0 +1,237 @@
+"""Bytes of a file -> lines of strict UTF-8, or one error that says what the file is and where it stops being text."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import cast
+
+from dsdpo.errors import DataError
+
+BOM = "\ufeff"
+_HEAD = 4096  # bytes by which a kind of file is recognized
+_SAMPLE = 1 << 16  # bytes by which an encoding is guessed
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file with its name in messages, such as `pairs.jsonl`."""
+
+    path: Path
+    label: str
+
+    def error(self, line: int, byte: int, what: str, remedy: str) -> DataError:
+        """What is wrong with the file at a place. `byte` counts from 0, in the unpacked text where it is a .gz file."""
+        return DataError(f"{self.label}:{line}, byte {byte}: {what}; {remedy}")
+
+
+# how files begin that are often met under the name of another kind: bytes, what they are, what to do
+_SIGNS: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs", "a Git LFS pointer and not the file itself", "run `git lfs pull` in its repository"),
+    (b"\x1f\x8b", "gzip data", "give its name the ending .gz once, or unpack it"),
+    (b"PAR1", "a Parquet file", "give its name the ending .parquet"),
+    (b"ARROW1", "an Arrow file", "give its name the ending .arrow"),
+    (b"\xff\xff\xff\xff", "an Arrow stream", "give its name the ending .arrow"),
+    (b"PK\x03\x04", "a zip archive, as Excel workbooks are", "unpack it, or save it as CSV in UTF-8"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document", "save it as CSV in UTF-8"),
+    (b"\x28\xb5\x2f\xfd", "zstd data", "unpack it with unzstd"),
+    (b"\xfd7zXZ", "xz data", "unpack it with unxz"),
+    (b"%PDF-", "a PDF document", "name a file of records"),
+    (b"SQLite format 3", "an SQLite database", "export its records as JSON lines"),
+)
+_BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
+_PICKLE = re.compile(rb"\x80[\x02-\x05][\x95\}\]cq]")
+_HTML = re.compile(
+    rb"\s*(?:<!--.*?-->\s*)?(?:<\?xml[^>]*>\s*)?<(?:!doctype|html|head|body|script)", re.IGNORECASE | re.DOTALL
+)
+_BOMS = (
+    (codecs.BOM_UTF8, ""),
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+
+def kind_of_file(head: bytes) -> tuple[str, str] | None:
+    """What a file that begins with `head` is, when it is no text of records, and what to do about it."""
+    for sign, what, remedy in _SIGNS:
+        if head.startswith(sign):
+            return what, remedy
+    if _BZIP2.match(head):
+        return "bzip2 data", "unpack it with bunzip2"
+    if _PICKLE.match(head):
+        return "a Python pickle", "save its records as JSON lines"
+    if _HTML.match(head.removeprefix(codecs.BOM_UTF8)):
+        return (
+            "a web page and not the file itself",
+            "download the file behind it (on a hub: /resolve/ in place of /blob/)",
+        )
+    return None
+
+
+def check_head(source: Source, magic: bytes, kind: str) -> None:
+    """Raise DataError unless a file begins as its kind does, saying what it is instead."""
+    with source.path.open("rb") as stream:
+        head = stream.read(_HEAD)
+    if not head:
+        raise source.error(1, 0, "the file is empty (0 bytes)", "fetch it again, or remove it")
+    if not head.startswith(magic):
+        what, remedy = kind_of_file(head) or (f"no {kind} data", "correct the ending of its name, or fetch it again")
+        raise source.error(1, 0, what, remedy)
+
+
+@contextmanager
+def opened(source: Source) -> Iterator[BufferedReader]:
+    """A text file's bytes, unpacked. Raises DataError where its first bytes say that it is something else."""
+    is_gzip = source.path.suffix == ".gz"
+    if is_gzip:
+        check_head(source, b"\x1f\x8b", "gzip")
+    with gzip.open(source.path) if is_gzip else source.path.open("rb") as stream:
+        buffered = cast(BufferedReader, stream)  # gzip's has the same methods
+        _check_text_head(source, buffered.peek(_HEAD))
+        yield buffered
+
+
+def first_character(stream: BufferedReader) -> str:
+    """The first character that is no space, or "" where the first block holds none; the stream is not moved."""
+    return stream.peek(_HEAD).decode(errors="ignore").removeprefix(BOM).lstrip()[:1]
+
+
+def iter_lines(source: Source, stream: BufferedReader) -> Iterator[tuple[int, int, str]]:
+    """Number (from 1), first byte (from 0) and text of each line, with its newline, without a byte order mark.
+
+    Raises:
+        DataError: the file is not UTF-8 text to its end.
+    """
+    byte = 0
+    for number, line in enumerate(stream, 1):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise _not_utf8(source, number, byte, line + stream.read(_SAMPLE), error) from None
+        if "\0" in text:
+            raise _nul(source, number, byte + line.index(b"\0"))
+        yield number, byte, text.removeprefix(BOM)
+        byte += len(line)
+
+
+def iter_pieces(source: Source, stream: BufferedReader, size: int) -> Iterator[str]:
+    """The text of a file in pieces of about `size` bytes, for files whose lines may be as long as the file.
+
+    A byte order mark stays in front.
+
+    Raises:
+        DataError: as `iter_lines` does.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line, byte = 1, 0
+    while True:
+        piece = stream.read(size)
+        pending = decoder.getstate()[0]
+        try:
+            text = decoder.decode(piece, final=not piece)
+        except UnicodeDecodeError as error:
+            line += error.object[: error.start].count(b"\n")
+            raise _not_utf8(source, line, byte - len(pending), error.object + stream.read(_SAMPLE), error) from None
+        if "\0" in text:
+            at = piece.index(b"\0")
+            raise _nul(source, line + piece[:at].count(b"\n"), byte + at)
+        yield text
+        if not piece:
+            return
+        line += piece.count(b"\n")
+        byte += len(piece)
+
+
+def _nul(source: Source, line: int, byte: int) -> DataError:
+    return source.error(line, byte, "a NUL byte, which text has none of", "fetch or write the file again")
+
+
+def _check_text_head(source: Source, head: bytes) -> None:
+    if kind := kind_of_file(head):
+        raise source.error(1, 0, *kind)
+    name = next((name for bom, name in _BOMS if head.startswith(bom)), "") or _by_zero_bytes(head)
+    if name:
+        raise source.error(1, 0, f"{name} text, and only UTF-8 is read", _iconv(source, name))
+
+
+def _by_zero_bytes(head: bytes) -> str:
+    """UTF-16 and UTF-32 without a byte order mark: where the zero bytes of ASCII characters stand."""
+    zeros = [head[start::4].count(0) / max(len(head[start::4]), 1) for start in range(4)]
+    high, low = max(zeros), min(zeros)
+    if high < 0.2 or low > high / 4:
+        return ""
+    is_zero = tuple(share > high / 2 for share in zeros)
+    return {
+        (False, True, False, True): "UTF-16LE",
+        (True, False, True, False): "UTF-16BE",
+        (False, True, True, True): "UTF-32LE",
+        (True, True, True, False): "UTF-32BE",
+    }.get(is_zero, "")
+
+
+def _iconv(source: Source, encoding: str) -> str:
+    name = source.path.name
+    if name.endswith(".gz"):
+        return f"convert it: gunzip -c {name} | iconv -f {encoding} -t UTF-8 | gzip > utf8.{name}"
+    return f"convert it: iconv -f {encoding} -t UTF-8 {name} > utf8.{name}"
+
+
+def _not_utf8(source: Source, line: int, byte: int, sample: bytes, error: UnicodeDecodeError) -> DataError:
+    at = byte + error.start
+    if error.reason == "unexpected end of data" and len(sample) == error.end:
+        return source.error(line, at, "the file ends within a character", "it was cut off: fetch it again")
+    found = f"byte 0x{sample[error.start]:02x} is not UTF-8"
+    if encoding := guess_encoding(sample):
+        return source.error(line, at, f"{found}; the text looks like {encoding}", _iconv(source, encoding))
+    remedy = "find the encoding that it was written in and convert it with iconv, or repair the damaged place"
+    return source.error(line, at, found, remedy)
+
+
+def _share_of(first: str, last: str) -> Callable[[str, bytes], bool]:
+    return lambda character, _: first <= character <= last
+
+
+def _lead(first: int, last: int) -> Callable[[str, bytes], bool]:
+    """Whether a two-byte character lies in the rows of an encoding that hold its frequent characters."""
+    return lambda _, written: len(written) == 2 and first <= written[0] <= last and written[1] >= 0x40
+
+
+# encoding as iconv knows it -> Python's codec, and what most characters of its usual text are; narrow ones first
+_ENCODINGS: tuple[tuple[str, str, Callable[[str, bytes], bool]], ...] = (
+    ("SHIFT_JIS", "cp932", _share_of("\u3041", "\u30fe")),
+    ("EUC-JP", "euc_jp", _share_of("\u3041", "\u30fe")),
+    ("EUC-KR", "cp949", lambda character, written: "\uac00" <= character <= "\ud7a3" and written[1] >= 0xA1),
+    ("GBK", "gb18030", lambda _, written: len(written) == 2 and 0xB0 <= written[0] <= 0xD7 and written[1] >= 0xA1),
+    ("BIG5", "cp950", _lead(0xA4, 0xC6)),
+    ("CP1251", "cp1251", _share_of("\u0410", "\u044f")),
+    ("CP1252", "cp1252", lambda character, _: "\u00c0" <= character <= "\u00ff" or character in "’‘“”–—…€ß"),
+)
+
+
+def guess_encoding(sample: bytes) -> str:
+    """The encoding that some bytes are most likely written in, as iconv names it; "" when none is likely."""
+    likely = {}
+    for name, codec, is_usual in _ENCODINGS:
+        try:
+            text = codecs.getincrementaldecoder(codec)().decode(sample)
+        except UnicodeDecodeError:
+            continue
+        foreign = [character for character in text if character > "\x7f"]
+        if not foreign:
+            continue
+        usual = sum(is_usual(character, character.encode(codec)) for character in foreign) / len(foreign)
+        if name in ("CP1251", "CP1252"):  # accents stand alone between ASCII letters, other scripts in runs
+            runs = re.findall(rb"[\x80-\xff]+", sample)
+            alone = sum(len(run) == 1 for run in runs) / len(runs)
+            usual *= alone if name == "CP1252" else 1 - alone
+        likely[name] = usual * (2 if "JP" in name or name == "SHIFT_JIS" else 1)  # half of Japanese text is kanji
+    best = max(likely, key=lambda name: likely[name], default="")
+    return best if best and likely[best] >= 0.6 else ""
