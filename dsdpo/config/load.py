@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -61,16 +61,31 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadResult:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with two repairs: `1e-4` is a number, and a date stays text."""
+    """Plain scalars become numbers, booleans, null or text by the rules of `_SCALARS`; a date stays text."""
+
+    def _integer(self, node: yaml.ScalarNode) -> int:
+        """`010` is ten, as in YAML 1.2; YAML 1.1 would read it as octal."""
+        text = str(self.construct_scalar(node)).replace("_", "")
+        return int(text, 16 if "x" in text else 10)
 
 
+# Each takes the whole of a scalar, so that `5e-6_beta0.1` and `3e8f21b` are text. `1:30` is text, no base 60.
+_SCALARS = (
+    ("bool", r"(?i:yes|no|true|false|on|off)", "yYnNtTfFoO"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(\d[\d_]*|0x[\da-fA-F]+)", "-+0123456789"),
+    ("float", r"[-+]?(\d[\d_]*(\.\d*)?([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\.(?i:inf))|\.(?i:nan)", "-+.0123456789"),
+)
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in pairs if tag not in ("tag:yaml.org,2002:timestamp",)]
+    first: [(tag, regexp) for tag, regexp in pairs if tag == "tag:yaml.org,2002:merge"]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
+for _kind, _form, _first in _SCALARS:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_form})\Z"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader._integer)
+_LIST = "tag:yaml.org,2002:seq"
+_NUMERIC = (int, float, bool)
+_AS_TYPED = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "str"))
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, int], list[str]]:
@@ -83,8 +98,8 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, int], 
     except (OSError, UnicodeDecodeError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
         return None, {}, [f"{path}: {reason}; give the path of a YAML run config right after the command"]
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return {}, {}, []
@@ -92,12 +107,29 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, int], 
             return None, {}, [f"{path}: found no keys; a run config is lines of `key: value`"]
         keys = [(key.value, key.start_mark.line + 1) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         problems = _duplicates(keys, path)
-        values = {str(key): value for key, value in loader.construct_document(node).items()}
+        values = _values_of(node, loader)
     except yaml.YAMLError as error:
         return None, {}, [f"{path}: not valid YAML: {_one_line(error)}"]
-    finally:
-        loader.dispose()
     return values, dict(keys), problems
+
+
+def _values_of(node: yaml.MappingNode, loader: _Loader) -> dict[str, Any]:
+    """The options of a file. Raises YAMLError."""
+    loader.flatten_mapping(node)
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "an option's name must be text", key.start_mark)
+    return {key.value: _value_of(key.value, value, loader) for key, value in node.value}
+
+
+def _value_of(key: str, node: yaml.Node, loader: _Loader) -> Any:
+    """The value of an option. Text, also in a list, is what was typed: `1_000`, `on` and `0x1F` stay so."""
+    if _base(key) not in _NUMERIC:
+        if isinstance(node, yaml.ScalarNode) and node.tag in _AS_TYPED:
+            return node.value
+        if isinstance(node, yaml.SequenceNode) and node.tag == _LIST and not _holds_numbers(key):
+            return [_value_of(key, item, loader) for item in node.value]
+    return loader.construct_object(node, deep=True)
 
 
 def _duplicates(keys: list[tuple[str, int]], path: str | Path) -> list[str]:
@@ -144,14 +176,27 @@ def parse_overrides(tokens: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _parse_value(key: str, text: str) -> Any:
-    """Numbers, booleans, null and [lists] by YAML's rules; other values of text options stay as typed."""
+    """By YAML's rules, but text options stay as typed; of these, only a list is more than text."""
+    is_text = _base(key) not in _NUMERIC
     try:
-        value = yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return text if text.strip() else None
+        if isinstance(node, yaml.SequenceNode) and is_text and not _takes_list(key):
+            return text
+        value = _value_of(key, node, loader)
     except yaml.YAMLError:
         return text
-    if _base(key) in (int, float, bool) or value is None or isinstance(value, list):
-        return value
-    return text
+    return value if not is_text or value is None or isinstance(value, list) else text
+
+
+def _takes_list(key: str) -> bool:
+    return get_origin(_base(key)) is list
+
+
+def _holds_numbers(key: str) -> bool:
+    return get_args(_base(key)) == (float,)
 
 
 def _base(key: str) -> Any:
@@ -210,8 +255,7 @@ def _is_no_number(key: str, item: Any) -> bool:
 
 def _wrong(key: str, value: Any, origins: dict[str, str]) -> str:
     found = "empty" if value is None else json.dumps(value, default=str, ensure_ascii=False)
-    quote = "; quote it" if _base(key) is str and isinstance(value, (int, float)) else ""
-    return f"{origins[key]}: {key} is {found}; allowed: {options()[key].allowed}{quote}"
+    return f"{origins[key]}: {key} is {found}; allowed: {options()[key].allowed}"
 
 
 def _placeholders(faulty: dict[str, str]) -> dict[str, Any]:

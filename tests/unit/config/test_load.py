@@ -43,6 +43,84 @@ def test_a_number_may_be_written_without_a_dot(tmp_path: Path, text: str) -> Non
     assert sound(tmp_path, MINIMAL + f"learning_rate: {text}\n").learning_rate == 1e-4
 
 
+_TEXT = [
+    "5e-6_beta0.1",
+    "3e8f21b",
+    "1e5",
+    "42",
+    "1_000",
+    "0x1F",
+    "010",
+    "1:30",
+    "on",
+    "off",
+    "yes",
+    "no",
+    "true",
+    "1.5",
+]
+_TEXT += ["-3", ".5e3", "1e-4", "2024-01-01", "0b11", ".inf", "12e", "e5", "="]
+
+
+@pytest.mark.parametrize("text", _TEXT)
+@pytest.mark.parametrize("key", ["run_name", "dataset"])
+def test_text_options_hold_what_was_typed(tmp_path: Path, key: str, text: str) -> None:
+    """In the file and on the command line, alone and in a list."""
+    wanted = text if key == "run_name" else [text]
+    others = MINIMAL.replace(f"{key}: pairs\n", "")
+    assert getattr(sound(tmp_path, others + f"{key}: {text}\n"), key) == wanted
+    assert getattr(sound(tmp_path, MINIMAL, f"--{key}", text), key) == wanted
+    if key == "dataset":
+        assert sound(tmp_path, others + f"dataset: [a, {text}]\n").dataset == ["a", text]
+        assert sound(tmp_path, MINIMAL, "--dataset", f"[a, {text}]").dataset == ["a", text]
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("learning_rate", "1e-4", 1e-4),
+        ("learning_rate", "5E-6", 5e-6),
+        ("learning_rate", ".5e-3", 5e-4),
+        ("learning_rate", "1", 1.0),
+        ("learning_rate", "5e-6_beta0.1", None),
+        ("learning_rate", "3e8f21b", None),
+        ("learning_rate", ".inf", None),
+        ("learning_rate", "1:30", None),
+        ("seed", "1_000", 1000),
+        ("seed", "0x1F", 31),
+        ("seed", "010", 10),
+        ("seed", "1e3", 1000),
+        ("seed", "0o17", None),
+        ("seed", "1:30", None),
+        ("seed", "1,000", None),
+        ("seed", "on", None),
+        ("seed", "3e8f21b", None),
+        ("max_tokens_per_row", "8_192", 8192),
+        ("max_tokens_per_row", "auto", "auto"),
+        ("max_steps", "~", None),
+        ("plot_loss", "on", True),
+        ("plot_loss", "No", False),
+        ("plot_loss", "1e-4", None),
+        ("loss_weights", "[1e-1]", [0.1]),
+        ("loss_weights", "[0x1F]", [31.0]),
+    ],
+)
+def test_numbers_are_read_as_users_mean_them(tmp_path: Path, option: str, text: str, value: object) -> None:
+    """None: a problem that names the option, unless the text means null."""
+    for loaded in (read(tmp_path, MINIMAL + f"{option}: {text}\n"), read(tmp_path, MINIMAL, f"--{option}={text}")):
+        assert loaded.config is not None
+        if value is None and text != "~":
+            assert loaded.faulty == {option}
+        else:
+            assert not loaded.faulty and getattr(loaded.config, option) == value
+
+
+def test_a_comment_sign_on_the_command_line_is_text(tmp_path: Path) -> None:
+    assert sound(tmp_path, MINIMAL, "--default_system", "# Rules").default_system == "# Rules"
+    assert sound(tmp_path, MINIMAL, "--default_system", "[be short]").default_system == "[be short]"
+    assert sound(tmp_path, MINIMAL, "--default_system", "").default_system is None
+
+
 def test_a_date_is_text(tmp_path: Path) -> None:
     assert sound(tmp_path, MINIMAL + "run_name: 2024-01-01\n").run_name == "2024-01-01"
 
@@ -142,7 +220,6 @@ def test_an_unknown_key_comes_with_advice(tmp_path: Path, key: str, advice: str)
         ("loss_type: sigmoid,dpo", "loss_type is"),
         ("loss_weights: [1, true]", "loss_weights is [1, true]; allowed: a list of numbers"),
         ("label_smoothing: 0.5", "allowed: a number, at least 0, below 0.5"),
-        ("run_name: 42", "run_name is 42; allowed: text, or empty; quote it"),
         ("max_steps: 0", "allowed: a whole number, at least 1, or empty"),
     ],
 )
@@ -167,6 +244,7 @@ def test_all_problems_come_together_and_the_rest_is_kept(tmp_path: Path) -> None
         ("\tbeta: 1\n", "not valid YAML: line 1"),
         ("- a\n- b\n", "a run config is lines of `key: value`"),
         ("[a, b]: 1\n", "not valid YAML"),
+        ("a: \x07\n", "not valid YAML"),
     ],
 )
 def test_a_broken_file_is_one_problem(tmp_path: Path, text: str, said: str) -> None:
