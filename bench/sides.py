@@ -258,7 +258,7 @@ def _prepared(case: Case, folder: Path) -> PreparedSet:
     """The set that dsdpo's run will open, in this process: what is prepared does not depend on the reference."""
     loaded = load(folder / "run.yaml")
     if loaded.config is None:
-        raise BenchError("; ".join(loaded.problems))
+        raise BenchError("; ".join(map(str, loaded.problems)))
     try:
         pairs = prepare(loaded.config, "train")
     except DsdpoError as error:

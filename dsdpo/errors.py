@@ -14,6 +14,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with what a user gave.
+
+    Attributes:
+        code: what kind of mistake it is, such as `unknown-option`; tests compare it.
+        option: the option or argument that it is about; empty where there is none.
+        text: what was found, what is allowed and what to change.
+    """
+
+    code: str
+    option: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
 
 class DsdpoError(Exception):
     """Base of the errors that end the program with a known exit code and no traceback."""
@@ -26,14 +47,15 @@ class ConfigError(DsdpoError):
     """Every problem found in a run config, in one report.
 
     Args:
-        problems: one line (or paragraph) each; shown as a numbered list.
+        problems: shown as a numbered list. Plain text stands for a problem that is found alone, outside of the checks.
     """
 
     exit_code = 64
     what = "problem{s} in the run config"
 
-    def __init__(self, problems: list[str] | str) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+    def __init__(self, problems: Iterable[Problem | str] | Problem | str) -> None:
+        found = [problems] if isinstance(problems, (str, Problem)) else problems
+        self.problems = [Problem("config", "", one) if isinstance(one, str) else one for one in found]
         count = len(self.problems)
         lines = [f"{count} {self.what.format(s='s' if count != 1 else '')}:"]
         lines += [f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1)]

@@ -8,6 +8,7 @@ DeepSpeed itself ignores unknown keys, so a misspelt one would go unnoticed: her
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from dsdpo.config.aliases import did_you_mean
@@ -26,13 +27,13 @@ from dsdpo.config.deepspeed_keys import (
     ZERO,
 )
 from dsdpo.config.load import LoadResult
-from dsdpo.config.zero import AUTO, ZeroConfig, block_of, is_off, read_json
-from dsdpo.errors import ConfigError
+from dsdpo.config.zero import AUTO, ZeroConfig, block_of, is_off, named, read_settings
+from dsdpo.errors import ConfigError, Problem
 
 _NVME_BUFFERS = 4
 
 
-def check_deepspeed(loaded: LoadResult) -> tuple[ZeroConfig | None, list[str]]:
+def check_deepspeed(loaded: LoadResult) -> tuple[ZeroConfig | None, list[Problem]]:
     """Read the JSON that the run config names, and check it alone and against the run config.
 
     Returns:
@@ -45,12 +46,12 @@ def check_deepspeed(loaded: LoadResult) -> tuple[ZeroConfig | None, list[str]]:
     if not config.deepspeed:
         return ZeroConfig.of(config, {}), []
     try:
-        data = read_json(config.deepspeed)
+        data = read_settings(config.deepspeed)
     except ConfigError as error:
         return None, error.problems
     found = [_check_leaf(key, value, loaded) for key, value in _leaves(data)]
     found += _check_offload(data) + _check_hpz(data) + _check_nvme(data, config.async_save)
-    problems = [f"{config.deepspeed}: {problem}" for problem in found if problem]
+    problems = [replace(one, text=f"{named(config.deepspeed)}: {one.text}") for one in found if one]
     return None if problems else ZeroConfig.of(config, data), problems
 
 
@@ -62,26 +63,32 @@ def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + key, value
 
 
-def _check_leaf(key: str, value: Any, loaded: LoadResult) -> str:
+def _problem(code: str, text: str) -> Problem:
+    return Problem(f"deepspeed-{code}", "deepspeed", text)
+
+
+def _check_leaf(key: str, value: Any, loaded: LoadResult) -> Problem | None:
     if key == f"{ZERO}.stage":
-        return "" if value in (0, 1, 2, 3) and type(value) is int else f"{key} is {value!r}; allowed: 0, 1, 2, 3"
+        fine = value in (0, 1, 2, 3) and type(value) is int
+        return None if fine else _problem("value", f"{key} is {value!r}; allowed: 0, 1, 2, 3")
     if key in REFUSED:
-        return "" if is_off(value) else f"{key} is set; {REFUSED[key]}"
+        return None if is_off(value) else _problem("refused", f"{key} is set; {REFUSED[key]}")
     if key in BLOCKS:
-        return "" if value == AUTO and key != ZERO else f"{key} is {value!r}; it must be an object {{...}}"
+        fine = value == AUTO and key != ZERO
+        return None if fine else _problem("value", f"{key} is {value!r}; it must be an object {{...}}")
     if key not in PASSED and key not in OWNED and key not in FIXED:
-        return _unknown(key)
+        return _problem("unknown-key", _unknown(key))
     if value == AUTO:
-        return ""
+        return None
     if key in OWNED:
         return _check_owned(key, value, loaded)
     if key in FIXED:
-        fine = value == FIXED[key]
-        return "" if fine else f"{key} is {value!r}; training always uses {FIXED[key]!r}; delete the key"
+        fine, text = value == FIXED[key], f"{key} is {value!r}; training always uses {FIXED[key]!r}; delete the key"
+        return None if fine else _problem("fixed", text)
     return _check_passed(key, value)
 
 
-def _check_offload(data: dict[str, Any]) -> list[str]:
+def _check_offload(data: dict[str, Any]) -> list[Problem]:
     """Devices of the offload blocks, and whether the stage has them."""
     problems = []
     for key, lowest in ((OFFLOAD_OPTIMIZER, {"cpu": 1, "nvme": 3}), (OFFLOAD_PARAM, {"cpu": 3})):
@@ -95,15 +102,16 @@ def _check_offload(data: dict[str, Any]) -> list[str]:
             problems.append(
                 f"{key} to {device} needs stage {lowest[device]} or higher, but stage is {stage}; change one"
             )
-    return problems
+    return [_problem("offload", text) for text in problems]
 
 
-def _check_nvme(data: dict[str, Any], async_save: bool) -> list[str]:
+def _check_nvme(data: dict[str, Any], async_save: bool) -> list[Problem]:
     """What offloading the optimizer to NVMe needs; its keys where they mean nothing."""
     block = block_of(data, OFFLOAD_OPTIMIZER)
     if block.get("device") != "nvme":
         idle = [key for key in ("nvme_path", "buffer_count") if block.get(key, AUTO) != AUTO]
-        return [f"{OFFLOAD_OPTIMIZER}.{key} is for device nvme, which is not set; delete the key" for key in idle]
+        texts = [f"{OFFLOAD_OPTIMIZER}.{key} is for device nvme, which is not set; delete the key" for key in idle]
+        return [_problem("nvme", text) for text in texts]
     problems = []
     path, count = block.get("nvme_path"), block.get("buffer_count", _NVME_BUFFERS)
     if not isinstance(path, str) or path in ("", AUTO):
@@ -118,40 +126,41 @@ def _check_nvme(data: dict[str, Any], async_save: bool) -> list[str]:
             f"{OFFLOAD_OPTIMIZER}.device is nvme, but async_save would copy all of the optimizer's state to the host's "
             "memory; set async_save: false, or device to cpu"
         )
-    return problems
+    return [_problem("nvme", text) for text in problems]
 
 
-def _check_hpz(data: dict[str, Any]) -> list[str]:
+def _check_hpz(data: dict[str, Any]) -> list[Problem]:
     zero = data.get(ZERO, {})
     size = zero.get("zero_hpz_partition_size", AUTO) if isinstance(zero, dict) else AUTO
     if size != AUTO and (type(size) is not int or size < 0):
-        return [f"{HPZ} is {size!r}; allowed: the number of GPUs of a node, 1 for none, or auto"]
+        return [_problem("hpz", f"{HPZ} is {size!r}; allowed: the number of GPUs of a node, 1 for none, or auto")]
     if size not in (AUTO, 0, 1) and zero.get("stage", 0) != 3:
-        return [f"{HPZ} needs stage 3, but stage is {zero.get('stage', 0)}; change one"]
+        return [_problem("hpz", f"{HPZ} needs stage 3, but stage is {zero.get('stage', 0)}; change one")]
     return []
 
 
-def _check_owned(key: str, value: Any, loaded: LoadResult) -> str:
+def _check_owned(key: str, value: Any, loaded: LoadResult) -> Problem | None:
     option, wanted = OWNED[key]
     if option in loaded.faulty or loaded.config is None:
-        return ""
+        return None
     expected = wanted(loaded.config)
     if expected is not None and value == expected and isinstance(value, bool) == isinstance(expected, bool):
-        return ""
+        return None
     ours = getattr(loaded.config, option)
-    return (
+    return _problem(
+        "clash",
         f"{key} is {value!r}, but {option} in the run config decides this, and it is "
         f"{'empty' if ours is None else ours} ({loaded.where(option)}); "
-        'write "auto" in the JSON or delete the key there'
+        'write "auto" in the JSON or delete the key there',
     )
 
 
-def _check_passed(key: str, value: Any) -> str:
+def _check_passed(key: str, value: Any) -> Problem | None:
     if key in FLAGS and not isinstance(value, bool):
-        return f"{key} is {value!r}; allowed: true, false or auto"
+        return _problem("value", f"{key} is {value!r}; allowed: true, false or auto")
     if key in SIZES and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
-        return f"{key} is {value!r}; allowed: a number, at least 0, or auto"
-    return ""
+        return _problem("value", f"{key} is {value!r}; allowed: a number, at least 0, or auto")
+    return None
 
 
 def _unknown(key: str) -> str:

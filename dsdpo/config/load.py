@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from dsdpo.config.aliases import suggest
 from dsdpo.config.options import options, value_kinds
 from dsdpo.config.schema import RunConfig
+from dsdpo.errors import Problem
 
 COMMAND_LINE = "command line"
 
@@ -33,7 +34,7 @@ class LoadResult:
     """
 
     config: RunConfig | None
-    problems: list[str]
+    problems: list[Problem]
     faulty: frozenset[str] = frozenset()
     origins: dict[str, str] = field(default_factory=dict)
 
@@ -63,6 +64,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadResult:
 class _Loader(yaml.SafeLoader):
     """Plain scalars become numbers, booleans, null or text by the rules of `_SCALARS`; a date stays text."""
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A key that stands twice is an error, as in a JSON file."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(getattr(key, "value", None) if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
     def _integer(self, node: yaml.ScalarNode) -> int:
         """`010` is ten, as in YAML 1.2; YAML 1.1 would read it as octal."""
         text = str(self.construct_scalar(node)).replace("_", "")
@@ -88,7 +98,7 @@ _NUMERIC = (int, float, bool)
 _AS_TYPED = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "str"))
 
 
-def read_yaml(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, int], list[str]]:
+def read_yaml(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, int], list[Problem]]:
     """Values and line numbers of a file's top-level keys, and what is wrong with the file.
 
     The values are None when nothing can be read.
@@ -97,19 +107,24 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, int], 
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-        return None, {}, [f"{path}: {reason}; give the path of a YAML run config right after the command"]
+        text = f"{path}: {reason}; give the path of a YAML run config right after the command"
+        return None, {}, [Problem("config-file", "", text)]
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return {}, {}, []
         if not isinstance(node, yaml.MappingNode):
-            return None, {}, [f"{path}: found no keys; a run config is lines of `key: value`"]
+            return (
+                None,
+                {},
+                [Problem("config-file", "", f"{path}: found no keys; a run config is lines of `key: value`")],
+            )
         keys = [(key.value, key.start_mark.line + 1) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         problems = _duplicates(keys, path)
         values = _values_of(node, loader)
     except yaml.YAMLError as error:
-        return None, {}, [f"{path}: not valid YAML: {_one_line(error)}"]
+        return None, {}, [Problem("yaml", "", f"{path}: not valid YAML: {_one_line(error)}")]
     return values, dict(keys), problems
 
 
@@ -132,12 +147,13 @@ def _value_of(key: str, node: yaml.Node, loader: _Loader) -> Any:
     return loader.construct_object(node, deep=True)
 
 
-def _duplicates(keys: list[tuple[str, int]], path: str | Path) -> list[str]:
+def _duplicates(keys: list[tuple[str, int]], path: str | Path) -> list[Problem]:
     first: dict[str, int] = {}
     problems = []
     for key, line in keys:
         if key in first:
-            problems.append(f"{path}:{line}: {key} is already set on line {first[key]}; keep one of them")
+            text = f"{path}:{line}: {key} is already set on line {first[key]}; keep one of them"
+            problems.append(Problem("duplicate-option", key, text))
         first.setdefault(key, line)
     return problems
 
@@ -151,25 +167,28 @@ def _one_line(error: yaml.YAMLError) -> str:
 # --- command line ---
 
 
-def parse_overrides(tokens: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def parse_overrides(tokens: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
     """`--key value` and `--key=value` as a dict of values, and what is wrong with them."""
     values: dict[str, Any] = {}
-    problems: list[str] = []
+    problems: list[Problem] = []
     rest = list(tokens)
     while rest:
         token = rest.pop(0)
         if not re.match(r"--[A-Za-z]", token):
-            problems.append(f"{COMMAND_LINE}: found {token!r}; options are written `--key value` or `--key=value`")
+            text = f"{COMMAND_LINE}: found {token!r}; options are written `--key value` or `--key=value`"
+            problems.append(Problem("stray-argument", "", text))
             continue
         key, equals, text = token[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
                 hint = f", such as --{key} true" if _base(key) is bool else ""
-                problems.append(f"{COMMAND_LINE}: --{key} has no value; write `--{key} value`{hint}")
+                text = f"{COMMAND_LINE}: --{key} has no value; write `--{key} value`{hint}"
+                problems.append(Problem("no-value", key, text))
                 continue
             text = rest.pop(0)
         if key in values:
-            problems.append(f"{COMMAND_LINE}: --{key} is given twice; keep one of them")
+            text = f"{COMMAND_LINE}: --{key} is given twice; keep one of them"
+            problems.append(Problem("duplicate-option", key, text))
             continue
         values[key] = _parse_value(key, text)
     return values, problems
@@ -183,16 +202,23 @@ def _parse_value(key: str, text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return text if text.strip() else None
-        if isinstance(node, yaml.SequenceNode) and is_text and not _takes_list(key):
+        if _is_text_alone(key, node):
             return text
         value = _value_of(key, node, loader)
     except yaml.YAMLError:
         return text
-    return value if not is_text or value is None or isinstance(value, list) else text
+    return value if not is_text or value is None or isinstance(value, (list, dict)) else text
 
 
-def _takes_list(key: str) -> bool:
-    return get_origin(_base(key)) is list
+def _is_text_alone(key: str, node: yaml.Node) -> bool:
+    """Whether what looks like a list or a mapping is the text of an option that takes none."""
+    field = RunConfig.model_fields.get(key)
+    kinds = {get_origin(kind) for kind in value_kinds(field)} if field else set()
+    is_list, is_mapping = isinstance(node, yaml.SequenceNode), isinstance(node, yaml.MappingNode)
+    takes_list = list in kinds or _base(key) in _NUMERIC
+    return (is_list and not takes_list) or (
+        is_mapping and (dict not in kinds or not getattr(node, "flow_style", False))
+    )
 
 
 def _holds_numbers(key: str) -> bool:
@@ -207,23 +233,23 @@ def _base(key: str) -> Any:
 # --- values ---
 
 
-def _take_unknown(values: dict[str, Any], origins: dict[str, str]) -> list[str]:
+def _take_unknown(values: dict[str, Any], origins: dict[str, str]) -> list[Problem]:
     problems = []
     for key in [key for key in values if key not in RunConfig.model_fields]:
         del values[key]
-        problems.append(f"{origins[key]}: unknown option {key}; {suggest(key, RunConfig.model_fields)}")
+        text = f"{origins[key]}: unknown option {key}; {suggest(key, RunConfig.model_fields)}"
+        problems.append(Problem("unknown-option", key, text))
     return problems
 
 
 def _validate(
     values: dict[str, Any], origins: dict[str, str], path: str
-) -> tuple[RunConfig, frozenset[str], list[str]]:
-    """The config of the sound values, the faulty keys, and one message for each of these."""
-    faulty: dict[str, str] = {}
+) -> tuple[RunConfig, frozenset[str], list[Problem]]:
+    """The config of the sound values, the faulty keys, and a problem for each of these."""
+    faulty: dict[str, Problem] = {}
     for key in RunConfig.model_fields:
-        message = _look(key, values, origins, path)
-        if message:
-            faulty[key] = message
+        if problem := _look(key, values, origins, path):
+            faulty[key] = problem
     sound = {key: value for key, value in values.items() if key not in faulty}
     while True:
         try:
@@ -237,27 +263,28 @@ def _validate(
                 faulty[key] = _wrong(key, sound.pop(key), origins)
 
 
-def _look(key: str, values: dict[str, Any], origins: dict[str, str], path: str) -> str:
+def _look(key: str, values: dict[str, Any], origins: dict[str, str], path: str) -> Problem | None:
     """What pydantic lets pass or says badly: a missing or empty required key, `true` for a number,
     infinity."""
     required = options()[key].default == "required"
     if key not in values:
-        return f"{path}: {key} is missing; add a line `{key}: ...` ({options()[key].allowed})" if required else ""
+        text = f"{path}: {key} is missing; add a line `{key}: ...` ({options()[key].allowed})"
+        return Problem("missing-option", key, text) if required else None
     value = values[key]
     items = value if isinstance(value, list) else [value]
     bad = (required and value in ("", [])) or any(_is_no_number(key, item) for item in items)
-    return _wrong(key, value, origins) if bad else ""
+    return _wrong(key, value, origins) if bad else None
 
 
 def _is_no_number(key: str, item: Any) -> bool:
     return (isinstance(item, bool) and _base(key) is not bool) or (isinstance(item, float) and not math.isfinite(item))
 
 
-def _wrong(key: str, value: Any, origins: dict[str, str]) -> str:
+def _wrong(key: str, value: Any, origins: dict[str, str]) -> Problem:
     found = "empty" if value is None else json.dumps(value, default=str, ensure_ascii=False)
-    return f"{origins[key]}: {key} is {found}; allowed: {options()[key].allowed}"
+    return Problem("value", key, f"{origins[key]}: {key} is {found}; allowed: {options()[key].allowed}")
 
 
-def _placeholders(faulty: dict[str, str]) -> dict[str, Any]:
+def _placeholders(faulty: dict[str, Problem]) -> dict[str, Any]:
     required = [key for key in faulty if options()[key].default == "required"]
     return {key: "" if _base(key) is str else [] for key in required}

@@ -85,6 +85,8 @@ def _values_text(values: Iterable[str]) -> str:
 def _kind_text(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return _values_text(map(str, get_args(kind)))
+    if get_origin(kind) is dict:
+        return "a mapping"
     if get_origin(kind) is list:
         item = get_args(kind)[0]
         if get_origin(item) is Literal:

@@ -11,20 +11,22 @@ from typing import Any
 from dsdpo.config.load import LoadResult
 from dsdpo.config.losses import LOSSES
 from dsdpo.config.schema import RunConfig
+from dsdpo.errors import Problem
 
 Given = Mapping[str, str]  # explicitly set key -> place
 
 
-def check_rules(loaded: LoadResult) -> list[str]:
-    """Messages of all rules whose options are themselves sound."""
+def check_rules(loaded: LoadResult) -> list[Problem]:
+    """What all rules say whose options are themselves valid."""
     if loaded.config is None:
         return []
     problems = []
-    for keys, rule in RULES:
+    for code, keys, rule in RULES:
         message = "" if loaded.faulty.intersection(keys) else rule(loaded.config, loaded.origins)
         if message:
             places = [f"{key} in {loaded.origins[key]}" for key in keys if key in loaded.origins]
-            problems.append(f"{message} [{', '.join(places)}]" if places else message)
+            text = f"{message} [{', '.join(places)}]" if places else message
+            problems.append(Problem(code, keys[0], text))
     return problems
 
 
@@ -182,14 +184,14 @@ def _lora_options(config: RunConfig, given: Given) -> str:
 
 
 HEAD = "the output head, whose weights stay frozen here"
-_HEAD_NAMES = ("lm_head", "embed_out")
+HEAD_NAMES = ("lm_head", "embed_out")
 
 
 def _reaches_head(modules: str | list[str]) -> bool:
     """Whether modules as PEFT takes them are to reach the head: the ends of names, or a regular expression."""
     if isinstance(modules, str):
-        return any(re.fullmatch(modules, name) for name in _HEAD_NAMES)
-    return any(module.split(".")[-1] in _HEAD_NAMES for module in modules)
+        return any(re.fullmatch(modules, name) for name in HEAD_NAMES)
+    return any(module.split(".")[-1] in HEAD_NAMES for module in modules)
 
 
 def _lora_target(config: RunConfig, given: Given) -> str:
@@ -223,7 +225,11 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "mica")  # init_lora_weight
 
 
 def adapter_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Why an adapter with these settings, the content of its adapter_config.json, cannot be trained further."""
+    """Why an adapter with these settings, the content of its adapter_config.json, cannot be trained further.
+
+    Returns:
+        The ends of sentences that begin with the file's name.
+    """
     if settings.get("peft_type") != "LORA":
         return [f"peft_type is {settings.get('peft_type', 'missing')}; allowed: LORA"]
     beyond = [key for key in _BEYOND_LORA if settings.get(key)]
@@ -275,24 +281,25 @@ def _attention(config: RunConfig, given: Given) -> str:
     return missing_flash_package(wanted)
 
 
-RULES: list[tuple[tuple[str, ...], Callable[[RunConfig, Given], str]]] = [
-    (("max_tokens_per_row", "max_length"), _row_fits_a_pair),
-    (("loss_type",), _losses),
-    (("loss_weights", "loss_type"), _loss_weights),
-    (("loss_type", *_readers()), _loss_options),
-    (("f_divergence_type", "f_alpha_divergence_coef", "loss_type"), _divergence),
-    (("ld_alpha", "loss_type"), _ld_alpha),
-    (("reference", "loss_type"), _reference),
-    (("loss_type", "lora_dropout", "disable_dropout"), _spans_batch),
-    (("use_weighting", "loss_type"), _weighting),
-    (("eval_dataset", "val_size"), _one_held_out_set),
-    (("val_size",), _val_size),
-    (("eval_steps", "eval_dataset", "val_size"), _something_to_evaluate),
+RULES: list[tuple[str, tuple[str, ...], Callable[[RunConfig, Given], str]]] = [
+    ("row-too-short", ("max_tokens_per_row", "max_length"), _row_fits_a_pair),
+    ("losses", ("loss_type",), _losses),
+    ("loss-weights", ("loss_weights", "loss_type"), _loss_weights),
+    ("loss-options", ("loss_type", *_readers()), _loss_options),
+    ("divergence", ("f_divergence_type", "f_alpha_divergence_coef", "loss_type"), _divergence),
+    ("ld-alpha", ("ld_alpha", "loss_type"), _ld_alpha),
+    ("reference", ("reference", "loss_type"), _reference),
+    ("dropout-with-batch-loss", ("loss_type", "lora_dropout", "disable_dropout"), _spans_batch),
+    ("weighting", ("use_weighting", "loss_type"), _weighting),
+    ("held-out-twice", ("eval_dataset", "val_size"), _one_held_out_set),
+    ("val-size", ("val_size",), _val_size),
+    ("nothing-held-out", ("eval_steps", "eval_dataset", "val_size"), _something_to_evaluate),
     (
+        "lora-options",
         ("finetuning_type", "adapter_name_or_path", "lora_rank", "lora_alpha", "lora_dropout", "lora_target"),
         _lora_options,
     ),
-    (("lora_target",), _lora_target),
-    (("report_to",), _trackers),
-    (("attn_implementation", "precision"), _attention),
+    ("lora-target", ("lora_target",), _lora_target),
+    ("tracker-missing", ("report_to",), _trackers),
+    ("attention", ("attn_implementation", "precision"), _attention),
 ]

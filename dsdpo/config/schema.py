@@ -100,8 +100,8 @@ class RunConfig(BaseModel):
     dropout is `lora_dropout`'s. What is more than LoRA matrices beside frozen weights is refused."""
 
     lora_target: list[str] = ["all"]
-    """Module names that get adapters, such as `q_proj,v_proj`. `all`: every linear layer but the output
-    head."""
+    """Module names that get adapters, such as `q_proj,v_proj`. `all`, or `all-linear`: every linear layer but the
+    output head."""
 
     attn_implementation: Literal[
         "auto", "sdpa", "varlen", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
@@ -260,8 +260,9 @@ class RunConfig(BaseModel):
     """Seed of data order, adapter initialization and dropout."""
 
     # --- running ---
-    deepspeed: str | None = Field(None, json_schema_extra=FREE)
-    """DeepSpeed JSON, such as ds_configs/zero3.json. Empty: ZeRO stage 0, every GPU holds everything."""
+    deepspeed: str | dict[str, Any] | None = Field(None, json_schema_extra=FREE)
+    """DeepSpeed JSON, such as ds_configs/zero3.json, or its content as a mapping, on the command line as JSON. Empty:
+    ZeRO stage 0, every GPU holds everything."""
 
     output_dir: str = Field(json_schema_extra=FREE)
     """Folder for this run's metrics, checkpoints, weights and plots. Where it holds a checkpoint of this run, training
@@ -326,6 +327,12 @@ class RunConfig(BaseModel):
         if isinstance(value, str):
             return [part.strip() for part in value.split(",") if part.strip()]
         return value
+
+    @field_validator("lora_target")
+    @classmethod
+    def _all_linear(cls, value: list[str]) -> list[str]:
+        """Accept PEFT's word for `all`."""
+        return ["all" if name == "all-linear" else name for name in value]
 
     @field_validator("loss_weights", mode="before")
     @classmethod

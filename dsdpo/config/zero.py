@@ -11,9 +11,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from dsdpo.config.accelerate import foreign_settings
 from dsdpo.config.deepspeed_keys import HPZ, OFFLOAD_OPTIMIZER, OFFLOAD_PARAM, OWNED, REFUSED, ZERO
 from dsdpo.config.schema import RunConfig
-from dsdpo.errors import ConfigError
+from dsdpo.errors import ConfigError, Problem
 
 AUTO = "auto"
 
@@ -31,7 +34,7 @@ class ZeroConfig:
             other.
         hpz_size: ranks that share a second copy of the parameters' shards (ZeRO++ hpZ); 1 without it.
         raw: the whole JSON. Not to be changed.
-        path: file that it was read from; None without one.
+        path: file that it was read from, or words for the mapping in the run config; None without one.
     """
 
     stage: int
@@ -45,7 +48,7 @@ class ZeroConfig:
     @classmethod
     def load(cls, config: RunConfig) -> ZeroConfig:
         """Read the JSON that a run names. Raises ConfigError when it cannot be read."""
-        return cls.of(config, read_json(config.deepspeed) if config.deepspeed else {})
+        return cls.of(config, read_settings(config.deepspeed) if config.deepspeed else {})
 
     @classmethod
     def of(cls, config: RunConfig, raw: dict[str, Any]) -> ZeroConfig:
@@ -59,31 +62,52 @@ class ZeroConfig:
             nvme_path=_folder_of(config, optimizer) if _device(optimizer) == "nvme" else None,
             hpz_size=1 if hpz_size == AUTO else max(1, int(hpz_size)),
             raw=raw,
-            path=config.deepspeed,
+            path=named(config.deepspeed) if config.deepspeed else None,
         )
 
     def effective_stage(self, bf16: bool) -> int:
         """The stage that is run: stage 0 in bf16 becomes 1, since only from there on are master weights fp32."""
         return self.stage or int(bf16)
 
-    def check_world_size(self, world_size: int) -> None:
-        """What the JSON asks of the number of ranks. Raises ConfigError.
+    def rank_problems(self, world_size: int) -> list[Problem]:
+        """What the JSON asks of the number of ranks.
 
         DeepSpeed makes one smaller group of all ranks where they are too few, and fails an assertion where they do not
         divide.
         """
         if world_size % self.hpz_size == 0:
-            return
+            return []
         fitting = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
-        raise ConfigError(
+        text = (
             f"{self.path}: {HPZ} is {self.hpz_size}, but {world_size} ranks train, which do not form groups of "
             f"{self.hpz_size}; allowed for {world_size}: {', '.join(fitting)}. Set the number of GPUs of a node, or "
             "delete the key"
         )
+        return [Problem("deepspeed-ranks", "deepspeed", text)]
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises ConfigError for a missing or malformed file or duplicate keys."""
+def named(deepspeed: str | dict[str, Any]) -> str:
+    """How messages call the option's value."""
+    return deepspeed if isinstance(deepspeed, str) else "deepspeed in the run config"
+
+
+def read_settings(deepspeed: str | dict[str, Any]) -> dict[str, Any]:
+    """What the option gives: a mapping, or the JSON object in a file.
+
+    Raises:
+        ConfigError: a missing or malformed file, duplicate keys, or settings of accelerate.
+    """
+    data = deepspeed if isinstance(deepspeed, dict) else _read_json(deepspeed)
+    if found := foreign_settings(data):
+        raise _unreadable("accelerate-config", f"{named(deepspeed)} {found}")
+    return data
+
+
+def _unreadable(code: str, text: str) -> ConfigError:
+    return ConfigError(Problem(code, "deepspeed", text))
+
+
+def _read_json(path: str) -> dict[str, Any]:
     duplicates: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -95,14 +119,30 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
-        raise ConfigError(f"deepspeed: there is no file {path}; give a DeepSpeed JSON") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"deepspeed: {path} is not a readable JSON file: {error}") from None
+        raise _unreadable("deepspeed-file", f"deepspeed: there is no file {path}; give a DeepSpeed JSON") from None
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ValueError) and (mapping := _read_yaml(path)):
+            if foreign_settings(mapping):
+                return mapping
+            remedy = "DeepSpeed's settings are JSON, or a mapping under `deepspeed:` in the run config"
+            raise _unreadable("deepspeed-file", f"deepspeed: {path} is YAML; {remedy}") from None
+        raise _unreadable("deepspeed-file", f"deepspeed: {path} is not a readable JSON file: {error}") from None
     if duplicates:
-        raise ConfigError([f"{path}: {key} is given twice in one block; keep one of them" for key in duplicates])
+        texts = [f"{path}: {key} is given twice in one block; keep one of them" for key in duplicates]
+        raise ConfigError([Problem("deepspeed-duplicate", "deepspeed", text) for text in texts])
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: found a {type(data).__name__}; a DeepSpeed JSON is an object")
+        text = f"{path}: found a {type(data).__name__}; a DeepSpeed JSON is an object"
+        raise _unreadable("deepspeed-file", text)
     return data
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file; empty where it is none."""
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def block_of(data: dict[str, Any], key: str) -> dict[str, Any]:

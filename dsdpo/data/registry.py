@@ -1,7 +1,7 @@
 """Which files or hub sets a run's dataset names stand for: dataset_info.json, in LLaMA-Factory's format.
 
 Nothing is downloaded here and nothing heavy imported: `resolve` also serves the check before a run, and returns
-what is wrong as strings instead of raising.
+what is wrong instead of raising.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import importlib.util
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dsdpo.config.aliases import did_you_mean
+from dsdpo.config.schema import RunConfig
 from dsdpo.data.folders import DEFAULT_SPLIT, FILE_KINDS, INFO_FILE, EntryProblem, data_files, is_saved_dict
 from dsdpo.data.formats.detect import COLUMNS, READS, TAGS, unread
+from dsdpo.errors import Problem
 
 _KEYS: dict[str, type] = {
     "hf_hub_url": str,
@@ -91,7 +93,7 @@ class DatasetEntry:
         return path.relative_to(self.root).as_posix()
 
 
-def resolve(names: list[str], dataset_dir: str | Path) -> tuple[list[DatasetEntry], list[str]]:
+def resolve(names: list[str], dataset_dir: str | Path) -> tuple[list[DatasetEntry], list[Problem]]:
     """Look the names of `dataset` or `eval_dataset` up.
 
     Args:
@@ -99,33 +101,48 @@ def resolve(names: list[str], dataset_dir: str | Path) -> tuple[list[DatasetEntr
         dataset_dir: folder that holds dataset_info.json.
 
     Returns:
-        The entries that are sound, in the order asked for, and one string per problem.
+        The entries that are valid, in the order asked for, and what is wrong with the others.
     """
     root = Path(dataset_dir)
     if not root.is_dir():
-        return [], [f"dataset_dir {root} is no folder; give the folder that holds {INFO_FILE} and the data files"]
+        text = f"dataset_dir {root} is no folder; give the folder that holds {INFO_FILE} and the data files"
+        return [], [Problem("dataset-dir", "dataset_dir", text)]
     info, problems = _read_info(root / INFO_FILE)
     entries = []
     for position, name in enumerate(names):
         if name in names[:position]:
-            problems.append(f"{name} is named twice; name each set once")
+            problems.append(Problem("dataset", "dataset", f"{name} is named twice; name each set once"))
             continue
         try:
             entries.append(_entry(name, info, root.resolve()))
         except EntryProblem as problem:
-            problems.append(str(problem))
+            problems.append(Problem("dataset", "dataset", str(problem)))
     return entries, problems
 
 
-def _read_info(path: Path) -> tuple[dict[str, Any], list[str]]:
+def problems(config: RunConfig, faulty: frozenset[str]) -> list[Problem]:
+    """What is wrong with the sets that a run names, each told once with the options that name it."""
+    if "dataset_dir" in faulty:
+        return []
+    found: dict[Problem, list[str]] = {}
+    for key in ("dataset", "eval_dataset"):
+        names = getattr(config, key)
+        if key not in faulty and names:
+            for problem in resolve(names, config.dataset_dir)[1]:
+                found.setdefault(problem, []).append(key)
+    return [replace(one, option=keys[0], text=f"{', '.join(keys)}: {one.text}") for one, keys in found.items()]
+
+
+def _read_info(path: Path) -> tuple[dict[str, Any], list[Problem]]:
     if not path.exists():
         return {}, []
     try:
         info = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
     except (ValueError, OSError) as error:
-        return {}, [f"{path} cannot be read: {error}"]
+        return {}, [Problem("dataset-info", "dataset_dir", f"{path} cannot be read: {error}")]
     if not isinstance(info, dict):
-        return {}, [f"{path} must hold one JSON object, name -> entry; it holds a {type(info).__name__}"]
+        text = f"{path} must hold one JSON object, name -> entry; it holds a {type(info).__name__}"
+        return {}, [Problem("dataset-info", "dataset_dir", text)]
     return info, []
 
 

@@ -17,6 +17,7 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig, engine_config, reference_engine_config
 from dsdpo.engine.nvme import check_swap_room, prepare_swap
 from dsdpo.engine.optimizer import build_optimizer, parameter_groups
+from dsdpo.errors import ConfigError
 from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora
 from dsdpo.model.attention.register import choose
 from dsdpo.model.load import load_causal_lm
@@ -44,7 +45,8 @@ def start_process_group(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Hard
     Raises:
         ConfigError: the DeepSpeed JSON does not fit the number of ranks, or a node cannot offload to NVMe.
     """
-    zero.check_world_size(mesh.world_size)
+    if problems := zero.rank_problems(mesh.world_size):
+        raise ConfigError(problems)
     end_stale_builds()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":

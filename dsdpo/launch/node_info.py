@@ -38,7 +38,7 @@ def facts(config: RunConfig | None, zero: ZeroConfig | None, trouble: DsdpoError
     """
     found: dict[str, Any] = {"host": socket.gethostname(), "trouble": None}
     if trouble is not None:
-        problems = trouble.problems if isinstance(trouble, ConfigError) else [str(trouble)]
+        problems = [str(one) for one in trouble.problems] if isinstance(trouble, ConfigError) else [str(trouble)]
         found["trouble"] = [trouble.exit_code, problems]
     found["versions"] = {"python": platform.python_version(), **_versions()}
     found["code"] = _digests(Path(dsdpo.__file__).parent)

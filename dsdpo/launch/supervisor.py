@@ -23,15 +23,13 @@ from dsdpo.launch.preflight import ClusterRequest, check_device, preflight
 from dsdpo.launch.slurm import Attempts, let_earlier_attempt_end, ranks_per_node, srun_command
 from dsdpo.launch.ssh import check_hosts, forget_environment, leave_environment, slots, without_secrets
 from dsdpo.launch.task import Task, clear_marks, finish, is_finished, prepare_data
-from dsdpo.runtime.env import Allocation, allocation
+from dsdpo.runtime.env import Allocation, allocation, has_gpu_driver
 from dsdpo.runtime.files import write_atomically
 from dsdpo.runtime.lock import RunLock
 from dsdpo.runtime.rundir import RunDir
 from dsdpo.runtime.stop import ExitRecord, read_exit
 
 _KNOWN_STATUSES = (64, 65, 66, 70, 71, 74, 75)
-# Files in /dev of NVIDIA's drivers (the first three; dxg in WSL), and of AMD's, whose GPUs torch calls CUDA too.
-_DRIVERS = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")
 
 
 def supervise(task: Task, cluster: ClusterRequest) -> int:
@@ -39,13 +37,14 @@ def supervise(task: Task, cluster: ClusterRequest) -> int:
     job = None if cluster.hostfile or cluster.include or cluster.exclude else _allocation()
     if cluster.requeue and job is None:
         raise ConfigError("--requeue works in a SLURM job that gives the nodes, such as that of slurm/train.sbatch")
-    config, _ = preflight(task.path, task.overrides, task.name, cluster, task.model, task.fresh)
+    ranks = _known_ranks(cluster, job)
+    config, zero = preflight(task.path, task.overrides, task.name, cluster, task.model, task.fresh, ranks)
     run_dir = RunDir(Path(config.output_dir))
     if task.fresh and job is not None and job.restarts and has_started_over(run_dir, job.job):
         task = replace(task, fresh=False)  # this attempt goes on
-        config, _ = preflight(task.path, task.overrides, task.name, cluster, task.model)
+        config, zero = preflight(task.path, task.overrides, task.name, cluster, task.model)
     devices = _devices(cluster, job)
-    check_device(config, devices > 0 or bool(cluster.hostfile))
+    check_device(config, devices > 0 or bool(cluster.hostfile), zero, ranks or _number_of_ranks(cluster, job, devices))
     if not task.fresh and is_finished(task, config):
         return 0
     attempts = Attempts(job, run_dir) if job is not None and cluster.requeue else None
@@ -158,9 +157,29 @@ def _devices(cluster: ClusterRequest, job: Allocation | None) -> int:
     return devices
 
 
+def _known_ranks(cluster: ClusterRequest, job: Allocation | None) -> int | None:
+    """Number of ranks on all nodes, where it can be told without torch; None where the devices decide."""
+    per_node = cluster.num_accelerators
+    if job is not None:
+        gpus = per_node or job.gpus_per_node or (None if has_gpu_driver() else 1)
+        return None if gpus is None else gpus * job.nodes
+    if cluster.hostfile or cluster.include or cluster.exclude:
+        return None
+    return per_node or (None if has_gpu_driver() else 1)
+
+
+def _number_of_ranks(cluster: ClusterRequest, job: Allocation | None, devices: int) -> int | None:
+    """The same where the devices decide; None where a choice among these does."""
+    if job is not None:
+        return job.nodes * (devices or 1)
+    if cluster.hostfile:
+        return sum(map(len, slots(cluster.hostfile, cluster.include, cluster.exclude).values()))
+    return None if cluster.include or cluster.exclude else devices or 1
+
+
 def _visible_devices() -> int:
     """Number of CUDA devices, as torch counts them; where there is no driver, nothing waits for torch's import."""
-    if not any(found for pattern in _DRIVERS for found in Path("/dev").glob(pattern)):
+    if not has_gpu_driver():
         return 0
     import torch
 

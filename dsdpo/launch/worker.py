@@ -83,7 +83,7 @@ def _read(task: Task, mesh: Mesh, supervised: bool) -> tuple[RunConfig | None, Z
             return *reload(task.path, task.overrides), None
         if task.fresh:
             raise ConfigError("--fresh works where `dsdpo train` is started plainly; here, empty output_dir instead")
-        return *preflight(task.path, task.overrides, task.name, model=task.model), None
+        return *preflight(task.path, task.overrides, task.name, model=task.model, ranks=mesh.world_size), None
     except DsdpoError as error:
         if mesh.is_main:
             raise

@@ -9,10 +9,12 @@ import peft
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dsdpo.compat import active_adapter
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import ConfigError
+from dsdpo.model.targets import target_problems
 
 REFERENCE = "reference"  # name of the frozen copy of a continued adapter
 
@@ -24,7 +26,7 @@ def add_lora(model: PreTrainedModel, config: RunConfig) -> peft.PeftModel:
     is 0: the tuned model starts as the base model.
 
     Raises:
-        ConfigError: lora_target names no module of the model.
+        ConfigError: a name of lora_target matches no module of the model.
     """
     torch.manual_seed(config.seed)
     targets: str | list[str] = "all-linear" if config.lora_target == ["all"] else config.lora_target
@@ -35,13 +37,14 @@ def add_lora(model: PreTrainedModel, config: RunConfig) -> peft.PeftModel:
         target_modules=targets,
         task_type=peft.TaskType.CAUSAL_LM,
     )
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    if problems := target_problems(config.lora_target, linear, embeddings):
+        raise ConfigError(problems)
     try:
         return peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise ConfigError(
-            f"lora_target {config.lora_target}: {error}. Linear layers of this model: {linear}"
-        ) from error
+        raise ConfigError(f"lora_target {config.lora_target}: {error}") from error
 
 
 def is_adapter(folder: str) -> bool:

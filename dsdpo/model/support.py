@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PretrainedConfig
+from dsdpo.errors import ConfigError, Problem
+from dsdpo.model.architecture import Architecture
+from dsdpo.model.attention.names import NAMES, VARLEN
 
-from dsdpo.errors import ConfigError
-from dsdpo.model.attention.backends import VARLEN_KERNELS
-from dsdpo.model.attention.register import NAMES
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # The model types whose log-probs and gradients on packed rows tests/parity/test_families.py compares with transformers'
 # own padded computation. Nothing in a model's class tells whether it mixes tokens elsewhere or scales its logits, so a
@@ -20,8 +21,6 @@ COMPARED = frozenset({
     "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
 })
 # fmt: on
-
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def check_supported(
@@ -38,97 +37,118 @@ def check_supported(
     Raises:
         ConfigError: each reason that was found, and what to change.
     """
-    if config.__dict__.get("_heterogeneity_spec") is not None:  # reading a setting of such a config is an error
-        raise ConfigError("the model's layers differ (per_layer_config): train another model [model_name_or_path]")
-    problems = _attention_problems(config, max_length) + _position_problems(config, max_length)
-    if not disable_dropout and any(getattr(config, key, 0.0) for key in ("attention_dropout", "attn_pdrop")):
-        problems.append("the model has attention dropout, which packed rows do not support: set disable_dropout: true")
-    if any((getattr(config, key, None) or 0) > 1 for key in _EXPERTS):
-        problems.append("the model is a mixture of experts, whose balancing loss is not computed: train a dense model")
-    if config.model_type in COMPARED:
-        problems += _kernel_problems(config, attn_implementation)
-    elif not problems:
-        problems.append(
-            f"model type {config.model_type} has not been compared with transformers' own computation on packed "
+    backend = next(ours for ours, name in NAMES.items() if name == attn_implementation)
+    if found := problems(Architecture.of(config), max_length, disable_dropout, backend):
+        raise ConfigError(found)
+
+
+def problems(model: Architecture, max_length: int, disable_dropout: bool, backend: str = "auto") -> list[Problem]:
+    """Why packed rows would compute something else than the model, and what to change.
+
+    Args:
+        backend: an `attn_implementation`; `auto` where the device that decides it is not known.
+    """
+    if model.differing_layers:
+        return [_problem("layers", "the model's layers differ (per_layer_config): train another model")]
+    found = _attention_problems(model, max_length) + _position_problems(model, max_length)
+    if not disable_dropout and model.drops_attention:
+        text = "the model has attention dropout, which packed rows do not support: set disable_dropout: true"
+        found.append(_problem("dropout", text))
+    if model.experts:
+        text = "the model is a mixture of experts, whose balancing loss is not computed: train a dense model"
+        found.append(_problem("experts", text))
+    if model.model_type in COMPARED:
+        found += head_problems(model, backend)
+    elif not found:
+        text = (
+            f"model type {model.model_type} has not been compared with transformers' own computation on packed "
             f"rows; allowed: {', '.join(sorted(COMPARED))}"
         )
-    if problems:
-        raise ConfigError([f"{problem} [model_name_or_path]" for problem in problems])
+        found.append(_problem("type", text))
+    return found
 
 
-def _attention_problems(config: PretrainedConfig, max_length: int) -> list[str]:
+def _problem(code: str, text: str) -> Problem:
+    return Problem(f"model-{code}", "model_name_or_path", f"{text} [model_name_or_path]")
+
+
+def _attention_problems(model: Architecture, max_length: int) -> list[Problem]:
     """What is more than causal softmax attention of a decoder over the whole sequence."""
-    problems = []
-    window = _window(config)
-    if window and window < max_length:
-        problems.append(
-            f"the model attends over windows of {window} tokens, which packed rows do not support: set max_length "
-            f"to {window} or less"
+    found = []
+    if model.window and model.window < max_length:
+        text = (
+            f"the model attends over windows of {model.window} tokens, which packed rows do not support: set "
+            f"max_length to {model.window} or less"
         )
-    chunk = getattr(config, "attention_chunk_size", None)
-    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if chunk or other:
-        what = ", ".join(sorted(other)) or f"attention_chunk_size {chunk}"
-        problems.append(f"the model has layers other than full and sliding attention ({what}): train another model")
-    if getattr(config, "attn_logit_softcapping", None):
-        problems.append(
+        found.append(_problem("window", text))
+    if model.chunk or model.other_layers:
+        what = ", ".join(model.other_layers) or f"attention_chunk_size {model.chunk}"
+        text = f"the model has layers other than full and sliding attention ({what}): train another model"
+        found.append(_problem("layers", text))
+    if model.softcap:
+        text = (
             "the model caps its attention scores (attn_logit_softcapping), which packed rows do not support: train "
             "another model"
         )
-    if getattr(config, "alibi", False):
-        problems.append("the model adds ALiBi biases to its attention scores: train a model with rotary positions")
-    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
-        problems.append("the model's attention is bidirectional; packed rows need a causal model")
-    if config.is_encoder_decoder:
-        problems.append("the model is an encoder-decoder; packed rows need a decoder-only model")
-    elif config.get_text_config() is not config:
-        problems.append("the model takes more than text; packed rows need a text model, such as the one inside it")
-    return problems
+        found.append(_problem("softcap", text))
+    if model.alibi:
+        text = "the model adds ALiBi biases to its attention scores: train a model with rotary positions"
+        found.append(_problem("alibi", text))
+    if model.bidirectional:
+        found.append(
+            _problem("bidirectional", "the model's attention is bidirectional; packed rows need a causal model")
+        )
+    if model.encoder_decoder:
+        text = "the model is an encoder-decoder; packed rows need a decoder-only model"
+        found.append(_problem("encoder-decoder", text))
+    elif model.more_than_text:
+        text = "the model takes more than text; packed rows need a text model, such as the one inside it"
+        found.append(_problem("more-than-text", text))
+    return found
 
 
-def _window(config: PretrainedConfig) -> int | None:
-    """Tokens that a sliding-window layer attends over; None without such layers."""
-    layers = getattr(config, "layer_types", None)
-    # A type that does not declare layer_types, such as Mistral, ignores those in a config file.
-    if layers and hasattr(type(config), "layer_types"):
-        windowed = "sliding_attention" in layers
-    else:
-        windowed = getattr(config, "use_sliding_window", True)
-    return getattr(config, "sliding_window", None) if windowed else None
-
-
-def _position_problems(config: PretrainedConfig, max_length: int) -> list[str]:
-    """Learned positions end; some rotary ones change for all pairs of a row with the longest among them."""
-    learned = getattr(config, "rope_parameters", None) is None
-    longest = getattr(config, "max_position_embeddings", None)
-    if learned and longest and longest < max_length:
-        return [f"the model has learned positions for {longest} tokens: set max_length to {longest} or less"]
-    for rope in _rope_settings(config):
+def _position_problems(model: Architecture, max_length: int) -> list[Problem]:
+    """Learned positions end; some rotary ones change for all pairs of a row with the longest among them; the others
+    have been trained so far and no further."""
+    longest = model.positions
+    if model.learned_positions:
+        text = f"the model has learned positions for {longest} tokens: set max_length to {longest} or less"
+        return [_problem("positions", text)] if longest and longest < max_length else []
+    for rope in model.ropes:
         limit = rope.get("original_max_position_embeddings") or longest
-        kind = rope.get("rope_type") or "default"
+        kind = str(rope.get("rope_type") or rope.get("type") or "default")
         if ("dynamic" in kind or kind == "longrope") and limit and limit < max_length:
-            return [
+            text = (
                 f"the model's {kind} rotary positions change for a whole row when one of its pairs has "
                 f"more than {limit} tokens, so that results would depend on the packing: set max_length to {limit} or "
                 "less"
-            ]
+            )
+            return [_problem("positions", text)]
+    reach = max([longest or 0, *(_scaled(rope, longest) for rope in model.ropes)])
+    if longest and reach < max_length:
+        text = (
+            f"the model has been trained on positions up to {reach}, and max_length is {max_length}: set max_length to "
+            f"{reach} or less, or scale its positions (rope_scaling in config.json)"
+        )
+        return [_problem("positions", text)]
     return []
 
 
-def _rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """`rope_parameters`, once or for each layer type."""
-    settings = getattr(config, "rope_parameters", None) or {}
-    by_layer_type = [value for value in settings.values() if isinstance(value, dict)]
-    return by_layer_type or [settings]
+def _scaled(rope: dict[str, Any], longest: int | None) -> int:
+    """Tokens that a scaling of rotary positions reaches: `factor` times those that the model was trained on."""
+    original, factor = rope.get("original_max_position_embeddings") or longest, rope.get("factor")
+    if not isinstance(original, (int, float)) or not isinstance(factor, (int, float)):
+        return 0
+    return int(original * factor)
 
 
-def _kernel_problems(config: PretrainedConfig, attn_implementation: str) -> list[str]:
+def head_problems(model: Architecture, backend: str) -> list[Problem]:
     """Head sizes that the variable-length kernels do not take."""
-    varlen = {NAMES[backend]: backend for backend in VARLEN_KERNELS}
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if attn_implementation in varlen and (size > 256 or size % 8):
-        return [
-            f"the model's heads have {size} dimensions, {varlen[attn_implementation]} takes multiples of 8 up to 256: "
+    size = model.head_size
+    if backend in VARLEN and size and (size > 256 or size % 8):
+        text = (
+            f"the model's heads have {size} dimensions, {backend} takes multiples of 8 up to 256: "
             "set attn_implementation to sdpa or flex_attention"
-        ]
+        )
+        return [_problem("heads", text)]
     return []

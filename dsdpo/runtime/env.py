@@ -12,10 +12,13 @@ import socket
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 _INTERACTIVE_STEP = "4294967290"  # SLURM_STEP_ID of the shell that salloc opens on a node
 # Of `gres:gpu:8`, `gres/gpu:a100:4`, `gres/gpu=4`, `gres:gpu:3g.40gb:2,gres:gpu:1g.5gb:1`: types have digits, too.
 _GPUS_OF_TRES = r"(?<![^:/,])gpu(?::[^:=,()]+)?[:=](\d+)(?=[,(]|$)"
+# Files in /dev of NVIDIA's drivers (the first three; dxg in WSL), and of AMD's, whose GPUs torch calls CUDA too.
+_DRIVERS = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")
 _FIRST_PORT, _PORTS = 20000, 10000  # below the kernel's own range, which starts at 32768
 
 
@@ -112,6 +115,13 @@ def launched() -> Mesh | None:
             if os.environ.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0:  # bound to a GPU of its own
                 found = Mesh(step.rank, step.world_size, 0)
     return found
+
+
+def has_gpu_driver() -> bool:
+    """Whether this machine may have GPUs that are to be used, told without torch's import."""
+    if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
+        return False
+    return any(found for pattern in _DRIVERS for found in Path("/dev").glob(pattern))
 
 
 def set_rank_env(mesh: Mesh) -> tuple[str, int]:

@@ -15,17 +15,7 @@ from dsdpo.config.rules import missing_flash_package
 from dsdpo.errors import ConfigError
 from dsdpo.model.attention.backends import BACKENDS, VARLEN_KERNELS, Backend
 from dsdpo.model.attention.masks import PackedLayout
-
-# The name of each backend in transformers. No name may hold "flash" or "flex_attention": transformers takes such for
-# its own backends, fetches kernels for the first and refuses some models for the second.
-NAMES = {
-    "sdpa": "dsdpo_sdpa",
-    "varlen": "dsdpo_varlen",
-    "flex_attention": "dsdpo_flex",
-    "flash_attention_2": "dsdpo_fa2",
-    "flash_attention_3": "dsdpo_fa3",
-    "flash_attention_4": "dsdpo_fa4",
-}
+from dsdpo.model.attention.names import NAMES
 
 # Keywords of transformers' attention calls that change no result here: ids are rotated into the queries and keys
 # before, and caches and outputs of scores are never asked for.

@@ -30,7 +30,7 @@ def sound(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
 def only_problem(tmp_path: Path, text: str, *overrides: str) -> str:
     problems = read(tmp_path, text, *overrides).problems
     assert len(problems) == 1, problems
-    return problems[0]
+    return str(problems[0])
 
 
 def test_minimal_file_takes_the_defaults(tmp_path: Path) -> None:
@@ -251,20 +251,20 @@ def test_a_broken_file_is_one_problem(tmp_path: Path, text: str, said: str) -> N
     result = read(tmp_path, text)
     assert result.config is None
     assert len(result.problems) == 1
-    assert said in result.problems[0]
+    assert said in str(result.problems[0])
 
 
 def test_a_missing_file_and_a_bad_command_line_are_told_together(tmp_path: Path) -> None:
     result = load(tmp_path / "no.yaml", ["--beta"])
     assert result.config is None
-    assert "there is no such file" in result.problems[0]
+    assert "there is no such file" in str(result.problems[0])
     assert len(result.problems) == 2
 
 
 def test_python_objects_are_not_constructed(tmp_path: Path) -> None:
     result = read(tmp_path, MINIMAL + "run_name: !!python/object/apply:os.getcwd []\n")
     assert result.config is None
-    assert "not valid YAML" in result.problems[0]
+    assert "not valid YAML" in str(result.problems[0])
 
 
 def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:

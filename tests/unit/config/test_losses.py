@@ -38,7 +38,7 @@ def test_the_help_and_the_message_list_the_losses(tmp_path: Path) -> None:
     allowed = f"a list out of {', '.join(LOSSES)}"
     assert options()["loss_type"].allowed == allowed
     [problem] = load(path).problems
-    assert problem.endswith(f'loss_type is ["sigmoid", "dpo"]; allowed: {allowed}')
+    assert str(problem).endswith(f'loss_type is ["sigmoid", "dpo"]; allowed: {allowed}')
 
 
 def test_a_row_added_to_the_table_is_a_loss_to_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ MINIMAL = "model_name_or_path: gpt2\ndataset: pairs\noutput_dir: out\n"
 def problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
     path = tmp_path / "run.yaml"
     path.write_text(MINIMAL + text)
-    return check_rules(load(path, overrides))
+    return [str(problem) for problem in check_rules(load(path, overrides))]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def describe(folder: Path, **entries: object) -> None:
 def one_problem(names: list[str], folder: Path) -> str:
     _, problems = resolve(names, folder)
     assert len(problems) == 1, problems
-    return problems[0]
+    return str(problems[0])
 
 
 def rows_of(name: str, folder: Path, max_samples: int | None = None) -> list[tuple[str, object]]:

@@ -9,25 +9,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from dsdpo.checkpoint.commit import RUN_FILE, commit, hashed_file, resume_candidates, stage, step_folder
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.launch.node_info import facts
-from dsdpo.launch.preflight import ClusterRequest, _check_adapter, check_device, check_weights, preflight, reload
+from dsdpo.launch.preflight import ClusterRequest, check_device, preflight, reload
+from dsdpo.model.files import adapter_texts, folder_problems
 from dsdpo.runtime.rundir import RunDir
+from tests.helpers.fake_model import save_fake_model
 from tests.helpers.zero import count_opens
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> dict[str, Any]:
     """The options of a sound run on a local model folder and data set."""
-    model = tmp_path / "model"
-    model.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (model / name).write_text("{}")
+    model = save_fake_model(tmp_path / "model")
     data = tmp_path / "data"
     data.mkdir()
     (data / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
@@ -49,7 +50,7 @@ def check(tmp_path: Path, run: dict[str, Any], *overrides: str, **arguments: Any
 def problems(tmp_path: Path, run: dict[str, Any], *overrides: str, **arguments: Any) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         check(tmp_path, run, *overrides, **arguments)
-    return caught.value.problems
+    return [str(problem) for problem in caught.value.problems]
 
 
 def test_a_sound_run_passes_and_nothing_is_created(tmp_path: Path, run: dict[str, Any]) -> None:
@@ -119,11 +120,13 @@ def test_a_model_folder_must_be_complete(tmp_path: Path, run: dict[str, Any], mi
 
 
 def test_an_adapter_to_train_further_must_be_one(tmp_path: Path) -> None:
-    assert "is no folder with adapter_config.json" in _check_adapter(str(tmp_path))[0]
+    assert "is no folder with adapter_config.json" in adapter_texts(str(tmp_path))[0]
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
-    assert "is no folder with adapter_config.json" in _check_adapter(str(tmp_path))[0]
+    assert "is no folder with adapter_config.json" in adapter_texts(str(tmp_path))[0]
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    assert _check_adapter(str(tmp_path)) == []
+    assert "is truncated" in adapter_texts(str(tmp_path))[0]
+    save_file({"a": np.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    assert adapter_texts(str(tmp_path)) == []
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,7 @@ def test_an_adapter_that_cannot_be_trained_further_is_told(
     tmp_path: Path, run: dict[str, Any], text: bytes, said: str
 ) -> None:
     (tmp_path / "adapter_config.json").write_bytes(text)
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    save_file({"a": np.zeros(1)}, tmp_path / "adapter_model.safetensors")
     (problem,) = problems(tmp_path, run | {"adapter_name_or_path": str(tmp_path)})
     assert problem.startswith(f"adapter_name_or_path: {tmp_path}/adapter_config.json") and said in problem
 
@@ -148,8 +151,8 @@ def test_an_adapter_that_cannot_be_trained_further_is_told(
 def test_each_reason_against_an_adapter_is_listed(tmp_path: Path) -> None:
     settings = {"peft_type": "LORA", "target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    found = _check_adapter(str(tmp_path))
+    save_file({"a": np.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    found = adapter_texts(str(tmp_path))
     assert len(found) == 2 and all(f"dsdpo export {tmp_path} --to DIR --merge" in problem for problem in found)
 
 
@@ -162,20 +165,20 @@ def test_a_store_is_filled_only_for_a_cached_reference(tmp_path: Path, run: dict
 
 def test_an_adapter_is_no_model_to_train_but_one_to_evaluate(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "dsdpo export --merge" in check_weights(str(tmp_path), "model_name_or_path")[0]
-    assert check_weights(str(tmp_path), "--model", adapter_allowed=True) == []
+    assert [one.code for one in folder_problems(str(tmp_path), "model_name_or_path")] == ["model-is-adapter"]
+    assert folder_problems(str(tmp_path), "--model", adapter_allowed=True) == []
 
 
 @pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct", "meta-llama/Llama-2-7b-hf"])
 def test_a_hub_id_passes_without_a_look_up(name: str) -> None:
-    assert check_weights(name, "model_name_or_path") == []
+    assert folder_problems(name, "model_name_or_path") == []
 
 
 @pytest.mark.parametrize("name", ["./gpt2", "../x", "/no/such", "~/no/such", "a/b/c", "sub/model", "my model"])
 def test_what_looks_like_a_path_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert len(check_weights(name, "model_name_or_path")) == 1
+    assert len(folder_problems(name, "model_name_or_path")) == 1
 
 
 def save(output_dir: Path, step: int, config: RunConfig, resumed_from: str | None = None) -> Path:

@@ -1,0 +1,146 @@
+"""Settings of accelerate, which this trainer does not read: named where they would be lost.
+
+`accelerate launch` is a launcher like any other here. What its config file says of training reaches the ranks as
+environment variables, of which none is used: where one differs from the run, that is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.errors import Problem
+
+# Keys that only a config file of accelerate has; `mixed_precision` alone could be anybody's.
+_ITS_KEYS = ("compute_environment", "distributed_type", "deepspeed_config", "fsdp_config", "machine_rank")
+_UNSET = ("", "none", "auto", "no", "false")
+_FILES = {("cpu", 3): "zero3_offload", ("nvme", 3): "zero3_nvme"}
+
+
+def foreign_settings(data: Any) -> str:
+    """The end of a sentence that begins with a file's name, where the file is a config of accelerate; else empty."""
+    if not isinstance(data, dict) or not any(key in data for key in _ITS_KEYS):
+        return ""
+    block = data.get("deepspeed_config")
+    block = block if isinstance(block, dict) else {}
+    if file := block.get("deepspeed_config_file"):
+        said = f"its deepspeed_config_file is {file}: name that file in deepspeed"
+    elif data.get("fsdp_config") or str(data.get("distributed_type")).upper() == "FSDP":
+        said = "FSDP's full sharding is ds_configs/zero3.json here: name that file in deepspeed"
+    else:
+        stage = block.get("zero_stage", 0)
+        file = json_of_stage(stage, block.get("offload_optimizer_device"))
+        said = f"its zero_stage {stage} is {file}: name that file in deepspeed" if file else "it shards nothing"
+    if str(data.get("mixed_precision", "no")).lower() == "bf16":
+        said += ", and set precision: bf16"
+    if ranks := data.get("num_processes"):
+        said += f"; --num_accelerators {ranks} starts as many ranks on a node"
+    return f"is an accelerate config; {said}"
+
+
+def json_of_stage(stage: Any, offload: Any = None) -> str:
+    """The file in ds_configs for a ZeRO stage; empty for stage 0."""
+    number = int(stage) if str(stage).isdigit() else 0
+    name = _FILES.get((str(offload).lower(), number), f"zero{number}")
+    return f"ds_configs/{name}.json" if 1 <= number <= 3 else ""
+
+
+def launch_problems(
+    config: RunConfig, settings: dict[str, Any], environment: Mapping[str, str], cuda: bool
+) -> list[Problem]:
+    """Settings of `accelerate launch` from which the run differs, and which it would drop.
+
+    Args:
+        settings: the content of the run's DeepSpeed JSON.
+        environment: with the variables that `accelerate launch` has set.
+        cuda: whether the run will compute on GPUs.
+    """
+    given = {
+        name.removeprefix("ACCELERATE_"): value
+        for name, value in environment.items()
+        if name.startswith(("ACCELERATE_", "PARALLELISM_CONFIG_")) and value.lower() not in _UNSET
+    }
+    found = [
+        *_precision(config, given, cuda),
+        *_sharding(config, settings, given),
+        *_steps(config, given),
+    ]
+    return [Problem("accelerate-launch", option, f"accelerate launch: {text}") for option, text in found]
+
+
+def _precision(config: RunConfig, given: Mapping[str, str], cuda: bool) -> list[tuple[str, str]]:
+    wanted = given.get("MIXED_PRECISION", "").lower()
+    if not wanted:
+        return []
+    ours = {"auto": "bf16" if cuda else "fp32"}.get(config.precision, config.precision)
+    if wanted == ours:
+        return []
+    remedy = (
+        "set precision: bf16, or mixed_precision: no there" if wanted == "bf16" else "only bf16 and fp32 are supported"
+    )
+    return [("precision", f"mixed_precision is {wanted}, but precision is {config.precision} ({ours} here); {remedy}")]
+
+
+def _sharding(config: RunConfig, settings: dict[str, Any], given: Mapping[str, str]) -> list[tuple[str, str]]:
+    found = []
+    for name, what in (("USE_FSDP", "FSDP"), ("USE_MEGATRON_LM", "Megatron-LM")):
+        if name in given:
+            found.append(f"it asks for {what}, but ranks run DeepSpeed; take it out there, and set deepspeed to shard")
+    for name, value in given.items():
+        part = name.removeprefix("PARALLELISM_CONFIG_")
+        if part != name and part.endswith(("TP_SIZE", "CP_SIZE", "SP_SIZE")) and value != "1":
+            found.append(f"{part.lower()} is {value}, but ranks are data-parallel alone; set it to 1 there")
+    zero = settings.get("zero_optimization", {})
+    if file := given.get("DEEPSPEED_CONFIG_FILE"):
+        if _content(file) != settings:
+            ours = f"deepspeed is {_name(config)}" if config.deepspeed else "deepspeed is empty"
+            found.append(f"deepspeed_config_file is {file}, but {ours}; set deepspeed: {file}")
+        return [("deepspeed", text) for text in found]
+    stage = str(zero.get("stage", 0))
+    if given.get("DEEPSPEED_ZERO_STAGE", stage) != stage:
+        wanted = given["DEEPSPEED_ZERO_STAGE"]
+        remedy = json_of_stage(wanted, given.get("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"))
+        remedy = f"set deepspeed: {remedy}, or zero_stage {stage} there" if remedy else f"set zero_stage {stage} there"
+        ours = f"that of {_name(config)}" if config.deepspeed else "deepspeed is empty"
+        found.append(f"zero_stage is {wanted}, but the run's stage is {stage} ({ours}); {remedy}")
+    for block in ("optimizer", "param"):
+        wanted = given.get(f"DEEPSPEED_OFFLOAD_{block.upper()}_DEVICE", "none").lower()
+        ours = str(zero.get(f"offload_{block}", {}).get("device", "none"))
+        if wanted not in (*_UNSET, ours):
+            text = f"offload_{block}_device is {wanted}, but that of the run is {ours}; set it in the DeepSpeed JSON"
+            found.append(f"{text}, such as ds_configs/zero3_offload.json")
+    return [("deepspeed", text) for text in found]
+
+
+def _steps(config: RunConfig, given: Mapping[str, str]) -> list[tuple[str, str]]:
+    found = []
+    if (count := given.get("GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
+        text = f"gradient_accumulation_steps is {count}, but train_batch_size ({config.train_batch_size} examples per "
+        found.append(("train_batch_size", f"{text}step over all ranks) decides here; set it to 1 or auto there"))
+    clipping = given.get("GRADIENT_CLIPPING", "")
+    if clipping and _number(clipping) != config.max_grad_norm:
+        text = f"gradient_clipping is {clipping}, but max_grad_norm is {config.max_grad_norm}; make them equal"
+        found.append(("max_grad_norm", text))
+    return found
+
+
+def _name(config: RunConfig) -> str:
+    return config.deepspeed if isinstance(config.deepspeed, str) else "the mapping in the run config"
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _content(path: str) -> Any:
+    """What a JSON file holds; None where it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

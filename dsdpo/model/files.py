@@ -1,0 +1,175 @@
+"""What the files of a model tell before anything is launched: its folder or hub id, config.json, headers of weights.
+
+Nothing heavy is imported: see `model/support.py` for what the models themselves must be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dsdpo.config.rules import adapter_problems
+from dsdpo.config.schema import RunConfig
+from dsdpo.errors import Problem
+from dsdpo.model import support
+from dsdpo.model.architecture import Architecture
+from dsdpo.model.hub import fetch_config
+from dsdpo.model.targets import modules_of, target_problems
+from dsdpo.model.weights import WEIGHTS, Shapes, damage, shapes, weight_files
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_MODEL = "model_name_or_path"
+
+
+def problems(config: RunConfig, faulty: frozenset[str], reads_headers: bool = True) -> list[Problem]:
+    """What is wrong with the model and the adapter of a run; a hub id is only looked at, not looked up.
+
+    Args:
+        faulty: options whose values cannot be used.
+        reads_headers: False where another process has read config.json and the headers of the weights.
+    """
+    found = []
+    if _MODEL not in faulty:
+        found += folder_problems(config.model_name_or_path, _MODEL, reads_headers=reads_headers)
+        if reads_headers and Path(config.model_name_or_path).is_dir():
+            found += model_problems(Path(config.model_name_or_path), config, faulty)
+    if config.adapter_name_or_path and "adapter_name_or_path" not in faulty:
+        found += _adapter_problems(config.adapter_name_or_path)
+    return found
+
+
+def fetched_problems(config: RunConfig) -> list[Problem]:
+    """The same for a hub id that has passed, from its config.json, which is fetched.
+
+    Raises:
+        IOFailure: the hub cannot be reached.
+    """
+    name = config.model_name_or_path
+    if Path(name).is_dir():
+        return []
+    folder, found = fetch_config(name, _MODEL)
+    return found if folder is None else model_problems(folder, config, frozenset())
+
+
+def fetched_weights(name: str, option: str) -> list[Problem]:
+    """What is wrong with a hub id of trained weights, which may be an adapter. Raises IOFailure."""
+    return [] if Path(name).is_dir() else fetch_config(name, option, ("config.json", "adapter_config.json"))[1]
+
+
+def folder_problems(name: str, option: str, adapter_allowed: bool = False, reads_headers: bool = True) -> list[Problem]:
+    """What is wrong with the name of a model folder or hub id, and with what lies in the folder."""
+    found = _named(name) or [
+        (code, f"{name} {lack}") for code, lack in _lacks(Path(name), adapter_allowed, reads_headers)
+    ]
+    return [Problem(code, option, f"{option}: {text}") for code, text in found]
+
+
+def _named(name: str) -> list[tuple[str, str]]:
+    folder = Path(name)
+    if folder.is_dir():
+        return []
+    if folder.exists():
+        return [("model-folder", f"{name} is a file; give the folder that holds config.json and the weights")]
+    if name.startswith("~") and folder.expanduser().exists():
+        return [("model-folder", f"write {folder.expanduser()} in full instead of {name}")]
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return [("model-folder", f"there is no folder {name}")]
+    if "/" in name and folder.parent.is_dir():
+        return [
+            (
+                "model-folder",
+                f"there is no {folder.name} in the folder {folder.parent}, which hides a hub id {name}",
+            )
+        ]
+    if not _HUB_ID.fullmatch(name):
+        return [("model-folder", f"{name} is neither a folder nor a hub id such as Qwen/Qwen2.5-0.5B-Instruct")]
+    return []
+
+
+def _lacks(folder: Path, adapter_allowed: bool, reads_headers: bool) -> list[tuple[str, str]]:
+    if not folder.is_dir():
+        return []
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        if adapter_allowed:
+            return []
+        remedy = (
+            "is a LoRA adapter; `dsdpo export --merge` makes a whole model of it. To train it further, name its base "
+            "model here and the adapter in adapter_name_or_path"
+        )
+        return [("model-is-adapter", remedy)]
+    lacks = []
+    if not (folder / "config.json").is_file():
+        lacks.append(("model-folder", "has no config.json"))
+    files, faults = weight_files(folder)
+    if not files and not faults:
+        lacks.append(("model-folder", f"has no weights ({', '.join(WEIGHTS)})"))
+    lacks += [("weights-missing", fault) for fault in faults]
+    if reads_headers:
+        lacks += [("weights-damaged", f"has a {file.name} that {fault}") for file in files if (fault := damage(file))]
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        lacks.append(("model-folder", f"has no tokenizer ({' or '.join(_TOKENIZER_FILES)})"))
+    return lacks
+
+
+def model_problems(folder: Path, config: RunConfig, faulty: frozenset[str]) -> list[Problem]:
+    """Why the model in a folder cannot be trained as asked, from config.json and the headers of safetensors files.
+
+    A folder of the hub's cache may lack the weights so far: then the ranks look for the modules of `lora_target`.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return []
+    settings, fault = read_object(path)
+    if fault:
+        return [Problem("model-config", _MODEL, f"{_MODEL}: {path} {fault}")]
+    if "model_type" not in settings:
+        return [
+            Problem("model-config", _MODEL, f"{_MODEL}: {path} has no model_type; take a config.json of transformers")
+        ]
+    architecture = Architecture.read(settings)
+    longest = 0 if "max_length" in faulty else config.max_length
+    backend = "auto" if "attn_implementation" in faulty else config.attn_implementation
+    found = support.problems(architecture, longest, config.disable_dropout, backend)
+    makes_adapter = config.finetuning_type == "lora" and not config.adapter_name_or_path
+    if makes_adapter and "lora_target" not in faulty:
+        found += target_problems(config.lora_target, *modules_of(_shapes(folder)))
+    return found
+
+
+def _shapes(folder: Path) -> Shapes:
+    """Name and shape of each tensor; empty where the files cannot tell."""
+    files, lacks = weight_files(folder)
+    return {} if lacks or any(map(damage, files)) else shapes(files)
+
+
+def read_object(path: Path) -> tuple[dict[str, Any], str]:
+    """The JSON object in a file, and what is wrong with it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, f"cannot be read: {error}; take an undamaged copy"
+    return (found, "") if isinstance(found, dict) else ({}, "holds no JSON object; take an undamaged copy")
+
+
+def _adapter_problems(name: str) -> list[Problem]:
+    return [Problem("adapter", "adapter_name_or_path", f"adapter_name_or_path: {text}") for text in adapter_texts(name)]
+
+
+def adapter_texts(name: str) -> list[str]:
+    """Why the adapter in a folder cannot be trained further."""
+    path = Path(name) / "adapter_config.json"
+    files = sorted(Path(name).glob("adapter_model.*"))
+    if not path.is_file() or not files:
+        return [f"{name} is no folder with adapter_config.json and adapter_model.safetensors"]
+    settings, fault = read_object(path)
+    if fault:
+        return [f"{path} {fault}"]
+    damaged = [f"{file} {told}" for file in files if (told := damage(file))]
+    return damaged + [
+        f"{path}: {problem}. Name another adapter, or let `dsdpo export {name} --to DIR --merge` "
+        "fold this one into its base and name DIR in model_name_or_path"
+        for problem in adapter_problems(settings)
+    ]

@@ -1,0 +1,75 @@
+"""What the headers of a model folder's weight files tell: whether the files are whole, and the names in them.
+
+No tensor is read and torch is not imported.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+# In the order in which transformers looks for them.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_LFS_POINTER = b"version https://git-lfs"
+_ZIP = b"PK\x03\x04"
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files that hold a model's weights, and what is wrong with the index that names them.
+
+    Returns:
+        Files that are there, empty without any; ends of sentences that begin with the folder's name.
+    """
+    for name in WEIGHTS:
+        path = folder / name
+        if not path.is_file():
+            continue
+        if not name.endswith(".index.json"):
+            return [path], []
+        try:
+            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [folder / shard for shard in shards]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return [], [f"has a {name} that cannot be read ({error!r}); download it again"]
+        missing = [file.name for file in files if not file.is_file()]
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        lacks = [f"lacks {', '.join(missing[:3])}{more}, which {name} names; download them"] if missing else []
+        return [file for file in files if file.is_file()], lacks
+    return [], []
+
+
+def damage(path: Path) -> str:
+    """Why a weight file is not whole, as far as its header and its length tell; else an empty string."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(64)
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    if head.startswith(_LFS_POINTER):
+        return "is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="np") as file:
+                file.keys()
+        except (SafetensorError, OSError, ValueError) as error:
+            return f"is truncated or no safetensors file ({error}): download it again"
+        return ""
+    if not head or (head.startswith(_ZIP) and not zipfile.is_zipfile(path)):
+        return f"is truncated, at {path.stat().st_size} bytes: download it again"
+    return ""
+
+
+def shapes(files: list[Path]) -> Shapes:
+    """Tensor name -> shape, of safetensors files; empty for others, which have no header to tell."""
+    found: Shapes = {}
+    for path in files:
+        if path.suffix != ".safetensors":
+            return {}
+        with safe_open(path, framework="np") as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return found

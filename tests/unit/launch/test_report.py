@@ -1,0 +1,186 @@
+"""Each mistake that files can tell: its code, its exit code, all of them in one report, and no launcher is started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from dsdpo.cli import main
+from dsdpo.errors import ConfigError
+from dsdpo.launch import supervisor
+from dsdpo.launch.preflight import ClusterRequest
+from dsdpo.launch.task import Task
+from tests.helpers.fake_model import save_fake_model, tensors
+
+ACCELERATE = "compute_environment: LOCAL_MACHINE\ndeepspeed_config:\n  zero_stage: 3\ndistributed_type: DEEPSPEED\n"
+HPZ3 = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}
+
+
+def model_settings(**settings: Any) -> Callable[[Path], object]:
+    return lambda model: save_fake_model(model, **settings)
+
+
+def truncate(model: Path) -> None:
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[: len(data) - 20])
+
+
+def lfs_pointer(model: Path) -> None:
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+def shards(*present: str) -> Callable[[Path], None]:
+    def write(model: Path) -> None:
+        (model / "model.safetensors").unlink()
+        index = {"a.weight": "model-1-of-2.safetensors", "b.weight": "model-2-of-2.safetensors"}
+        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        for name in present:
+            save_file({"a.weight": np.zeros((2, 2), np.float32)}, model / name)
+
+    return write
+
+
+def bin_file(content: bytes) -> Callable[[Path], None]:
+    def write(model: Path) -> None:
+        (model / "model.safetensors").unlink()
+        (model / "pytorch_model.bin").write_bytes(content)
+
+    return write
+
+
+def broken_config(model: Path) -> None:
+    (model / "config.json").write_text('{"model_type": ')
+
+
+# name -> (options of run.yaml, what is done to the model's folder, arguments of the command line, code)
+MISTAKES: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, list[str], str]] = {
+    "unknown option": ({"sede": 1}, None, [], "unknown-option"),
+    "value": ({"beta": "big"}, None, [], "value"),
+    "missing option": ({"dataset": None}, None, [], "value"),
+    "rule": ({"max_tokens_per_row": 100}, None, [], "row-too-short"),
+    "no value": ({}, None, ["--plot_loss"], "no-value"),
+    "data set": ({"dataset": "nowhere"}, None, [], "dataset"),
+    "data folder": ({"dataset_dir": "nowhere"}, None, [], "dataset-dir"),
+    "output folder": ({"output_dir": "/proc/out"}, None, [], "unwritable"),
+    "model folder": ({"model_name_or_path": "./nowhere"}, None, [], "model-folder"),
+    "hub id, offline": ({"model_name_or_path": "nobody/nothing"}, None, [], "hub"),
+    "model type": ({}, model_settings(model_type="bert"), [], "model-type"),
+    "experts": ({}, model_settings(model_type="mixtral", num_local_experts=8), [], "model-experts"),
+    "window": ({}, model_settings(model_type="mistral", sliding_window=256), [], "model-window"),
+    "head size": ({"attn_implementation": "varlen"}, model_settings(head_dim=100), [], "model-heads"),
+    "positions": ({"max_length": 4096}, None, [], "model-positions"),
+    "learned positions": ({}, model_settings(model_type="opt", max_position_embeddings=512), [], "model-positions"),
+    "config.json": ({}, broken_config, [], "model-config"),
+    "a typo in lora_target": ({"lora_target": "q_projj,v_proj"}, None, [], "lora-target-unknown"),
+    "lora_target of another family": ({}, None, ["--lora_target", "query_key_value"], "lora-target-unknown"),
+    "lora_target of a norm": ({"lora_target": ["input_layernorm"]}, None, [], "lora-target-unknown"),
+    "lora_target of the head": ({"lora_target": "lm_head"}, None, [], "lora-target"),
+    "truncated weights": ({}, truncate, [], "weights-damaged"),
+    "a pointer to weights": ({}, lfs_pointer, [], "weights-damaged"),
+    "a missing shard": ({}, shards("model-1-of-2.safetensors"), [], "weights-missing"),
+    "truncated bin": ({}, bin_file(b"PK\x03\x04" + bytes(500)), [], "weights-damaged"),
+    "empty bin": ({}, bin_file(b""), [], "weights-damaged"),
+    "accelerate config": ({"deepspeed": "accelerate.yaml"}, None, [], "accelerate-config"),
+    "key of DeepSpeed": ({"deepspeed": {"zero_optimisation": {}}}, None, [], "deepspeed-unknown-key"),
+    "JSON on the command line": ({}, None, ["--deepspeed", '{"zero_optimization": {"stage": 4}}'], "deepspeed-value"),
+    "number of ranks": ({"deepspeed": HPZ3}, None, ["--num_accelerators", "2"], "deepspeed-ranks"),
+    "cuda": ({"attn_implementation": "flex_attention"}, None, [], "no-cuda"),
+    "launch arguments": ({}, None, ["--master_port", "80"], "cluster"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The options of a run without a mistake; a launcher that starts all the same fails the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(supervisor, "run_launcher", lambda *_: pytest.fail("a launcher was started"))
+    save_fake_model(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    (tmp_path / "accelerate.yaml").write_text(ACCELERATE)
+    return {"model_name_or_path": "model", "dataset": "pairs.jsonl", "dataset_dir": ".", "output_dir": "runs/one"}
+
+
+def write(tmp_path: Path, run: dict[str, Any]) -> str:
+    text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in run.items())
+    (tmp_path / "run.yaml").write_text(text)
+    return "run.yaml"
+
+
+def split(arguments: list[str]) -> tuple[list[str], ClusterRequest]:
+    """Overrides, and what of the arguments is the launcher's."""
+    if arguments[:1] in (["--num_accelerators"], ["--master_port"]):
+        return [], ClusterRequest(**{arguments[0][2:]: int(arguments[1])})
+    return arguments, ClusterRequest()
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_each_mistake_is_one_problem_of_its_code(tmp_path: Path, run: dict[str, Any], name: str) -> None:
+    options, damage, arguments, code = MISTAKES[name]
+    if damage:
+        damage(tmp_path / "model")
+    overrides, cluster = split(arguments)
+    with pytest.raises(ConfigError) as caught:
+        supervisor.supervise(Task("train", write(tmp_path, run | options), overrides), cluster)
+    assert [problem.code for problem in caught.value.problems] == [code]
+    assert caught.value.exit_code == 64 and all(problem.option for problem in caught.value.problems)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_all_mistakes_come_in_one_report(
+    tmp_path: Path, run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_fake_model(tmp_path / "model", model_type="mistral", sliding_window=64)
+    run |= {"lora_target": "q_projj,v_proj", "max_length": 1024, "deepspeed": "accelerate.yaml", "beta": 0, "sede": 1}
+    assert main(["train", write(tmp_path, run), "--dataset", "nowhere", "--master_port", "80"]) == 64
+    said = capsys.readouterr().err
+    assert "7 problems in the run config:" in said and "\n  7. " in said
+
+
+def test_what_files_cannot_tell_passes(tmp_path: Path, run: dict[str, Any]) -> None:
+    """A pickle has no header: the ranks look for the modules of lora_target."""
+    from dsdpo.launch.preflight import preflight
+
+    bin_file(b"\x80\x02old")(tmp_path / "model")
+    assert preflight(write(tmp_path, run | {"lora_target": "q_projj"}), [])
+
+
+@pytest.mark.parametrize(
+    ("given", "targets"),
+    [("all-linear", ["all"]), ("all", ["all"]), ("q_proj,v_proj", ["q_proj", "v_proj"])]
+    + [(name, [name]) for name in ("self_attn.q_proj", "layers.0.mlp.up_proj", "embed_tokens")],
+)
+def test_names_of_modules_pass(tmp_path: Path, run: dict[str, Any], given: str, targets: list[str]) -> None:
+    from dsdpo.launch.preflight import preflight
+
+    assert preflight(write(tmp_path, run | {"lora_target": given}), [])[0].lora_target == targets
+
+
+def test_names_that_exist_are_listed(tmp_path: Path, run: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        supervisor.supervise(Task("train", write(tmp_path, run | {"lora_target": "q_projj"}), []), ClusterRequest())
+    text = str(caught.value.problems[0])
+    assert "did you mean q_proj?" in text and "lm_head" not in text and "`all`" in text
+    assert all(name.split(".")[-2] in text for name in tensors() if name.endswith("_proj.weight"))
+
+
+def test_no_heavy_library_is_imported(tmp_path: Path, run: dict[str, Any]) -> None:
+    """Also where a mistake is found, and with a DeepSpeed mapping."""
+    path = write(tmp_path, run | {"lora_target": "q_projj", "deepspeed": HPZ3})
+    code = (
+        "import sys; from dsdpo.launch.preflight import preflight\n"
+        "from dsdpo.errors import ConfigError\n"
+        "try: preflight(sys.argv[1], [])\n"
+        "except ConfigError as error: assert error.problems[0].code == 'lora-target-unknown', error\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'deepspeed', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code, path], check=True)
