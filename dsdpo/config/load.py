@@ -20,6 +20,7 @@ from dsdpo.config.aliases import suggest
 from dsdpo.config.options import options, value_kinds
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import Problem
+from dsdpo.runtime.rundir import RunDir
 
 COMMAND_LINE = "command line"
 
@@ -55,7 +56,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadResult:
     values |= changes
     problems += _take_unknown(values, origins)
     config, faulty, value_problems = _validate(values, origins, str(path))
+    if config is not None and _is_recorded(path):
+        origins = {
+            key: place for key, place in origins.items() if place == COMMAND_LINE or not _is_default(config, key)
+        }
     return LoadResult(config, problems + value_problems, faulty, origins)
+
+
+def _is_recorded(path: str | Path) -> bool:
+    """Whether a run has written this file: it names every option, also those that nobody has set."""
+    return Path(path).name == RunDir(Path(path).parent).run_config.name
+
+
+def _is_default(config: RunConfig, key: str) -> bool:
+    return bool(getattr(config, key) == RunConfig.model_fields[key].get_default(call_default_factory=True))
 
 
 # --- YAML ---
