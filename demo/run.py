@@ -59,7 +59,8 @@ def compare(rows: list[dict[str, str]]) -> tuple[list[str], list[str]]:
     from transformers.utils.logging import disable_progress_bar
 
     from dsdpo.data.formats.preference import SQL_PROMPT
-    from dsdpo.tools.chat import AnswerSettings, load_both
+    from dsdpo.tools.answers import AnswerSettings
+    from dsdpo.tools.chat_model import load_both
 
     disable_progress_bar()
 

@@ -9,12 +9,15 @@ import gc
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from dsdpo import __version__
 from dsdpo.errors import CheckpointError, ConfigError, DsdpoError
 from dsdpo.runtime.env import launched
 from dsdpo.runtime.rundir import RunDir
+
+if TYPE_CHECKING:
+    from dsdpo.launch.task import Task
 
 INTERRUPTED = 130
 
@@ -50,12 +53,34 @@ def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
 
     more = {name: getattr(args, name) for name in ("model", "fresh", "confirmed") if hasattr(args, name)}
     task = Task(args.command, args.config, overrides, **more)
+    if args.command == "eval":
+        task = _evaluation(args, task)
     mesh = launched()
     if mesh is not None:
         return join(task, mesh, args.supervised)
     names = [field.name for field in dataclasses.fields(ClusterRequest)]
     cluster = ClusterRequest(**{name: getattr(args, name) for name in names})
     return supervise(task, cluster)
+
+
+def _evaluation(args: argparse.Namespace, task: Task) -> Task:
+    """`dsdpo eval` with an output_dir in place of RUN.yaml, or as --model, in words of RUN.yaml and a model folder."""
+    from dsdpo.tools.trained import TrainedRun
+
+    weights = None if task.model is None else TrainedRun.find(task.model)
+    if weights is not None:
+        task = dataclasses.replace(task, model=str(weights.weights("eval")))
+    if not Path(task.path).is_dir():
+        if task.model is None:
+            args.usage_error("give --model DIR beside RUN.yaml, or a run's output_dir in place of RUN.yaml")
+        return task
+    run = TrainedRun.find(task.path)
+    if run is None:
+        raise CheckpointError(f"{task.path} is not the output_dir of a run; give one, or RUN.yaml with --model DIR")
+    model = task.model or str(run.weights("eval"))
+    return dataclasses.replace(
+        task, path=str(run.run_dir.run_config), model=model, overrides=run.evaluation(task.overrides)
+    )
 
 
 def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -93,9 +118,11 @@ def _import_checkpoint(args: argparse.Namespace, _: list[str]) -> None:
 def _chat(args: argparse.Namespace, _: list[str]) -> None:
     if args.prompts and not Path(args.prompts).is_file():
         raise ConfigError(f"--prompts: there is no file {args.prompts}")
+    from dsdpo.tools.answers import AnswerSettings
     from dsdpo.tools.chat import chat
 
-    chat(args.model, args.compare, args.prompts, args.max_new_tokens, args.template, args.system)
+    names = [field.name for field in dataclasses.fields(AnswerSettings)]
+    chat(args.model, args.compare, args.prompts, AnswerSettings(**{name: getattr(args, name) for name in names}))
 
 
 def _plot(args: argparse.Namespace, _: list[str]) -> None:
@@ -143,9 +170,7 @@ def _parser() -> _Parser:
     _add_launch(train)
     _add_task(commands, "prepare", "read, check, template and tokenize the data").set_defaults(function=_prepare)
     _add_launch(_add_task(commands, "reference", "fill the store of reference log-probs"))
-    evaluate = _add_task(commands, "eval", "loss, accuracy and margin on held-out pairs")
-    evaluate.add_argument("--model", required=True, metavar="DIR", help="folder of trained weights, or a hub id")
-    _add_launch(evaluate)
+    _add_eval(commands)
     _add_export(commands)
     _add_checkpoints(commands)
     _add_import(commands)
@@ -211,14 +236,47 @@ def _add_checkpoints(commands: Commands) -> None:
     parser.set_defaults(function=_checkpoints)
 
 
+def _add_eval(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="loss, accuracy and margin on held-out pairs",
+        usage="dsdpo eval OUTPUT_DIR | RUN.yaml --model DIR [arguments] [--key value ...]",
+        takes_options=True,
+        description="Evaluates trained weights on the held-out pairs of a run, and prints one JSON line. With the "
+        "output_dir of a run that has ended, its own config and weights are taken.",
+    )
+    parser.add_argument("config", metavar="OUTPUT_DIR", help="output_dir of a run, or a run config; then --model names")
+    parser.add_argument("--model", metavar="DIR", help="weights: output_dir, model or adapter folder, or hub id")
+    parser.set_defaults(usage_error=parser.error)
+    _add_launch(parser)
+
+
 def _add_chat(commands: Commands) -> None:
-    parser = commands.add_parser("chat", help="talk to a model, or compare two")
-    parser.add_argument("model", metavar="MODEL", help="model folder, adapter folder or hub id")
-    parser.add_argument("--compare", metavar="BASE", help="show this model's answers beside")
-    parser.add_argument("--prompts", metavar="FILE", help="answer a file's prompts, one a line, and end")
-    parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="longest answer (256)")
-    parser.add_argument("--template", default="default", metavar="T", help="chat template, as in a run config")
-    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser = commands.add_parser(
+        "chat",
+        help="talk to a model, or compare two",
+        description="Answers what you type, or the prompts of a file. With the output_dir of a run, its weights answer "
+        "with the template, system message and max_length that it was trained with. In a conversation, /reset starts a "
+        "new one and /exit ends.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="output_dir of a run, model or adapter folder, or hub id")
+    beside = "show this model's answers beside; without BASE, those of the model that MODEL was trained from"
+    parser.add_argument("--compare", nargs="?", const="", metavar="BASE", help=beside)
+    prompts = "answer a file's prompts, and end; .txt: one a line; .jsonl: a record with prompt or messages a line"
+    parser.add_argument("--prompts", metavar="FILE", help=prompts)
+    answers = parser.add_argument_group("answers")
+    longest = "longest answer, in tokens (256, or what max_length leaves)"
+    answers.add_argument("--max_new_tokens", type=int, metavar="N", help=longest)
+    heat = "0: the likeliest token each time; 1: tokens as likely as the model says; between: fewer surprises (0)"
+    answers.add_argument("--temperature", type=float, default=0.0, metavar="T", help=heat)
+    top = "draw from the likeliest tokens only, which together have this probability (1: from all)"
+    answers.add_argument("--top_p", type=float, default=1.0, metavar="P", help=top)
+    answers.add_argument("--seed", type=int, metavar="N", help="the same answers each time (others each time)")
+    conversation = parser.add_argument_group("conversation", "without them: as the run was trained")
+    conversation.add_argument("--template", metavar="T", help="chat template, as in a run config (default)")
+    conversation.add_argument("--system", metavar="TEXT", help='system message; "" for none')
+    longest = "longest conversation with its answer, in tokens (what the model can hold)"
+    conversation.add_argument("--max_length", type=int, metavar="N", help=longest)
     parser.set_defaults(function=_chat)
 
 

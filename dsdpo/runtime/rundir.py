@@ -82,6 +82,11 @@ class RunDir:
         """`dsdpo plot`, or `plot_loss`: picture of the reward accuracy, as PNG."""
         return self.path / "accuracy.png"
 
+    @property
+    def evaluation(self) -> Path:
+        """`dsdpo eval OUTPUT_DIR`: folder with the lock, exit record and heartbeats of an evaluation."""
+        return self.path / "evaluation"
+
     # --- while it runs ---
 
     @property
