@@ -136,6 +136,11 @@ class RunConfig(BaseModel):
     dataset_dir: str = Field("data", json_schema_extra=FREE)
     """Folder that holds dataset_info.json and the data files; a file outside it is refused."""
 
+    ignore_columns: list[str] = Field([], json_schema_extra=FREE)
+    """Columns of the data that are not read, in addition to those that an entry of dataset_info.json names.
+    A column that looks like a part of the prompt or the reply, and that nothing reads, is an error unless
+    it stands here."""
+
     template: Literal["default", "llama2", "llama3", "chatml", "qwen", "none", "gpt2"] = "default"
     """Chat template. `default`: the tokenizer's own. `none` (or `gpt2`): prompt and completion as they
     stand."""

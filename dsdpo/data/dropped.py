@@ -51,13 +51,13 @@ REASONS = {
     # the record and its columns
     "not_json": Reason("not valid JSON"),
     "not_object": Reason("the record is no JSON object"),
-    "named_column_missing": Reason("a column named in columns is missing"),
+    "named_column_missing": Reason("a column named in columns is missing", "correct columns in the entry"),
     "column_missing": Reason("no {what}"),
     "not_text": Reason("{what} is not text"),
     "not_text_or_messages": Reason("{what} is neither text nor a list of messages"),
     "no_messages": Reason("no list of messages"),
     "no_pair": Reason("no pair of answers", "output must be [better, worse], or give chosen and rejected"),
-    "bad_history": Reason("history is no list of [question, answer]"),
+    "bad_history": Reason("history is no list of [question, answer]", "name another column, or ignore_columns: [NAME]"),
     "bad_score": Reason("a score is no number"),
     # messages
     "message_not_object": Reason("a message is no object"),
@@ -72,7 +72,10 @@ REASONS = {
     "prompt_ends_with_reply": Reason("the prompt does not end with a user message"),
     "several_replies": Reason("a side has more than one message after the prompt", _SIDES),
     "no_reply": Reason("{what} is no assistant message"),
-    "text_beside_messages": Reason("prompt is text but chosen and rejected are messages"),
+    "text_beside_messages": Reason(
+        "prompt is text but chosen and rejected are messages, and none of their user messages says it",
+        "ignore_columns: [prompt] takes the prompt from the messages",
+    ),
     "same": Reason("chosen and rejected are the same"),
     "one_begins_the_other": Reason("one dialogue is the beginning of the other"),
     "not_hh": Reason('{what} does not begin with "Human:"'),
@@ -82,6 +85,29 @@ REASONS = {
     "empty_chosen": Reason("empty chosen"),
     "empty_rejected": Reason("empty rejected", "set allow_empty_rejected: true in the entry if it is meant"),
     "no_prompt": Reason("no prompt, no messages, and no question with context"),
+    # what would be lost
+    "column_not_read": Reason(
+        "a column holds a part of the prompt or the reply, and the format does not read it",
+        "give an entry that reads it, or name it in ignore_columns",
+        fatal=True,
+    ),
+    "two_systems": Reason(
+        "two system texts that differ, in a column and in a message",
+        "name the column in ignore_columns, or take the message out",
+        fatal=True,
+    ),
+    "message_says_two": Reason("a message has two keys for its {what}, which differ", "take one of them out"),
+    "message_with_media": Reason(
+        "a message holds more than text ({what})", "only text is trained on; take such records out", fatal=True
+    ),
+    "part_with_key": Reason("a text part of a message has a key that would be lost", "take the key out"),
+    "empty_with_keys": Reason("the rejected message has no text but other keys", "give it a text, or take them out"),
+    "python_repr": Reason(
+        "{what} is a list or object as Python prints it (str(), pandas' to_csv), not JSON",
+        "write the column with json.dumps, or the set as Parquet or JSON lines",
+    ),
+    "bad_template_kwargs": Reason("chat_template_kwargs is no object of template variables"),
+    "calls_not_list": Reason("tool_calls is no list of objects"),
     # template and tokens
     "template_error": Reason("the chat template refuses the conversation"),
     "no_template": Reason("a conversation, but the tokenizer has no chat template", "set template"),

@@ -13,7 +13,10 @@ import numpy as np
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import DIGEST_BYTES, Example, TokenizedExample, example_digest
+from dsdpo.data.formats.columns import NotRead
+from dsdpo.data.formats.detect import READS
 from dsdpo.data.formats.preference import to_example
+from dsdpo.data.formats.suggest import remedy
 from dsdpo.data.readers import RawRow, parse_row
 from dsdpo.data.registry import DatasetEntry
 from dsdpo.data.templates import EncodedExample, ExampleEncoder, has_equal
@@ -114,26 +117,38 @@ class RowEncoder:
 
         Returns:
             The columns of a shard, and `code`, `reason`, `detail`, `excerpt` (all empty for accepted records),
-            `truncated`, `diverged`, `notes`.
+            `truncated`, `diverged`, `notes`, and `has`, which account.note_missing takes.
         """
-        examples = [self.example(raw, self.entries[number]) for raw, number in zip(rows["row"], rows["set"])]
+        read = [self._read(raw, self.entries[number]) for raw, number in zip(rows["row"], rows["set"])]
+        examples = [example for example, _ in read]
         encoded = iter(self.encoder.encode([example for example in examples if isinstance(example, Example)]))
         results = [
             self._accepted(example, next(encoded)) if isinstance(example, Example) else _dropped(example)
             for example in examples
         ]
-        for result, raw, source in zip(results, rows["row"], rows["source"]):
+        for result, raw, source, number, (_, has) in zip(results, rows["row"], rows["source"], rows["set"], read):
             result["source"] = source
+            result["has"] = [f"{number}:{name}" for name in has]
             result["excerpt"] = _excerpt(raw) if result["reason"] else ""
         return {key: [result[key] for result in results] for key in results[0]}
 
     def example(self, raw: RawRow, entry: DatasetEntry) -> Example | Dropped:
         """One record of `entry` as an Example, or why not."""
+        return self._read(raw, entry)[0]
+
+    def _read(self, raw: RawRow, entry: DatasetEntry) -> tuple[Example | Dropped, list[str]]:
+        """(the example or why not, those of the entry's optional and ignored columns that the record has)."""
         assert entry.formatting is not None, "the formatting is told before rows are encoded"
+        has: list[str] = []
         try:
-            return to_example(parse_row(raw), entry.formatting, entry.columns, entry.tags, entry.allow_empty_rejected)
+            record = parse_row(raw)
+            if isinstance(record, dict):
+                has = [name for name in expected_columns(entry) if name in record]
+            return _example(record, entry), has
+        except NotRead as missed:
+            return Dropped(missed.code, f"{', '.join(missed.names)}; {remedy(record, entry, missed.names)}"), has
         except Dropped as dropped:
-            return dropped
+            return dropped, has
 
     def _accepted(self, example: Example, encoded: EncodedExample | Dropped) -> dict[str, Any]:
         if isinstance(encoded, Dropped):
@@ -151,6 +166,19 @@ class RowEncoder:
             "diverged": encoded.diverged,
             "notes": [*example.notes, *encoded.notes],
         }
+
+
+def _example(record: Any, entry: DatasetEntry) -> Example:
+    assert entry.formatting is not None
+    return to_example(
+        record, entry.formatting, entry.columns, entry.tags, entry.allow_empty_rejected, entry.ignore_columns
+    )
+
+
+def expected_columns(entry: DatasetEntry) -> list[str]:
+    """Columns that an entry names and single records may lack; where all records lack one, the name is wrong."""
+    reads = READS[entry.formatting or ""]
+    return [*(name for key, name in entry.columns.items() if reads[key].optional), *entry.ignore_columns]
 
 
 def shard_row(

@@ -97,6 +97,8 @@ def set_fingerprint(config: RunConfig, entries: list[DatasetEntry], tokenizer: s
     described = []
     for entry, source in zip(entries, sources):
         fields = {key: value for key, value in asdict(entry).items() if key not in ("root", "files")}
+        if not entry.ignore_columns:
+            del fields["ignore_columns"]  # sets of earlier versions, which did not have it, are found again
         described.append({**fields, "labels": [entry.label(file) for file in entry.files], "content": source})
     return _digest(
         {

@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.data.account import check_fatal, check_first_records, note_missing
 from dsdpo.data.dropped import REASONS, Dropped
 from dsdpo.data.encode import Limits, RowEncoder
-from dsdpo.data.example import Example
 from dsdpo.data.formats.detect import READS, detect, unread
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import INFO_FILE, DatasetEntry
@@ -67,14 +67,17 @@ def make_set(
     encoder = ExampleEncoder(tokenizer, config.template, config.default_system)
     rows = RowEncoder(encoder, [_with_formatting(entry, config) for entry in entries], Limits.of(config))
     for entry in rows.entries:
-        _check_first_example(rows, entry, config)
+        check_first_records(rows, entry, config.max_samples)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     (temporary / "work").mkdir(parents=True)
     try:
         encoded = _encode(rows, config, temporary / "work")
+        check_fatal(_tables(encoded))
+        missing = note_missing(rows.entries, pc.unique(pc.list_flatten(encoded.data.table.column("has"))).to_pylist())
         counts = _count(encoded)
+        counts["notes"] |= missing
         _write_dropped(encoded, temporary / DROPPED_ROWS)
         _check_refused(config, counts, temporary / DROPPED_ROWS, path.with_suffix(".dropped_rows.jsonl"))
         write_shards(_accepted(encoded), temporary)
@@ -117,17 +120,6 @@ def _with_formatting(entry: DatasetEntry, config: RunConfig) -> DatasetEntry:
     )
 
 
-def _check_first_example(rows: RowEncoder, entry: DatasetEntry, config: RunConfig) -> None:
-    """Tell a template that does not fit before all rows are refused for it. Raises ConfigError."""
-    for number, (_, raw) in enumerate(iter_rows(entry, config.max_samples)):
-        example = rows.example(raw, entry)
-        if isinstance(example, Example):
-            rows.encoder.check_supports(example)
-            return
-        if number == _LOOKED_AT:
-            return
-
-
 def _raw_batches(entries: list[DatasetEntry], max_samples: int | None) -> Iterator[pa.RecordBatch]:
     """Rows in their order, parsed ones as JSON again."""
     columns: tuple[list[Any], ...] = ([], [], [])
@@ -156,7 +148,7 @@ def _encode(rows: RowEncoder, config: RunConfig, folder: Path) -> Dataset:
     features = Features.from_arrow_schema(SCHEMA)
     features |= {key: Value("string") for key in ("code", "reason", "detail", "excerpt")}
     features |= {key: Value("bool") for key in ("truncated", "diverged")}
-    features |= {"notes": List(Value("string"))}
+    features |= {key: List(Value("string")) for key in ("notes", "has")}
     workers = min(config.preprocessing_num_workers, len(raw))
     with _quiet_unless_terminal(), _one_thread_per_worker(workers):
         return raw.map(

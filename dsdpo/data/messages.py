@@ -9,39 +9,8 @@ from typing import Any
 
 from dsdpo.data.dropped import Dropped, kind_of
 from dsdpo.data.example import Message
-
-
-class Columns:
-    """A row, seen through the entry's `columns` (our name -> name in the row)."""
-
-    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-        self.row = row
-        self.columns = columns
-
-    def get(self, key: str, *usual: str) -> Any:
-        """The value under the name that `columns` gives for `key`, else under the first usual name with a value.
-
-        Raises:
-            Dropped: `columns` names a column that the row lacks.
-        """
-        named = self.columns.get(key)
-        if named is not None:
-            if named not in self.row:
-                raise Dropped("named_column_missing", f"{named} (columns.{key})")
-            return self.row[named]
-        return next((self.row[name] for name in usual or (key,) if self.row.get(name) is not None), None)
-
-    def text(self, key: str, *usual: str) -> str:
-        """A column that must be there and be text."""
-        value = self.get(key, *usual)
-        if value is None:
-            raise Dropped("column_missing", what=key)
-        return text_of(value, key)
-
-    def optional_text(self, key: str, *usual: str) -> str:
-        """A text column, "" when it is missing or null."""
-        value = self.get(key, *usual)
-        return "" if value is None else text_of(value, key)
+from dsdpo.data.formats.names import is_empty
+from dsdpo.data.formats.written import read_list
 
 
 def text_of(value: Any, what: str) -> str:
@@ -51,11 +20,14 @@ def text_of(value: Any, what: str) -> str:
     return value
 
 
+_MEDIA = frozenset(["image", "images", "video", "videos", "audio", "audios"])
+
+
 def read_message(raw: Any, role_key: str, content_key: str, roles: Mapping[str, str]) -> Message:
-    """One message with our role names.
+    """One message with our names for role and content, and every other key as it was; keys with null are left out.
 
     Args:
-        raw: the object in the row.
+        raw: the object in the record.
         role_key, content_key: its keys for the two.
         roles: role in the data -> system, user, assistant, tool or function_call.
     """
@@ -64,37 +36,123 @@ def read_message(raw: Any, role_key: str, content_key: str, roles: Mapping[str, 
     role = roles.get(str(raw.get(role_key)))
     if role is None:
         raise Dropped("unknown_role", f"{raw.get(role_key)!r} under {role_key!r}; allowed: {', '.join(roles)}")
-    calls = raw.get("tool_calls")
     content = raw.get(content_key)
-    text = "" if content is None and calls else text_of(content, "message content")
+    if isinstance(content, list):
+        content = text_of_parts(content)
+    message: Message = {"role": role, "content": content}
+    if len(raw) > 2:
+        _add_keys(message, raw, role_key, content_key, roles)
+    if content is None and "tool_calls" in message:
+        return message
+    text = text_of(content, "message content")
     if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(text)}
-    return {"role": role, "content": text, **({"tool_calls": calls} if calls else {})}
+        message |= {"role": "assistant", "content": "", "tool_calls": _called(text)}
+    return message
 
 
-def _tool_calls(text: str) -> list[dict[str, Any]]:
+def _add_keys(
+    message: Message, raw: Mapping[str, Any], role_key: str, content_key: str, roles: Mapping[str, str]
+) -> None:
+    """Add the keys of a raw message besides its role and content."""
+    for key, value in raw.items():
+        if key in (role_key, content_key) or value is None:
+            continue
+        if key == "tool_calls":
+            if calls := read_calls(value):
+                message[key] = calls
+        elif key in message:
+            ours = message[key]
+            if value not in ("", ours) and not (key == "role" and roles.get(str(value)) == ours):
+                raise Dropped("message_says_two", f"{value!r} and {ours!r}", key)
+        elif key in _MEDIA and value not in ("", [], {}):
+            raise Dropped("message_with_media", key, key)
+        else:
+            message[key] = value
+
+
+def text_of_parts(parts: Sequence[Any]) -> str:
+    """The text of a message's content that is a list of parts, such as [{"type": "text", "text": "Hi"}]."""
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        if not isinstance(part, dict):
+            raise Dropped("not_text", f"a list of {type(part).__name__}", "message content")
+        kind = part.get("type") or "text"
+        held = [key for key, value in part.items() if key not in ("type", "text") and value is not None]
+        if kind != "text" or not isinstance(part.get("text"), str) or any(key in _MEDIA for key in held):
+            raise Dropped("message_with_media", ", ".join(held), str(kind if kind != "text" else "part without text"))
+        if held:
+            raise Dropped("part_with_key", ", ".join(held))
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def read_calls(value: Any) -> list[dict[str, Any]]:
+    """The `tool_calls` of a message, each with its OpenAI wrapper; their arguments stay as they are.
+
+    Args:
+        value: a list of calls or one call, or the same as JSON text.
+    """
+    if is_empty(value):
+        return []
+    value = read_list(value, "tool_calls")
+    calls = [value] if isinstance(value, dict) else value
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise Dropped("calls_not_list")
+    wrapped = [call if "function" in call else {"type": "function", "function": call} for call in calls]
+    if not all(isinstance(call["function"], dict) and call["function"].get("name") for call in wrapped):
+        raise Dropped("call_without_name")
+    return wrapped
+
+
+def _called(text: str) -> list[dict[str, Any]]:
     """LLaMA-Factory's function_call text: a JSON object, or a list of them, with name and arguments."""
     try:
         calls = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Dropped("call_not_json", str(error)) from error
     calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, dict) and "name" in call for call in calls):
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise Dropped("call_without_name")
-    return [{"type": "function", "function": call} for call in calls]
+    return read_calls(calls)
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """The `tools` column: a list of objects, or the same as JSON text; empty means none."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise Dropped("tools_not_json", str(error)) from error
-    if not value:
+    """The `tools` column with OpenAI's wrapper around each tool; empty means none.
+
+    Args:
+        value: a list of objects, or the same as JSON text, or a list of JSON texts. LLaMA-Factory's tools are bare
+            functions, with a name but no `function`.
+    """
+    if is_empty(value):
         return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+    value = read_list(value, "tools")
+    if isinstance(value, str):
+        raise Dropped("tools_not_json", value.strip()[:60])
+    tools = [read_list(tool, "tools") for tool in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(tool, dict) for tool in tools):
         raise Dropped("tools_not_list")
+    return [_wrapped(tool) for tool in tools]
+
+
+def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
+    return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
+
+
+_RESERVED = ("messages", "tools", "add_generation_prompt", "tokenize", "conversation")
+
+
+def read_template_kwargs(value: Any) -> dict[str, Any]:
+    """The `chat_template_kwargs` column: an object or its JSON text."""
+    if is_empty(value):
+        return {}
+    value = read_list(value, "chat_template_kwargs")
+    if not isinstance(value, dict):
+        raise Dropped("bad_template_kwargs", str(value)[:60])
+    if taken := [key for key in value if key in _RESERVED]:
+        raise Dropped("bad_template_kwargs", f"{', '.join(taken)} is given by the record's own columns")
     return value
 
 
@@ -122,13 +180,13 @@ _MAY_FOLLOW = {
 
 def check_prompt(messages: Sequence[Message]) -> list[Message]:
     """The prompt of a conversation, without an empty system message. Raises Dropped if turns are out of order."""
-    kept = [m for m in messages if m["role"] != "system" or m["content"].strip()]
+    kept = [m for m in messages if m["role"] != "system" or (m["content"] or "").strip()]
     before = None
     for message in kept:
         role = message["role"]
         if role not in _MAY_FOLLOW[before]:
             raise Dropped("roles_do_not_alternate", f"{role} after {before or 'nothing'}")
-        if not message["content"].strip() and "tool_calls" not in message:
+        if not (message["content"] or "").strip() and "tool_calls" not in message:
             raise Dropped("empty_message", role)
         before = role
     if before is None:
@@ -153,8 +211,24 @@ def assistant(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
+def user(text: str) -> list[Message]:
+    """One user message in a list."""
+    return [{"role": "user", "content": text}]
+
+
 def system_and(system: str, messages: list[Message]) -> list[Message]:
-    """`messages` with a system message in front, if there is a text for it and none yet."""
-    if not system.strip() or (messages and messages[0]["role"] == "system"):
+    """`messages` with this system text, unless their own system message says the same.
+
+    Raises:
+        Dropped: it says something else.
+    """
+    if not system.strip():
         return messages
-    return [{"role": "system", "content": system}, *messages]
+    if not messages or messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    own = messages[0]["content"] or ""
+    if not own.strip():
+        return [{**messages[0], "content": system}, *messages[1:]]
+    if own.split() != system.split():
+        raise Dropped("two_systems", f"{system.strip()[:60]!r} and {own.strip()[:60]!r}")
+    return messages

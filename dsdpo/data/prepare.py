@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -137,7 +138,7 @@ def _resolved(names: list[str], config: RunConfig) -> list[DatasetEntry]:
     entries, problems = resolve(names, config.dataset_dir)
     if problems:
         raise ConfigError(problems)
-    return entries
+    return [replace(entry, ignore_columns=(*entry.ignore_columns, *config.ignore_columns)) for entry in entries]
 
 
 def _set_path(

@@ -35,6 +35,7 @@ _KEYS: dict[str, type] = {
     "folder": str,
     "num_samples": int,
     "allow_empty_rejected": bool,
+    "ignore_columns": list,
 }
 _UNSUPPORTED = {
     "script_url": "loading scripts are not run; export the rows to a .jsonl file and give file_name",
@@ -67,6 +68,7 @@ class DatasetEntry:
         columns, tags: renamed columns and message keys, as in LLaMA-Factory.
         num_samples: read only the first so many rows.
         allow_empty_rejected: an empty rejected side is meant, and is trained as the end-of-turn token alone.
+        ignore_columns: columns that count as absent; those of the run config are added.
     """
 
     name: str
@@ -82,6 +84,7 @@ class DatasetEntry:
     folder: str | None = None
     num_samples: int | None = None
     allow_empty_rejected: bool = False
+    ignore_columns: tuple[str, ...] = ()
 
     def row_limit(self, max_samples: int | None) -> int | None:
         """Rows to read at most: num_samples and the run's max_samples, whichever is smaller. None: all."""
@@ -201,7 +204,8 @@ def _described(name: str, described: Any, root: Path) -> DatasetEntry:
     formatting = described.get("formatting")
     if formatting is not None and formatting not in READS:
         raise EntryProblem(f"{where}: formatting {formatting!r} is not one of {', '.join(READS)}")
-    columns = described.get("columns") or {}
+    # LLaMA-Factory takes "" as unset
+    columns = {key: value for key, value in (described.get("columns") or {}).items() if value != ""}
     if formatting is not None and (left := unread(formatting, columns)):
         raise EntryProblem(
             f"{where}: formatting {formatting} does not read columns.{', columns.'.join(left)}; "
@@ -222,6 +226,7 @@ def _described(name: str, described: Any, root: Path) -> DatasetEntry:
         folder=described.get("folder"),
         num_samples=described.get("num_samples"),
         allow_empty_rejected=bool(described.get("allow_empty_rejected")),
+        ignore_columns=tuple(described.get("ignore_columns") or ()),
     )
 
 
@@ -240,6 +245,8 @@ def _check_keys(where: str, described: dict[str, Any]) -> None:
         raise EntryProblem(f"{where}: num_samples must be at least 1, not {samples}")
     for key, known in (("columns", COLUMNS), ("tags", TAGS)):
         for inner, value in (described.get(key) or {}).items():
+            if key == "columns" and value == "":
+                continue
             if inner in _UNSUPPORTED_COLUMNS:
                 raise EntryProblem(f"{where}: {key}.{inner} is not supported; {_UNSUPPORTED_COLUMNS[inner]}")
             if inner not in known:
@@ -247,6 +254,14 @@ def _check_keys(where: str, described: dict[str, Any]) -> None:
                 raise EntryProblem(f"{where}: unknown key {key}.{inner}; {hint}")
             if not isinstance(value, str):
                 raise EntryProblem(f"{where}: {key}.{inner} must be a string, not {value!r}")
+    ignored = described.get("ignore_columns") or ()
+    if not all(isinstance(name, str) for name in ignored):
+        raise EntryProblem(f"{where}: ignore_columns must be a list of column names, not {ignored!r}")
+    for inner, value in (described.get("columns") or {}).items():
+        if value in ignored:
+            raise EntryProblem(
+                f"{where}: {value} is named by columns.{inner} and by ignore_columns; take out one of them"
+            )
 
 
 def _source(where: str, described: dict[str, Any], root: Path, name: str) -> tuple[tuple[Path, ...], str | None, bool]:

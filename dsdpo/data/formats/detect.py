@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+from dsdpo.data.dropped import Dropped
+from dsdpo.data.formats.written import read_written
 
 TAGS = {
     "role_tag": "from",
@@ -14,14 +17,57 @@ TAGS = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-SCORES = ("chosen_score", "rejected_score")
-READS = {
-    "alpaca": ("prompt", "query", "response", "history", "system", "tools", "chosen", "rejected", *SCORES),
-    "sharegpt": ("messages", "system", "tools", "chosen", "rejected", *SCORES),
-    "trl": ("prompt", "tools", "chosen", "rejected", *SCORES),
-    "hh_rlhf": ("chosen", "rejected", *SCORES),
-    "cvalues": ("messages", "system", "prompt", "chosen", "rejected", *SCORES),
-    "text_to_sql": ("question", "context", "answer", *SCORES),
+
+
+class Column(NamedTuple):
+    """Where a format finds one of our columns.
+
+    Attributes:
+        usual: names that are looked for where `columns` gives none, in this order.
+        optional: a record may lack it though `columns` names it.
+    """
+
+    usual: tuple[str, ...]
+    optional: bool = False
+
+
+_SCORES = {
+    "chosen_score": Column(("chosen_score", "score_chosen"), optional=True),
+    "rejected_score": Column(("rejected_score", "score_rejected"), optional=True),
+}
+# What a conversation may have beside its messages; text has no place for it.
+BESIDE = {key: Column((key,), optional=True) for key in ("system", "tools", "chat_template_kwargs")}
+_SIDES = {"chosen": Column(("chosen",)), "rejected": Column(("rejected",))}
+
+# The one table of what is read: a column that is not in it is reported as not used, or refused.
+READS: dict[str, dict[str, Column]] = {
+    "alpaca": {
+        "prompt": Column(("instruction", "prompt")),
+        "query": Column(("input",), optional=True),
+        "response": Column(("output",)),
+        "history": Column(("history",), optional=True),
+        **_SIDES,
+        **BESIDE,
+        **_SCORES,
+    },
+    "sharegpt": {"messages": Column(("conversations", "messages")), **_SIDES, **BESIDE, **_SCORES},
+    "trl": {"prompt": Column(("prompt",)), **_SIDES, **BESIDE, **_SCORES},
+    "hh_rlhf": {**_SIDES, **BESIDE, **_SCORES},
+    "cvalues": {
+        "messages": Column(("messages", "conversations")),
+        "prompt": Column(("prompt",)),
+        "chosen": Column(("pos_resp",)),
+        "rejected": Column(("neg_resp",)),
+        **BESIDE,
+        **_SCORES,
+    },
+    "text_to_sql": {
+        "question": Column(("question",)),
+        "context": Column(("context",)),
+        "answer": Column(("answer",)),
+        **BESIDE,
+        **_SCORES,
+    },
 }
 COLUMNS = tuple(dict.fromkeys(key for keys in READS.values() for key in keys))
 
@@ -32,35 +78,54 @@ def unread(formatting: str, columns: Mapping[str, str]) -> list[str]:
 
 
 def detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    """Tell the format of a set from one of its rows: a key of READS, or None.
+    """Tell the format of a set from one of its records: a key of READS, or None.
 
     A format that reads every column named in `columns` goes before one that would leave some out.
     """
-    likely = _likely(row, columns)
-    return min(likely, key=lambda formatting: bool(unread(formatting, columns)), default=None)
+
+    def leaves_out(formatting: str) -> bool:
+        is_text = formatting == "trl" and not any(is_structured(row, columns, key) for key in ("chosen", "prompt"))
+        return bool(unread(formatting, columns)) or (is_text and any(key in columns for key in BESIDE))
+
+    return min(_likely(row, columns), key=leaves_out, default=None)
+
+
+def is_structured(row: Mapping[str, Any], columns: Mapping[str, str], key: str) -> bool:
+    """Whether a column holds messages, as they are or written as text."""
+    try:
+        return isinstance(read_written(row.get(columns.get(key, key)), key), (list, dict))
+    except Dropped:
+        return True  # written by Python: the reader refuses it
 
 
 def _likely(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
-    """The formats that a row may have, likeliest first."""
+    """The formats that a record may have, likeliest first."""
 
     def has(key: str, *usual: str) -> bool:
         return columns.get(key) in row if key in columns else any(name in row for name in usual or (key,))
 
     found = []
-    messages = row.get(columns.get("messages", "messages"))
-    turns = messages if isinstance(messages, list) else []
-    if has("question") and has("context") and has("answer"):
-        found.append("text_to_sql")
-    if any(isinstance(turn, dict) and "chosen_value" in turn for turn in turns) or "pos_resp" in row:
+    if _has_two_sided_turn(row.get(columns.get("messages", "messages"))) or "pos_resp" in row:
         found.append("cvalues")
     if has("chosen") and has("rejected"):
         chosen = row[columns.get("chosen", "chosen")]
-        if isinstance(chosen, list):
+        has_messages = has("messages", "conversations", "messages")
+        if is_structured(row, columns, "chosen") and not (isinstance(chosen, (dict, str)) and has_messages):
             return [*found, "trl"]
-        if has("messages", "conversations", "messages"):
+        if has_messages:
             found.append("sharegpt")
         if "instruction" in row or "prompt" in columns:  # LLaMA-Factory takes an entry without formatting as alpaca
             found.append("alpaca")
         is_hh = not has("prompt") and isinstance(chosen, str) and chosen.lstrip().startswith("Human:")
         return [*found, "hh_rlhf"] if is_hh else [*found, "trl", "alpaca"]
+    if has("question") and has("context") and has("answer"):
+        found.append("text_to_sql")
     return [*found, "alpaca"] if has("prompt", "instruction") and has("response", "output") else found
+
+
+def _has_two_sided_turn(messages: Any) -> bool:
+    try:
+        turns = read_written(messages, "messages")
+    except Dropped:
+        return False
+    return isinstance(turns, list) and any(isinstance(turn, dict) and "chosen_value" in turn for turn in turns)

@@ -6,154 +6,105 @@ every format by example.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example, Message
-from dsdpo.data.formats.detect import TAGS
+from dsdpo.data.formats.columns import Columns
+from dsdpo.data.formats.detect import READS, TAGS
+from dsdpo.data.formats.dialogues import pair_of_texts, preference
+from dsdpo.data.formats.names import is_empty, leaves
+from dsdpo.data.formats.trl import LOOSE_ROLES, hh_rlhf, trl
+from dsdpo.data.formats.written import is_messages, read_list, read_written
 from dsdpo.data.messages import (
-    Columns,
     assistant,
     check_prompt,
     read_message,
     read_score,
+    read_template_kwargs,
     read_tools,
     reply,
     system_and,
     text_of,
+    user,
 )
 
+# (key of the role, key of the content, role in the data -> ours)
+_Keys: TypeAlias = tuple[str, str, Mapping[str, str]]
 SQL_PROMPT = "Write one SQL query that answers the question.\n\nSchema:\n{context}\n\nQuestion: {question}"
-
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-_LOOSE_ROLES = _ROLES | {"human": "user", "gpt": "assistant", "bot": "assistant"}
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-_CVALUES_TEXT = ("value", "content")
-
-
-def preference(
-    prompt: str | list[Message],
-    chosen: str | list[Message],
-    rejected: str | list[Message],
-    tools: list[dict[str, Any]] | None = None,
-    scores: tuple[float | None, float | None] = (None, None),
-) -> Example:
-    """An example of two completions, the chosen one first."""
-    return Example(prompt, (chosen, rejected), scores, tools=tools)
-
-
-def trl(row: Columns, tags: Mapping[str, str]) -> Example:
-    """TRL's preference format: `chosen`, `rejected` and usually `prompt`, all text or all lists of messages.
-
-    Without `prompt`, it is the longest beginning that both sides share. A text prompt beside dialogues that begin
-    with it as their user message (as in UltraFeedback) counts as shared, too.
-    """
-    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    tools = read_tools(row.get("tools"))
-    for side, value in (("chosen", chosen), ("rejected", rejected)):
-        if value is None:
-            raise Dropped("column_missing", what=side)
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is None:
-            return _implicit_text(text_of(chosen, "chosen"), text_of(rejected, "rejected"))
-        return preference(text_of(prompt, "prompt"), text_of(chosen, "chosen"), text_of(rejected, "rejected"))
-    better, worse = _openai_messages(chosen, "chosen"), _openai_messages(rejected, "rejected")
-    if isinstance(prompt, str):
-        if not better or better[0] != {"role": "user", "content": prompt}:
-            raise Dropped("text_beside_messages")
-        prompt = None
-    if prompt is None:
-        shared, better, worse = split_dialogues(better, worse)
-    else:
-        shared = _openai_messages(prompt, "prompt")
-    return preference(shared, reply(better, "chosen"), reply(worse, "rejected"), tools=tools)
-
-
-def _openai_messages(value: Any, side: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise Dropped("not_text_or_messages", type(value).__name__, side)
-    return [read_message(raw, "role", "content", _ROLES) for raw in value]
-
-
-def _implicit_text(chosen: str, rejected: str) -> Example:
-    """Split where the texts part; a space right before goes to the completions, as tokenizers want it."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared and chosen[shared - 1] == " ":
-        shared -= 1
-    return preference(chosen[:shared], chosen[shared:], rejected[shared:])
-
-
-def split_dialogues(
-    chosen: Sequence[Message], rejected: Sequence[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """Two whole dialogues -> (the turns that they share, rest of chosen, rest of rejected)."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared == len(chosen) == len(rejected):
-        raise Dropped("same")
-    if shared == len(chosen) or shared == len(rejected):
-        raise Dropped("one_begins_the_other")
-    return list(chosen[:shared]), list(chosen[shared:]), list(rejected[shared:])
-
-
-def hh_rlhf(row: Columns, tags: Mapping[str, str]) -> Example:
-    """Two whole dialogues as text, turns marked by a blank line and "Human:" or "Assistant:"."""
-    chosen = _hh_messages(row.text("chosen"), "chosen")
-    rejected = _hh_messages(row.text("rejected"), "rejected")
-    shared, better, worse = split_dialogues(chosen, rejected)
-    return preference(shared, reply(better, "chosen"), reply(worse, "rejected"))
-
-
-def _hh_messages(text: str, side: str) -> list[Message]:
-    before, *turns = _HH_TURN.split("\n\n" + text.lstrip())  # the first turn may lack the blank line
-    if before.strip() or not turns:
-        raise Dropped("not_hh", what=side)
-    roles = ["user" if speaker == "Human" else "assistant" for speaker in turns[::2]]
-    return [{"role": role, "content": said.strip()} for role, said in zip(roles, turns[1::2])]
 
 
 def alpaca(row: Columns, tags: Mapping[str, str]) -> Example:
-    """Instruction, optional input, history, system and tools; `output: [better, worse]`, or chosen and rejected."""
-    parts = [row.text("prompt", "instruction"), row.optional_text("query", "input")]
+    """Instruction, optional input and history; `output: [better, worse]`, or chosen and rejected."""
+    parts = [row.text("prompt"), row.optional_text("query")]
     question = "\n".join(part for part in parts if part)
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    if chosen is None and rejected is None:
-        answers = row.get("response", "output")
-        if not isinstance(answers, list) or len(answers) != 2:
+    if is_empty(chosen) and is_empty(rejected):
+        answers = read_list(row.get("response"), "output")
+        if isinstance(answers, list) and len(answers) == 2:
+            chosen, rejected = answers
+        elif chosen is None or rejected is None:
             raise Dropped("no_pair")
-        chosen, rejected = answers
-    history = row.get("history") or []
-    if not isinstance(history, list):
-        raise Dropped("bad_history")
-    prompt: list[Message] = []
-    for turn in history:
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise Dropped("bad_history")
-        prompt.append({"role": "user", "content": text_of(turn[0], "history")})
-        prompt += assistant(text_of(turn[1], "history"))
-    prompt.append({"role": "user", "content": question})
-    prompt = system_and(row.optional_text("system"), prompt)
-    better, worse = assistant(_answer(chosen, "chosen")), assistant(_answer(rejected, "rejected"))
-    return preference(prompt, better, worse, tools=read_tools(row.get("tools")))
+    prompt = [*_history(row.get("history")), *user(question)]
+    return _pair(prompt, question, _answer(chosen, "chosen"), _answer(rejected, "rejected"))
 
 
-def _answer(value: Any, side: str) -> str:
+def _answer(value: Any, side: str, keys: _Keys | None = None) -> str | list[Message]:
+    """An answer: text, or one assistant message."""
     if value is None:
         raise Dropped("column_missing", what=side)
-    return text_of(value, side)
+    value = read_written(value, side)
+    if not isinstance(value, (list, dict)):
+        return text_of(value, side)
+    return reply(_conversation(value if isinstance(value, list) else [value], keys), side)
+
+
+def _pair(prompt: list[Message], question: str, chosen: str | list[Message], rejected: str | list[Message]) -> Example:
+    """An example of two answers to a question, which ends the prompt."""
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return pair_of_texts(prompt, question, chosen, rejected)
+    better, worse = (assistant(side) if isinstance(side, str) else side for side in (chosen, rejected))
+    return preference(prompt, better, worse)
+
+
+def _history(value: Any) -> list[Message]:
+    """Earlier turns: a list of [question, answer], or of messages; also as JSON text."""
+    if is_empty(value):
+        return []
+    history = read_list(value, "history")
+    if not isinstance(history, list):
+        raise Dropped("bad_history")
+    if is_messages(history):
+        return _conversation(history)
+    turns: list[Message] = []
+    for turn in history:
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise Dropped("bad_history")
+        turns += [*user(text_of(turn[0], "history")), *assistant(text_of(turn[1], "history"))]
+    return turns
 
 
 def sharegpt(row: Columns, tags: Mapping[str, str]) -> Example:
     """LLaMA-Factory's sharegpt: the conversation so far, and `chosen` and `rejected` as one message each."""
-    messages = row.get("messages", "conversations", "messages")
+    messages = read_list(row.get("messages"), "messages")
     if not isinstance(messages, list):
         raise Dropped("no_messages", type(messages).__name__)
+    keys = _keys(messages, tags)
+    prompt = _conversation(messages, keys)
+    question = (prompt[-1]["content"] or "") if prompt else ""
+    chosen, rejected = (_answer(row.get(side), side, keys) for side in ("chosen", "rejected"))
+    return _pair(prompt, question, chosen, rejected)
+
+
+def _conversation(messages: Sequence[Any], keys: _Keys | None = None) -> list[Message]:
+    keys = keys or _keys(messages, {})
+    return [read_message(raw, *keys) for raw in messages]
+
+
+def _keys(messages: Sequence[Any], tags: Mapping[str, str]) -> _Keys:
+    """The keys of a conversation: those of the tags, else as its first message has them."""
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
     openai = "role" in first and not tags
     role_key = tags.get("role_tag") or ("role" if openai else TAGS["role_tag"])
@@ -162,31 +113,19 @@ def sharegpt(row: Columns, tags: Mapping[str, str]) -> Example:
     roles = {said: ours for ours, said in named.items()}
     roles[tags.get("observation_tag", TAGS["observation_tag"])] = "tool"
     roles[tags.get("function_tag", TAGS["function_tag"])] = "function_call"
-    roles = _LOOSE_ROLES | roles if not tags else roles
-
-    def answer(side: str) -> list[Message]:
-        raw = row.get(side)
-        if raw is None:
-            raise Dropped("column_missing", what=side)
-        if isinstance(raw, str):
-            return assistant(text_of(raw, side))
-        return reply([read_message(raw, role_key, content_key, roles)], side)
-
-    prompt = [read_message(raw, role_key, content_key, roles) for raw in messages]
-    prompt = system_and(row.optional_text("system"), prompt)
-    return preference(prompt, answer("chosen"), answer("rejected"), tools=read_tools(row.get("tools")))
+    return role_key, content_key, roles if tags else LOOSE_ROLES | roles
 
 
 def cvalues(row: Columns, tags: Mapping[str, str]) -> Example:
     """CValues: `messages` whose last one has chosen_value and rejected_value; or prompt, pos_resp and neg_resp.
 
-    Earlier turns say the same on both sides: in `value`, or in an equal chosen_value and rejected_value.
+    Earlier turns say the same on both sides: in `value`, or in an equal chosen_value and rejected_value. Other keys
+    of the last message hold for both sides; of those with chosen_ or rejected_ in front, each side gets its own.
     """
-    messages = row.get("messages", "messages", "conversations")
-    if messages is None:
-        prompt: list[Message] = [{"role": "user", "content": row.text("prompt")}]
-        better, worse = row.text("chosen", "pos_resp"), row.text("rejected", "neg_resp")
-        return preference(prompt, assistant(better), assistant(worse))
+    messages = read_list(row.get("messages"), "messages")
+    if messages is None or messages == "":
+        question = row.text("prompt")
+        return pair_of_texts(user(question), question, row.text("chosen"), row.text("rejected"))
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise Dropped("no_messages", type(messages).__name__)
     earlier, last = messages[:-1], messages[-1]
@@ -195,31 +134,48 @@ def cvalues(row: Columns, tags: Mapping[str, str]) -> Example:
     for key in ("chosen_value", "rejected_value"):
         if last.get(key) is None:
             raise Dropped("last_lacks", what=key)
+    better, worse = (_cvalues_message(_side_of(last, side)) for side in ("chosen", "rejected"))
+    scores = (better.pop("score", None), worse.pop("score", None))
     return preference(
-        system_and(row.optional_text("system"), [_cvalues_turn(turn) for turn in earlier]),
-        assistant(text_of(last["chosen_value"], "chosen_value")),
-        assistant(text_of(last["rejected_value"], "rejected_value")),
-        scores=(
-            read_score(last.get("chosen_score"), "chosen_score"),
-            read_score(last.get("rejected_score"), "rejected_score"),
-        ),
+        [_cvalues_turn(turn) for turn in earlier],
+        [better],
+        [worse],
+        scores=(read_score(scores[0], "chosen_score"), read_score(scores[1], "rejected_score")),
     )
 
 
 def _cvalues_role(message: Message) -> str:
     said = str(message.get("role", message.get("from")))
-    if said not in _LOOSE_ROLES:
-        raise Dropped("unknown_role", f"{said!r}; allowed: {', '.join(_LOOSE_ROLES)}")
-    return _LOOSE_ROLES[said]
+    if said not in LOOSE_ROLES:
+        raise Dropped("unknown_role", f"{said!r}; allowed: {', '.join(LOOSE_ROLES)}")
+    return LOOSE_ROLES[said]
+
+
+def _cvalues_message(message: Message) -> Message:
+    role_key = "role" if message.get("role") is not None else "from"
+    content_key = "value" if message.get("value") is not None else "content"
+    return read_message(message, role_key, content_key, LOOSE_ROLES)
+
+
+def _side_of(message: Message, side: str) -> Message:
+    """A message of both sides as that of one: chosen_value becomes value, and so on; the other side's keys go."""
+    own = {key: value for key, value in message.items() if not key.startswith(("chosen_", "rejected_"))}
+    for key, value in message.items():
+        if key.startswith(f"{side}_") and value is not None:
+            bare = key.removeprefix(f"{side}_")
+            if own.get(bare) not in (None, "", value):
+                raise Dropped("message_says_two", f"{own[bare]!r} and {value!r}", bare)
+            own[bare] = value
+    return own
 
 
 def _cvalues_turn(message: Message) -> Message:
-    text = next((message[key] for key in _CVALUES_TEXT if message.get(key) is not None), None)
-    if text is None:
-        text = message.get("chosen_value")
-        if text != message.get("rejected_value"):
+    """An earlier turn, which must be the same on both sides but for its scores."""
+    for key in message:
+        other = key.replace("rejected_" if key.startswith("rejected_") else "chosen_", "", 1)
+        if other not in (key, "score") and message.get(f"chosen_{other}") != message.get(f"rejected_{other}"):
             raise Dropped("earlier_turn_differs")
-    return {"role": _cvalues_role(message), "content": text_of(text, "message content")}
+    return _cvalues_message(_side_of(message, "chosen"))
 
 
 def text_to_sql(row: Columns, tags: Mapping[str, str]) -> Example:
@@ -228,7 +184,7 @@ def text_to_sql(row: Columns, tags: Mapping[str, str]) -> Example:
     if not question.strip():
         raise Dropped("empty_prompt")
     content = SQL_PROMPT.format(context=context, question=question)
-    return preference([{"role": "user", "content": content}], assistant(row.text("answer")), assistant(""))
+    return preference(user(content), assistant(row.text("answer")), assistant(""))
 
 
 FORMATS: dict[str, Callable[[Columns, Mapping[str, str]], Example]] = {
@@ -247,21 +203,62 @@ def to_example(
     columns: Mapping[str, str],
     tags: Mapping[str, str],
     allow_empty_rejected: bool,
+    ignore_columns: Sequence[str] = (),
 ) -> Example:
     """One record -> Example, with the checks that hold for every format.
 
     Args:
         row: the parsed record.
         formatting: a key of FORMATS.
-        columns, tags, allow_empty_rejected: of the set's entry.
+        columns, tags, allow_empty_rejected, ignore_columns: of the set's entry.
 
     Raises:
-        Dropped: with the reason.
+        Dropped: with the reason; columns.NotRead where a column would be lost.
     """
+    return read_record(row, formatting, columns, tags, allow_empty_rejected, ignore_columns)[0]
+
+
+def read_record(
+    row: Any,
+    formatting: str,
+    columns: Mapping[str, str],
+    tags: Mapping[str, str],
+    allow_empty_rejected: bool,
+    ignore_columns: Sequence[str] = (),
+) -> tuple[Example, Mapping[str, str]]:
+    """Like to_example, and which columns were read: name in the record -> our name."""
     if not isinstance(row, dict):
         raise Dropped("not_object", type(row).__name__)
-    seen = Columns(row, columns)
-    example = FORMATS[formatting](seen, tags)
+    seen = Columns(row, READS[formatting], columns, ignore_columns)
+    try:
+        example = _with_columns_beside(FORMATS[formatting](seen, tags), seen)
+    except Dropped as dropped:
+        if dropped.code == "column_missing":
+            seen.account(None)
+        raise
+    if notes := seen.account(example):
+        example = replace(example, notes=example.notes + notes)
+    return _checked(example, allow_empty_rejected), seen.used
+
+
+def _with_columns_beside(example: Example, row: Columns) -> Example:
+    """Add what a record may have beside prompt and answers; text has no place for a system message or tools."""
+    if not isinstance(example.prompt, str):
+        system = row.optional_text("system")
+        tools = read_tools(row.get("tools"))
+        kwargs = read_template_kwargs(row.get("chat_template_kwargs"))
+        if system or tools or kwargs:
+            prompt = system_and(system, example.prompt)
+            example = replace(example, prompt=prompt, tools=tools, template_kwargs=kwargs)
+    chosen = read_score(row.get("chosen_score"), "chosen_score")
+    rejected = read_score(row.get("rejected_score"), "rejected_score")
+    if (chosen, rejected) != (None, None) and example.scores == (None, None):
+        return replace(example, scores=(chosen, rejected))
+    return example
+
+
+def _checked(example: Example, allow_empty_rejected: bool) -> Example:
+    """The example, if it has a prompt that a reply may follow and two different replies."""
     if isinstance(example.prompt, str):
         if not example.prompt.strip():
             raise Dropped("empty_prompt")
@@ -273,23 +270,19 @@ def to_example(
     if _is_empty(rejected):
         if not allow_empty_rejected:
             raise Dropped("empty_rejected")
+        if not isinstance(rejected, str) and leaves(rejected, _NO_WORDS):
+            raise Dropped("empty_with_keys", ", ".join(rejected[0]))
         rejected = "" if isinstance(rejected, str) else assistant("")
         example = replace(example, completions=(chosen, rejected))
     if chosen == rejected:
         raise Dropped("same")
-    return _with_scores(example, seen)
+    return example
+
+
+_NO_WORDS = frozenset(["role", "content", "name"])
 
 
 def _is_empty(completion: str | list[Message]) -> bool:
     if isinstance(completion, str):
         return not completion.strip()
-    return not completion[0]["content"].strip() and "tool_calls" not in completion[0]
-
-
-def _with_scores(example: Example, row: Columns) -> Example:
-    """Add the record's own score columns where the format has not found scores."""
-    chosen = read_score(row.get("chosen_score", "chosen_score", "score_chosen"), "chosen_score")
-    rejected = read_score(row.get("rejected_score", "rejected_score", "score_rejected"), "rejected_score")
-    if (chosen, rejected) != (None, None) and example.scores == (None, None):
-        return replace(example, scores=(chosen, rejected))
-    return example
+    return not (completion[0]["content"] or "").strip() and "tool_calls" not in completion[0]

@@ -29,6 +29,7 @@ FREE = {
     "dataset_dir",
     "eval_dataset",
     "max_refused",
+    "ignore_columns",
     "preprocessing_num_workers",
     "cache_dir",
     "max_tokens_per_row",

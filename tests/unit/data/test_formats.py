@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example
-from dsdpo.data.formats.detect import READS, detect
-from dsdpo.data.formats.preference import FORMATS, SQL_PROMPT, preference, to_example
-from dsdpo.data.messages import Columns, Dropped
+from dsdpo.data.formats.detect import detect
+from dsdpo.data.formats.preference import SQL_PROMPT, preference, to_example
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import resolve
 
@@ -90,7 +90,7 @@ def test_trl_tools_are_lists_or_json():
     ("row", "reason"),
     [
         ({"prompt": "p", "chosen": "c"}, "no rejected"),
-        ({"prompt": "p", "chosen": "c", "rejected": 3}, "chosen is neither text nor a list of messages"),
+        ({"prompt": "p", "chosen": "c", "rejected": 3}, "rejected is neither text nor a list of messages"),
         ({"prompt": "", "chosen": "c", "rejected": "r"}, "empty prompt"),
         ({"prompt": "p", "chosen": " ", "rejected": "r"}, "empty chosen"),
         ({"prompt": "p", "chosen": "c", "rejected": ""}, "empty rejected"),
@@ -180,7 +180,9 @@ def test_alpaca_tools():
     tools = [{"type": "function", "function": {"name": "now"}}]
     row = {"instruction": "Time?", "output": ["Noon", "?"], "functions": json.dumps(tools)}
     assert read(row, "alpaca", columns={"tools": "functions"}).tools == tools
-    assert read(row, "alpaca").tools is None
+    with pytest.raises(Dropped) as caught:
+        read(row, "alpaca")
+    assert caught.value.code == "column_not_read"
 
 
 def test_alpaca_refusals():
@@ -403,23 +405,8 @@ def test_orca_pairs_keep_their_system_message():
 def test_ultrafeedback_is_a_pair_of_replies():
     pair = read(ULTRAFEEDBACK, detect(ULTRAFEEDBACK, {}))
     chosen, rejected = (ULTRAFEEDBACK[side][1:] for side in ("chosen", "rejected"))
-    assert pair == preference([user(_ASKED)], chosen, rejected, scores=(8.5, 6.0))
-
-
-def test_formats_ask_for_the_columns_that_they_are_said_to_read():
-    asked: dict[str, set[str]] = {formatting: set() for formatting in FORMATS}
-
-    class Recorded(Columns):
-        def get(self, key, *usual):
-            asked[formatting].add(key)
-            return super().get(key, *usual)
-
-    rows = [(entry["formatting"], row) for name, entry in SAMPLES.items() for row in sample_rows(name)]
-    rows.append(("cvalues", {"prompt": "p", "pos_resp": "c", "neg_resp": "r"}))
-    for formatting, row in rows:
-        FORMATS[formatting](Recorded(row, {}), {})
-    scores = {"chosen_score", "rejected_score"}  # read for every format
-    assert {name: keys | scores for name, keys in asked.items()} == {name: set(keys) for name, keys in READS.items()}
+    notes = ("with the column prompt_id not used", "with the column messages not used")
+    assert pair == preference([user(_ASKED)], chosen, rejected, scores=(8.5, 6.0), notes=notes)
 
 
 def test_any_json_value_is_a_pair_or_refused():

@@ -111,12 +111,12 @@ def test_our_own_sets_resolve():
         ({"file_name": "pairs.jsonl", "num_samples": 0}, "at least 1"),
         ({"file_name": "pairs.jsonl", "formatting": "sharegtp"}, "not one of alpaca, sharegpt"),
         (
-            {"file_name": "pairs.jsonl", "formatting": "trl", "columns": {"prompt": "q", "system": "s"}},
-            "mine: formatting trl does not read columns.system; it reads prompt, tools, chosen, rejected,",
+            {"file_name": "pairs.jsonl", "formatting": "trl", "columns": {"prompt": "q", "history": "h"}},
+            "mine: formatting trl does not read columns.history; it reads prompt, chosen, rejected, system, tools,",
         ),
         (
             {"file_name": "pairs.jsonl", "formatting": "sharegpt", "columns": {"prompt": "q", "history": "h"}},
-            "does not read columns.prompt, columns.history; it reads messages, system,",
+            "does not read columns.prompt, columns.history; it reads messages, chosen,",
         ),
         ({"file_name": "pairs.jsonl", "formatting": "alpaca", "columns": {"messages": "m"}}, "columns.messages; it"),
         ({"file_name": "pairs.jsonl", "ranking": False}, "no preference pairs"),

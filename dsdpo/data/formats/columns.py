@@ -1,0 +1,176 @@
+"""The columns of one record: which a format has read, and what becomes of the others."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dsdpo.data.dropped import Dropped
+from dsdpo.data.example import Example
+from dsdpo.data.formats.detect import Column
+from dsdpo.data.formats.names import is_empty, leaves, not_used, part_of, tells_about
+from dsdpo.data.messages import text_of
+
+_LABELS = frozenset(["role", "from", "type"])  # keys of messages whose text is no word of anybody
+
+
+class NotRead(Dropped):
+    """Columns that hold a part of prompt or reply, and that the format does not read.
+
+    Attributes:
+        names: of the columns.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        super().__init__("column_not_read", ", ".join(names))
+
+
+class Columns:
+    """A record, seen through what its format reads and the entry's `columns` (our name -> name in the record).
+
+    Args:
+        row: the record.
+        reads: our name -> where the format looks for it. What is not in it is not read.
+        columns: of the entry.
+        ignored: names of columns that count as absent.
+
+    Attributes:
+        used: name in the record -> our name, of what has been read.
+        prompt_is_guessed: no column is the prompt; it is the beginning that both answers share.
+    """
+
+    def __init__(
+        self,
+        row: Mapping[str, Any],
+        reads: Mapping[str, Column],
+        columns: Mapping[str, str],
+        ignored: Sequence[str] = (),
+    ) -> None:
+        self.row = {key: value for key, value in row.items() if key not in ignored} if ignored else row
+        self.reads = reads
+        self.columns = columns
+        self.used: dict[str, str] = {}
+        self.prompt_is_guessed = False
+
+    def get(self, key: str) -> Any:
+        """The value under the name that `columns` gives for `key`, else under the first usual name with a value.
+
+        None where there is none, where an optional column is missing, and where the format does not read `key`.
+
+        Raises:
+            Dropped: `columns` names a column that the record lacks.
+        """
+        column = self.reads.get(key)
+        if column is None:
+            return None
+        named = self.columns.get(key)
+        if named is not None:
+            if named in self.row:
+                self.used[named] = key
+                return self.row[named]
+            if column.optional:
+                return None
+            raise Dropped("named_column_missing", f"{named} (columns.{key})")
+        there = [name for name in column.usual if self.row.get(name) is not None]
+        if not there:
+            return None
+        name = there[0] if len(there) == 1 else next((n for n in there if not is_empty(self.row[n])), there[0])
+        self.used[name] = key
+        return self.row[name]
+
+    def text(self, key: str) -> str:
+        """A column that must be there and be text."""
+        value = self.get(key)
+        if value is None:
+            raise Dropped("column_missing", what=key)
+        return text_of(value, key)
+
+    def optional_text(self, key: str) -> str:
+        """A text column, "" when it is missing or null."""
+        value = self.get(key)
+        return "" if value is None else text_of(value, key)
+
+    def account(self, example: Example | None) -> tuple[str, ...]:
+        """What becomes of the columns that were not read.
+
+        Args:
+            example: what the format made of the record; None where it could not, so that nothing counts as read.
+
+        Returns:
+            A note for each column that is not used.
+
+        Raises:
+            NotRead: some hold a part of prompt or reply, and the example does not say the same.
+        """
+        if len(self.used) == len(self.row):
+            return ()
+        unread = [name for name, value in self.row.items() if name not in self.used and not is_empty(value)]
+        if not unread:
+            return ()
+        if example is None:
+            unread = [name for name in unread if name not in self._could_be_read()]
+        said = _Said(example)
+        missed = [name for name in unread if (part := self._part(name)) and not said.contains(part, self.row[name])]
+        if missed:
+            raise NotRead(missed)
+        return tuple(map(not_used, unread))
+
+    def _could_be_read(self) -> set[str]:
+        """Names of columns that the format reads, in records that have all that it needs."""
+        return {*self.columns.values(), *(name for column in self.reads.values() for name in column.usual)}
+
+    def _part(self, name: str) -> str | None:
+        """The part of prompt or reply that an unread column holds, or None."""
+        if isinstance(self.row[name], (bool, int, float)):
+            return None
+        part = part_of(name)
+        if part is None and name in self.columns.values():
+            part = "prompt"
+        if part is None and self.prompt_is_guessed and not tells_about(name):
+            part = "prompt"
+        return part
+
+
+class _Said:
+    """The words of an example, without differences of spaces; joined only if a column asks."""
+
+    def __init__(self, example: Example | None) -> None:
+        self._example = example
+        self._prompt: str | None = None
+        self._all = ""
+
+    def contains(self, part: str, value: Any) -> bool:
+        """Whether the example says all that a column says: in its prompt, for what can only be part of a prompt."""
+        if self._example is None or part in ("media", "tools", "chat_template_kwargs"):
+            return False
+        if self._prompt is None:
+            self._prompt = _joined(self._example.prompt)
+            self._all = "\n".join([self._prompt, *map(_joined, self._example.completions)])
+        where = self._all if part in ("messages", "history", "reply") else self._prompt
+        texts = leaves(_parsed(value), _LABELS)
+        return bool(texts) and all(_stands_in(" ".join(text.split()), where) for text in texts)
+
+
+def _joined(value: Any) -> str:
+    return "\n".join(" ".join(text.split()) for text in leaves(value, _LABELS))
+
+
+def _parsed(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _stands_in(text: str, whole: str) -> bool:
+    """Whether a text occurs in another, and not as a piece of a word."""
+    if text not in whole:
+        return False
+    if len(text) > 40:
+        return True
+    return re.search(rf"(?<![^\W_]){re.escape(text)}(?![^\W_])", whole) is not None or not text.isascii()

@@ -1,0 +1,109 @@
+"""What formats share: two whole dialogues with one beginning, and answers that repeat their prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dsdpo.data.dropped import Dropped
+from dsdpo.data.example import Example, Message
+from dsdpo.data.messages import assistant, system_and
+
+REPEATED = "whose answers repeated the prompt (taken off)"
+
+
+def preference(
+    prompt: str | list[Message],
+    chosen: str | list[Message],
+    rejected: str | list[Message],
+    tools: list[dict[str, Any]] | None = None,
+    scores: tuple[float | None, float | None] = (None, None),
+    notes: tuple[str, ...] = (),
+) -> Example:
+    """An example of two completions, the chosen one first."""
+    return Example(prompt, (chosen, rejected), scores, tools=tools, notes=notes)
+
+
+def split_dialogues(
+    chosen: Sequence[Message], rejected: Sequence[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Two whole dialogues -> (the turns that they share, rest of chosen, rest of rejected)."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == len(chosen) == len(rejected):
+        raise Dropped("same")
+    if shared == len(chosen) or shared == len(rejected):
+        raise Dropped("one_begins_the_other")
+    return list(chosen[:shared]), list(chosen[shared:]), list(rejected[shared:])
+
+
+def split_after(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Like split_dialogues, of a prompt beside answers that may be whole dialogues which begin with it.
+
+    A system message that the prompt and the dialogues do not both have counts for all.
+    """
+    bare = _without_system(prompt)
+    if not bare or not all(_begins(_without_system(side), bare) for side in (chosen, rejected)):
+        return prompt, chosen, rejected
+    for side in (chosen, rejected):
+        if side[0]["role"] == "system":
+            prompt = system_and(side[0]["content"] or "", prompt)
+    n = len(bare)
+    better, worse = _without_system(chosen)[n:], _without_system(rejected)[n:]
+    shared, better, worse = split_dialogues(better, worse)
+    return [*prompt, *shared], better, worse
+
+
+def _without_system(messages: list[Message]) -> list[Message]:
+    return messages[1:] if messages and messages[0]["role"] == "system" else messages
+
+
+def _begins(dialogue: list[Message], prompt: list[Message]) -> bool:
+    return len(dialogue) >= len(prompt) and all(_same(a, b) for a, b in zip(dialogue, prompt))
+
+
+def _same(a: Message, b: Message) -> bool:
+    """Whether two messages are the same but for spaces in their content."""
+    return a == b or (says(a, b["content"]) and {**a, "content": ""} == {**b, "content": ""})
+
+
+def says(message: Message, text: Any) -> bool:
+    """Whether a message has this content, but for spaces."""
+    return isinstance(text, str) and (message["content"] or "").split() == text.split()
+
+
+def is_one_reply(messages: Sequence[Message]) -> bool:
+    """Whether this is an assistant message alone."""
+    return len(messages) == 1 and messages[0]["role"] == "assistant"
+
+
+def without_prompt(prompt: str, chosen: str, rejected: str) -> tuple[str, str] | None:
+    """Both answers without the prompt that both begin with; None if one of them does not.
+
+    Spaces around the prompt may differ. An answer that goes on in the middle of a word does not repeat the prompt.
+    """
+    start = prompt.strip()
+    first, second = chosen.lstrip(), rejected.lstrip()
+    if not start or not first.startswith(start) or not second.startswith(start):
+        return None
+    rests = first[len(start) :], second[len(start) :]
+    if _is_word(start[-1]) and any(_is_word(rest[:1]) for rest in rests):
+        return None
+    space = prompt[len(prompt.rstrip()) :]
+    if space and all(rest.startswith(space) for rest in rests):
+        return rests[0][len(space) :], rests[1][len(space) :]
+    return rests
+
+
+def _is_word(character: str) -> bool:
+    return character.isascii() and character.isalnum()
+
+
+def pair_of_texts(prompt: list[Message], question: str, chosen: str, rejected: str) -> Example:
+    """A conversation with two answers in text, with the question taken off where both repeat it."""
+    rests = without_prompt(question, chosen, rejected)
+    better, worse = rests or (chosen, rejected)
+    return preference(prompt, assistant(better), assistant(worse), notes=(REPEATED,) if rests else ())
