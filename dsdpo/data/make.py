@@ -105,6 +105,7 @@ def _with_formatting(entry: DatasetEntry, config: RunConfig) -> DatasetEntry:
             continue
         if not isinstance(row, dict):
             continue
+        row = {key: value for key, value in row.items() if key not in entry.ignore_columns}
         if formatting := detect(row, entry.columns):
             if left := unread(formatting, entry.columns):
                 raise DataError(

@@ -146,7 +146,7 @@ _RESERVED = ("messages", "tools", "add_generation_prompt", "tokenize", "conversa
 
 def read_template_kwargs(value: Any) -> dict[str, Any]:
     """The `chat_template_kwargs` column: an object or its JSON text."""
-    if is_empty(value):
+    if value is None or (isinstance(value, str) and not value.strip()):
         return {}
     value = read_list(value, "chat_template_kwargs")
     if not isinstance(value, dict):

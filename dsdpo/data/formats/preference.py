@@ -106,7 +106,7 @@ def _conversation(messages: Sequence[Any], keys: _Keys | None = None) -> list[Me
 def _keys(messages: Sequence[Any], tags: Mapping[str, str]) -> _Keys:
     """The keys of a conversation: those of the tags, else as its first message has them."""
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
-    openai = "role" in first and not tags
+    openai = first.get("role") is not None and first.get(TAGS["role_tag"]) is None and not tags
     role_key = tags.get("role_tag") or ("role" if openai else TAGS["role_tag"])
     content_key = tags.get("content_tag") or ("content" if openai else TAGS["content_tag"])
     named = {ours: tags.get(f"{ours}_tag", TAGS[f"{ours}_tag"]) for ours in ("system", "user", "assistant")}

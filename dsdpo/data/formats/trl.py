@@ -70,7 +70,7 @@ def _messages(value: Any, side: str) -> list[Message]:
         value = [value]
     if not isinstance(value, list):
         raise Dropped("not_text_or_messages", type(value).__name__, side)
-    if value and isinstance(value[0], dict) and "role" not in value[0] and "from" in value[0]:
+    if value and isinstance(value[0], dict) and value[0].get("role") is None and value[0].get("from") is not None:
         return [read_message(raw, "from", "value", _SHAREGPT_ROLES) for raw in value]
     return [read_message(raw, "role", "content", ROLES) for raw in value]
 
