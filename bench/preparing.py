@@ -42,6 +42,11 @@ class Cost:
     anonymous: float
     maxrss: float
 
+    def text(self, records: int) -> str:
+        """In a line."""
+        rates = f"{records / self.cpu:,.0f} a CPU second, {records / self.wall:,.0f} a second"
+        return f"{rates}; anonymous {self.anonymous:.0f} MiB, maxrss {self.maxrss:.0f} MiB"
+
 
 def main() -> None:
     """A line for each number of records, checkout and round."""
@@ -64,11 +69,7 @@ def main() -> None:
                     options["preprocessing_num_workers"] = str(arguments.workers)
                     cost = measure(checkout, Path(folder), f"{name}-{number}", arguments.model, options)
                     costs[name].append(cost)
-                    print(
-                        f"{name}: {records} records, {records / cost.cpu:,.0f} a CPU second, {records / cost.wall:,.0f} a "
-                        f"second; anonymous {cost.anonymous:.0f} MiB, maxrss {cost.maxrss:.0f} MiB",
-                        flush=True,
-                    )
+                    print(f"{name}: {records} records, {cost.text(records)}", flush=True)
         if arguments.against:
             this, against = (statistics.median(cost.cpu for cost in costs[name]) for name in ("this", "against"))
             print(f"{records} records: speed {against / this:.2f} of --against (medians of CPU seconds)", flush=True)
@@ -78,11 +79,10 @@ def write_pairs(path: Path, records: int) -> None:
     """Pairs of 20 to 60 tokens, all different."""
     with path.open("w") as stream:
         for i in range(records):
+            total, parity = i + i % 97, ("even", "odd")[(i + i % 97) % 2]
             pair = {
                 "prompt": [{"role": "user", "content": f"What is {i} plus {i % 97}, and is the sum even?"}],
-                "chosen": [
-                    {"role": "assistant", "content": f"{i + i % 97}, which is {('even', 'odd')[(i + i % 97) % 2]}."}
-                ],
+                "chosen": [{"role": "assistant", "content": f"{total}, which is {parity}."}],
                 "rejected": [{"role": "assistant", "content": f"I do not know what {i} is."}],
             }
             stream.write(json.dumps(pair) + "\n")

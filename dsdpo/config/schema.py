@@ -133,6 +133,10 @@ class RunConfig(BaseModel):
     """Held-out share of `dataset` when there is no eval_dataset: below 1 a fraction, from 1 on a number of
     pairs. 0: none."""
 
+    val_split: Literal["prompt", "example"] = "prompt"
+    """What val_size draws. `prompt`: prompts, each with all of its pairs, so that no held-out question was trained on;
+    the number of pairs is as close to val_size as that allows. `example`: single pairs."""
+
     dataset_dir: str = Field("data", json_schema_extra=FREE)
     """Folder that holds dataset_info.json and the data files; a file outside it is refused."""
 
@@ -151,9 +155,11 @@ class RunConfig(BaseModel):
     max_length: int = Field(1024, ge=8)
     """Longest prompt + completion, in tokens. What happens beyond it: `truncation_mode`."""
 
-    truncation_mode: Literal["keep_start", "keep_end", "refuse"] = "keep_start"
-    """Pairs over max_length. `keep_start`: cut the completion's end, as TRL does. `keep_end`: drop the
-    prompt's oldest tokens. `refuse`: leave the pair out. All are counted and reported."""
+    truncation_mode: Literal["keep_start", "keep_end", "refuse"] = "keep_end"
+    """Pairs over max_length. `keep_end`: drop the prompt's oldest tokens, so that answers stay whole and no pair is
+    lost; where less than an eighth of max_length would be left to the prompt, the answers' ends are cut, too.
+    `keep_start`: cut the answers' ends, as TRL does by default; pairs whose prompt alone reaches max_length are
+    left out. `refuse`: leave the pair out. All are counted and reported."""
 
     max_samples: int | None = Field(None, ge=1)
     """Use only the first so many rows of each set. Empty: all."""

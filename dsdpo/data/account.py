@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,17 +36,12 @@ def check_first_records(rows: RowEncoder, entry: DatasetEntry, max_samples: int 
             is_checked = True
 
 
-def check_fatal(encoded: Iterable[pa.RecordBatch]) -> None:
-    """Raise DataError for the first record with a fatal fault.
-
-    Args:
-        encoded: the columns `source`, `code`, `reason`, `detail` of RowEncoder's results.
-    """
+def check_fatal(batch: pa.RecordBatch) -> None:
+    """Raise DataError for the first record with a fatal fault in a batch of pipeline.ENCODED."""
     fatal = pa.array([code for code, reason in REASONS.items() if reason.fatal])
-    for batch in encoded:
-        found = batch.filter(pc.is_in(batch.column("code"), fatal))
-        for row in found.slice(0, 1).select(["source", "reason", "detail"]).to_pylist():
-            raise DataError(f"{row['source']}: {row['reason']}: {row['detail']}")
+    found = batch.filter(pc.is_in(batch.column("code"), fatal))
+    for row in found.slice(0, 1).select(["source", "reason", "detail"]).to_pylist():
+        raise DataError(f"{row['source']}: {row['reason']}: {row['detail']}")
 
 
 def note_missing(entries: Sequence[DatasetEntry], has: Container[str]) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,12 @@ from dsdpo.data.formats.preference import to_example
 from dsdpo.data.formats.suggest import remedy
 from dsdpo.data.readers import RawRow, parse_row
 from dsdpo.data.registry import DatasetEntry
+from dsdpo.data.split import prompt_key
 from dsdpo.data.templates import EncodedExample, ExampleEncoder, has_equal
 
-_EXCERPT = 200  # characters of a dropped row that are shown
+_EXCERPT = 200  # characters of a dropped record that are shown
+_PROMPT_SHARE = 8  # of max_length, keep_end leaves at least one part in so many to the prompt
+_CUT_BOTH = "with a completion cut at its end, too"
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,15 @@ class Limits:
             share_prefix=config.share_prefix if can_exceed else True,
         )
 
+    def described(self, earlier: bool = False) -> dict[str, Any]:
+        """What a set's fingerprint holds of them.
+
+        Args:
+            earlier: as before keep_end cut completions; it dropped records whose completion alone reached max_length.
+        """
+        cuts_both = self.truncation_mode == "keep_end" and not earlier
+        return asdict(self) | ({"prompt_share": _PROMPT_SHARE} if cuts_both else {})
+
 
 def fit(example: EncodedExample, limits: Limits, bos_id: int | None) -> tuple[EncodedExample, bool]:
     """Cut an example to max_length.
@@ -68,25 +80,31 @@ def fit(example: EncodedExample, limits: Limits, bos_id: int | None) -> tuple[En
     """
     prompt, completions = example.prompt_ids, example.completion_ids
     over = len(prompt) + max(map(len, completions)) - limits.max_length
+    notes = example.notes
     if over > 0:
         size = f"{over + limits.max_length} tokens, max_length is {limits.max_length}"
         if limits.truncation_mode == "refuse":
             raise Dropped("too_long", size)
-        if limits.truncation_mode == "keep_start":
-            room = limits.max_length - len(prompt)
-            if room < 1:
-                detail = f"{len(prompt)} tokens, max_length is {limits.max_length}"
-                raise Dropped("prompt_too_long", detail)
+        if limits.truncation_mode == "keep_end":
+            prompt = _prompt_end(prompt, over, limits.max_length, bos_id)
+        room = limits.max_length - len(prompt)
+        if room < 1:
+            raise Dropped("prompt_too_long", f"{len(prompt)} tokens, max_length is {limits.max_length}")
+        if max(map(len, completions)) > room:
             completions = [ids[:room] for ids in completions]
-            if has_equal(completions):
-                raise Dropped("same_once_cut", size)
-        else:
-            kept = [bos_id] if bos_id is not None and prompt[:1] == [bos_id] else []
-            prompt = [*kept, *prompt[over + len(kept) :]]
-            if len(prompt) == len(kept):
-                raise Dropped("completion_too_long", size)
+            notes = notes if limits.truncation_mode == "keep_start" else (*notes, _CUT_BOTH)
+        if has_equal(completions):
+            raise Dropped("same_once_cut", size)
     _check_micro_batch(len(prompt), [len(ids) for ids in completions], limits)
-    return replace(example, prompt_ids=prompt, completion_ids=completions), over > 0
+    return replace(example, prompt_ids=prompt, completion_ids=completions, notes=notes), over > 0
+
+
+def _prompt_end(prompt: list[int], over: int, max_length: int, bos_id: int | None) -> list[int]:
+    """The prompt without its oldest tokens: `over` of them, or fewer where too little of the question would be left."""
+    kept = [bos_id] if bos_id is not None and prompt[:1] == [bos_id] else []
+    least = len(kept) + max(1, max_length // _PROMPT_SHARE)
+    dropped = min(over, max(len(prompt) - least, 0))
+    return [*kept, *prompt[len(kept) + dropped :]] if dropped else prompt
 
 
 def _check_micro_batch(prompt: int, completions: list[int], limits: Limits) -> None:
@@ -117,7 +135,7 @@ class RowEncoder:
 
         Returns:
             The columns of a shard, and `code`, `reason`, `detail`, `excerpt` (all empty for accepted records),
-            `truncated`, `diverged`, `notes`, and `has`, which account.note_missing takes.
+            `truncated`, `diverged`, `notes`, `prompt_key`, and `has`, which account.note_missing takes.
         """
         read = [self._read(raw, self.entries[number]) for raw, number in zip(rows["row"], rows["set"])]
         examples = [example for example, _ in read]
@@ -164,7 +182,8 @@ class RowEncoder:
             "detail": "",
             "truncated": truncated,
             "diverged": encoded.diverged,
-            "notes": [*example.notes, *encoded.notes],
+            "notes": [*example.notes, *fitted.notes],
+            "prompt_key": prompt_key(example.prompt),
         }
 
 
@@ -221,6 +240,7 @@ def _dropped(dropped: Dropped) -> dict[str, Any]:
         "truncated": False,
         "diverged": False,
         "notes": [],
+        "prompt_key": 0,
     }
 
 

@@ -84,7 +84,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def set_fingerprint(config: RunConfig, entries: list[DatasetEntry], tokenizer: str, sources: list[str]) -> str:
+def set_fingerprint(
+    config: RunConfig, entries: list[DatasetEntry], tokenizer: str, sources: list[str], earlier: bool = False
+) -> str:
     """What a prepared set holds, as one hash.
 
     Args:
@@ -92,8 +94,9 @@ def set_fingerprint(config: RunConfig, entries: list[DatasetEntry], tokenizer: s
         entries: the sets in order.
         tokenizer: digest of the tokenizer.
         sources: digest of each entry's content.
+        earlier: as `Limits.described` takes it.
     """
-    limits = asdict(Limits.of(config))
+    limits = Limits.of(config).described(earlier)
     described = []
     for entry, source in zip(entries, sources):
         fields = {key: value for key, value in asdict(entry).items() if key not in ("root", "files")}

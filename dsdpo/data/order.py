@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 _ROUNDS = 6
+_HASH_KEY = 2**32 - 2  # an epoch number that training never reaches
 
 
 def _mix(values: np.ndarray, key: int) -> np.ndarray:
@@ -25,6 +26,12 @@ def _mix(values: np.ndarray, key: int) -> np.ndarray:
 def _round_keys(seed: int, epoch: int) -> list[int]:
     state = np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, dtype=np.uint64)
     return [int(key) for key in state]
+
+
+def keyed_hash(values: np.ndarray, seed: int) -> np.ndarray:
+    """uint64 values in an order that depends on the seed alone: equal values stay equal, others differ."""
+    first, second, *_ = _round_keys(seed, _HASH_KEY)
+    return _mix(_mix(values.astype(np.uint64), first), second)
 
 
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:

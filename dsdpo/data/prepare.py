@@ -16,6 +16,9 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.data.fingerprint import known_tokenizer_digest, set_fingerprint, source_digest
 from dsdpo.data.registry import DatasetEntry, resolve
 from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SHARD_FORMAT, PreparedSet
+from dsdpo.data.split import is_split, split_folder, write_split
+from dsdpo.data.tally import reason_texts
+from dsdpo.data.vocabulary import embedding_rows
 from dsdpo.errors import ConfigError, DataError, HangError, IOFailure
 
 if TYPE_CHECKING:
@@ -50,11 +53,35 @@ def prepare(config: RunConfig, split: Split) -> PreparedSet | None:
             raise IOFailure(
                 f"cannot write prepared data to {path.parent}: {error}; free space or set cache_dir"
             ) from error
+    whole = PreparedSet(path)
+    _check_tokens(config, whole, tokenizer)
+    held_out = _held_out(config, whole)
+    if held_out and config.val_split == "prompt" and not is_split(split_folder(path, held_out, config.seed)):
+        try:
+            write_split(split_folder(path, held_out, config.seed), whole.prompt_keys(), held_out, config.seed)
+        except OSError as error:
+            raise IOFailure(f"cannot write the index of val_size to {path}: {error}; set cache_dir") from error
     prepared = _opened(config, split, path)
     for loss in config.loss_type:
         if LOSSES[loss].needs_scores:
             _check_scores(prepared, loss)
     return prepared
+
+
+def _check_tokens(config: RunConfig, whole: PreparedSet, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
+    """Raise DataError where an example holds a token id that the model has no embedding for."""
+    largest = whole.manifest.get("largest_token", -1)  # sets of earlier versions do not say
+    known = embedding_rows(config.model_name_or_path, config.adapter_name_or_path)
+    if known is None or largest < known[0]:
+        return
+    size, said_by = known
+    index, token_id = whole.first_token_from(size)
+    raise DataError(
+        f"{whole.where(index)} holds the token {tokenizer().convert_ids_to_tokens(token_id)!r} with the id {token_id}, "
+        f"and the model has embeddings for ids below {size} ({said_by}): resize them and save the model "
+        "(model.resize_token_embeddings(len(tokenizer))), take the tokenizer that the model came with, or take the "
+        "token out of the data"
+    )
 
 
 def _check_scores(pairs: PreparedSet, loss: str) -> None:
@@ -149,30 +176,46 @@ def _set_path(
     digest = known_tokenizer_digest(Path(config.model_name_or_path), tokenizer, folder / "sources")
     sources = [source_digest(entry, folder / "sources", refresh) for entry in entries]
     fingerprint = set_fingerprint(config, entries, digest, sources)
+    earlier = set_fingerprint(config, entries, digest, sources, earlier=True)
+    if (folder / f"{earlier}-{SHARD_FORMAT}" / MANIFEST).exists():
+        fingerprint = earlier  # an earlier version prepared it, and a run on it goes on
     return folder / f"{fingerprint}-{SHARD_FORMAT}", fingerprint
 
 
 def _opened(config: RunConfig, split: Split, path: Path) -> PreparedSet:
     whole = PreparedSet(path)
-    if config.eval_dataset or config.val_size == 0:
+    held_out = _held_out(config, whole)
+    if held_out is None:
         return whole
+    by_prompt = config.val_split == "prompt"
+    if by_prompt and not is_split(split_folder(path, held_out, config.seed)):
+        raise DataError(f"the split of {path} by val_size is not prepared; run `dsdpo prepare` first")
+    return PreparedSet(path, split, held_out, config.seed, by_prompt)
+
+
+def _held_out(config: RunConfig, whole: PreparedSet) -> int | None:
+    """The examples that val_size asks for; None without it. Raises DataError."""
+    if config.eval_dataset or config.val_size == 0:
+        return None
     n = len(whole)
     held_out = round(config.val_size * n) if config.val_size < 1 else int(config.val_size)
     if not 0 < held_out < n:
         raise DataError(
             f"val_size {config.val_size} holds out {held_out} of {n} examples; each part needs one: change val_size"
         )
-    return PreparedSet(path, split, held_out, config.seed)
+    return held_out
 
 
 def summary(prepared: PreparedSet) -> str:
-    """One paragraph for the terminal: what was read, kept, refused, cut, and how long the examples are."""
+    """For the terminal: what was read, kept, cut and dropped, how long the examples are, and what keeps the dropped."""
     manifest = prepared.manifest
     n_refused = manifest["rows"] - manifest["examples"]
     text = f"{prepared.split} data: {', '.join(manifest['datasets'])}: "
-    text += f"{manifest['rows']} rows, {manifest['examples']} examples"
+    text += f"{manifest['rows']} records, {manifest['examples']} examples"
     if prepared.held_out is not None:
         text += f", {len(prepared)} of them in this split"
+        if prepared.split == "eval" and len(prepared) != prepared.held_out:
+            text += f" ({prepared.held_out} asked for; equal prompts stay together)"
     text += "; mean tokens " + ", ".join(f"{part} {value:.0f}" for part, value in manifest["mean_tokens"].items())
     text += "; longest " + ", ".join(f"{part} {value}" for part, value in manifest["longest"].items())
     if manifest["truncated"]:
@@ -183,6 +226,6 @@ def summary(prepared: PreparedSet) -> str:
     for note, count in manifest.get("notes", {}).items():
         text += f"; {count} {note}"
     if n_refused:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in manifest["refused"].items())
-        text += f"; {n_refused} refused ({reasons}), listed in {prepared.path / DROPPED_ROWS}"
+        text += f"; {n_refused} dropped, listed in {prepared.path / DROPPED_ROWS}:"
+        text += "".join(f"\n  {reason}" for reason in reason_texts(manifest))
     return text

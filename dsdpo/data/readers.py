@@ -9,7 +9,6 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsdpo.data.dropped import Dropped

@@ -2,6 +2,8 @@
 
     <set>/examples-00000.arrow   Arrow files of SHARD_ROWS examples in batches of BATCH_ROWS; only the last are shorter
     <set>/dropped_rows.jsonl     one object per dropped record: source, code, reason, detail, remedy, excerpt
+    <set>/prompt_keys.npy        uint64 for each example, equal for equal prompts; sets of earlier versions lack it
+    <set>/splits                 indices of val_size, see split.py
     <set>/manifest.json          counts, settings, fingerprint
 
 Where an example lies is arithmetic, so opening costs the same for any number of examples.
@@ -21,6 +23,7 @@ import pyarrow as pa
 
 from dsdpo.data.example import DIGEST, DIGEST_BYTES, Lengths, TokenizedExample
 from dsdpo.data.order import permute
+from dsdpo.data.split import PROMPT_KEYS, load_rows, prompt_key, split_folder
 from dsdpo.runtime.files import fsync_path
 
 MANIFEST = "manifest.json"
@@ -123,17 +126,21 @@ class PreparedSet:
     Args:
         path: the set's folder.
         split: `train` or `eval`.
-        held_out: examples that val_size holds out of this set; `eval` is these, `train` the others. None: no such
-            split.
+        held_out: examples that val_size asks to hold out of this set; `eval` is these, `train` the others. None: no
+            such split.
         seed: key of that split.
+        by_prompt: whether prompts are held out with all of their examples; the split's index must be there.
     """
 
-    def __init__(self, path: Path, split: str = "train", held_out: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, path: Path, split: str = "train", held_out: int | None = None, seed: int = 0, by_prompt: bool = False
+    ) -> None:
         self.path = path
         self.split = split
         self.manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
         self.held_out = held_out
         self._seed = seed
+        self._index = load_rows(split_folder(path, held_out or 0, seed), split) if by_prompt else None
         self._total = int(self.manifest["examples"])
         self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
         self._batches: OrderedDict[int, pa.RecordBatch] = OrderedDict()
@@ -142,18 +149,25 @@ class PreparedSet:
     def fingerprint(self) -> str:
         """Changes with the examples, their order or the split."""
         base = str(self.manifest["fingerprint"])
-        return base if self.held_out is None else f"{base}-{self.split}-{self.held_out}-{self._seed}"
+        if self.held_out is None:
+            return base
+        by_prompt = "" if self._index is None else "-prompt"
+        return f"{base}-{self.split}{by_prompt}-{self.held_out}-{self._seed}"
 
     def __len__(self) -> int:
+        if self._index is not None:
+            return len(self._index)
         if self.held_out is None:
             return self._total
         return self.held_out if self.split == "eval" else self._total - self.held_out
 
     def _rows(self, ids: np.ndarray) -> np.ndarray:
-        """Example ids of this split -> rows of the shards, by a keyed permutation: no table, whatever the size."""
+        """Example ids of this split -> rows of the shards: by a mapped index, or by a keyed permutation."""
         ids = np.asarray(ids, dtype=np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
             raise IndexError(f"example ids must lie in 0 ... {len(self) - 1}, got {ids.min()} ... {ids.max()}")
+        if self._index is not None:
+            return self._index[ids].astype(np.int64)
         if self.held_out is None:
             return ids
         positions = ids if self.split == "eval" else ids + self.held_out
@@ -225,6 +239,17 @@ class PreparedSet:
             found[places] = _view(batch.column("weight"))[at]
         return found
 
+    def prompt_keys(self) -> Iterator[np.ndarray]:
+        """What stands for the prompts of all shard rows, in order: uint64, equal for equal prompts, in parts."""
+        if (path := self.path / PROMPT_KEYS).exists():
+            yield np.load(path, mmap_mode="r")
+            return
+        for number in range(-(-self._total // BATCH_ROWS)):  # a set of an earlier version
+            prompts = self._batch(number).column("prompt_ids")
+            offsets, ids = _view(prompts.offsets), _view(prompts.values)
+            texts = (ids[start:end].tobytes().hex() for start, end in itertools.pairwise(offsets))
+            yield np.array([prompt_key(text) for text in texts], dtype=np.uint64)
+
     def example(self, index: int) -> TokenizedExample:
         """Token ids of one example: int64 arrays, its mask bool."""
         batch, at = self._locate(index)
@@ -236,6 +261,15 @@ class PreparedSet:
             tuple(ids.astype(np.int64) for ids in completions),
             _split_lists(mask) if mask.is_valid else None,
         )
+
+    def first_token_from(self, size: int) -> tuple[int, int]:
+        """The first example with a token id of `size` or above, and that id; its whole is read up to there."""
+        for index in range(len(self)):
+            example = self.example(index)
+            for ids in (example.prompt_ids, *example.completion_ids):
+                if (found := ids[ids >= size]).size:
+                    return index, int(found[0])
+        raise ValueError(f"no token id reaches {size}")
 
     def where(self, index: int) -> str:
         """Where an example comes from: `file.jsonl:17`."""

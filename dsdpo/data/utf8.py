@@ -47,9 +47,7 @@ _SIGNS: tuple[tuple[bytes, str, str], ...] = (
 )
 _BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
 _PICKLE = re.compile(rb"\x80[\x02-\x05][\x95\}\]cq]")
-_HTML = re.compile(
-    rb"\s*(?:<!--.*?-->\s*)?(?:<\?xml[^>]*>\s*)?<(?:!doctype|html|head|body|script)", re.IGNORECASE | re.DOTALL
-)
+_HTML = re.compile(rb"(?is)\s*(?:<!--.*?-->\s*)?(?:<\?xml[^>]*>\s*)?<(?:!doctype|html|head|body|script)")
 _BOMS = (
     (codecs.BOM_UTF8, ""),
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -71,7 +69,7 @@ def kind_of_file(head: bytes) -> tuple[str, str] | None:
     if _HTML.match(head.removeprefix(codecs.BOM_UTF8)):
         return (
             "a web page and not the file itself",
-            "download the file behind it (on a hub: /resolve/ in place of /blob/)",
+            "download the file, on a hub from /resolve/ in place of /blob/",
         )
     return None
 
@@ -168,13 +166,13 @@ def _by_zero_bytes(head: bytes) -> str:
     high, low = max(zeros), min(zeros)
     if high < 0.2 or low > high / 4:
         return ""
-    is_zero = tuple(share > high / 2 for share in zeros)
+    first, second, third, fourth = (share > high / 2 for share in zeros)
     return {
         (False, True, False, True): "UTF-16LE",
         (True, False, True, False): "UTF-16BE",
         (False, True, True, True): "UTF-32LE",
         (True, True, True, False): "UTF-32BE",
-    }.get(is_zero, "")
+    }.get((first, second, third, fourth), "")
 
 
 def _iconv(source: Source, encoding: str) -> str:
@@ -212,7 +210,7 @@ _ENCODINGS: tuple[tuple[str, str, Callable[[str, bytes], bool]], ...] = (
     ("GBK", "gb18030", lambda _, written: len(written) == 2 and 0xB0 <= written[0] <= 0xD7 and written[1] >= 0xA1),
     ("BIG5", "cp950", _lead(0xA4, 0xC6)),
     ("CP1251", "cp1251", _share_of("\u0410", "\u044f")),
-    ("CP1252", "cp1252", lambda character, _: "\u00c0" <= character <= "\u00ff" or character in "’‘“”–—…€ß"),
+    ("CP1252", "cp1252", lambda character, _: "\u00c0" <= character <= "\u00ff" or "\u2013" <= character <= "\u20ac"),
 )
 
 

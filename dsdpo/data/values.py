@@ -39,7 +39,7 @@ def _convert(kind: pa.DataType) -> Convert | None:
     if isinstance(kind, pa.BaseExtensionType):
         return _optional(str) if isinstance(kind, pa.UuidType) else _convert(kind.storage_type)
     if types.is_struct(kind):
-        return _struct(kind)
+        return _optional(_struct(kind))
     if types.is_map(kind):
         key, item = (_convert(part) or _same for part in (kind.key_type, kind.item_type))
         return _optional(lambda pairs: {str(key(name)): item(value) for name, value in pairs})
@@ -59,14 +59,8 @@ def _convert(kind: pa.DataType) -> Convert | None:
 
 
 def _struct(kind: pa.StructType) -> Convert:
-    inner = {field.name: convert for field in kind if (convert := _convert(field.type)) is not None}
-
-    def convert(value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is None:
-            return None
-        return {k: inner[k](v) if k in inner else v for k, v in value.items() if v is not None}
-
-    return convert
+    inner = {field.name: _convert(field.type) or _same for field in kind}
+    return lambda value: {name: inner[name](part) for name, part in value.items() if part is not None}
 
 
 def _optional(convert: Convert) -> Convert:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,13 +118,21 @@ def test_counts_and_refused_rows_are_told(settings, tmp_path):
     listed = [json.loads(line) for line in (pairs.path / DROPPED_ROWS).read_text().splitlines()]
     assert [row["source"] for row in listed] == [f"pairs.jsonl:{i}" for i in (9, 10, 11)]
     assert listed[0]["reason"] == "no rejected" and listed[0]["excerpt"] == '{"prompt": "p", "chosen": "c"}'
-    assert "11 rows, 8 examples" in summary(pairs) and "3 refused (" in summary(pairs)
+    assert {found["code"]: found["count"] for found in told["dropped"].values()} == {
+        "column_missing": 1,
+        "empty_chosen": 1,
+        "not_json": 1,
+    }
+    assert told["dropped"]["not valid JSON"]["source"] == "pairs.jsonl:11"
+    said = summary(pairs)
+    assert all(part in said for part in ("11 records, 8 examples", "3 dropped", "pairs.jsonl:9", "pairs.jsonl:11"))
 
 
 def test_too_many_refused_rows_stop_the_run_and_stay_listed(settings, tmp_path):
     write(tmp_path / "data/pairs.jsonl", [*rows(3), {"prompt": "p", "chosen": "c"}])
     with pytest.raises(
-        DataError, match=r"1 of 4 rows are refused, max_refused allows 1\.00%.*1 x no rejected"
+        DataError,
+        match=r"(?s)1 of 4 records are dropped, max_refused allows 1\.00%.*1 x no rejected \(first pairs\.jsonl:4",
     ) as caught:
         prepared(settings)
     listed = str(caught.value).split("listed in ")[1].split(";")[0]
@@ -131,21 +140,21 @@ def test_too_many_refused_rows_stop_the_run_and_stay_listed(settings, tmp_path):
     folder = tmp_path / "runs/.dsdpo_cache/prepared"
     assert not list(folder.glob("*/manifest.json")) and not list(folder.glob(".*"))
     write(tmp_path / "data/pairs.jsonl", [{"prompt": "p", "chosen": "c", "rejected": ""}])
-    with pytest.raises(DataError, match="no row is left"):
+    with pytest.raises(DataError, match="no record is left"):
         prepared(settings, max_refused=1.0)
 
 
 def test_no_row_and_unknown_format(settings, tmp_path):
     write(tmp_path / "data/pairs.jsonl", [])
-    with pytest.raises(DataError, match=r"cannot tell the format of pairs\.jsonl: it holds no JSON object"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1, byte 0: the file is empty"):
         prepared(settings)
     write(tmp_path / "data/pairs.jsonl", [{"text": "a line", "id": 1}])
     with pytest.raises(DataError, match=r"has the columns id, text; describe it in dataset_info\.json"):
         prepared(settings)
-    info = {"mine": {"file_name": "none.jsonl", "formatting": "trl"}}
+    info = {"mine": {"file_name": "none.csv", "formatting": "trl"}}
     (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
-    write(tmp_path / "data/none.jsonl", [])
-    with pytest.raises(DataError, match="there is no row at all"):
+    (tmp_path / "data/none.csv").write_text("prompt,chosen,rejected\n")
+    with pytest.raises(DataError, match="there is no record at all"):
         prepared(settings, dataset=["mine"])
 
 
@@ -264,7 +273,7 @@ def test_fingerprint_follows_what_changes_token_ids(settings, tmp_path, model_fo
     assert prepared(settings, model_name_or_path=str(copy)).path == first, "the path of the tokenizer does not matter"
     other = {
         "max_length": 48,
-        "truncation_mode": "keep_end",
+        "truncation_mode": "keep_start",
         "max_samples": 4,
         "template": "chatml",
         "default_system": "Hi",
@@ -431,9 +440,20 @@ def test_keep_end_drops_the_oldest_prompt_tokens_for_both_and_keeps_bos():
     pair, _ = fit(encoded(8, 4, 1), limits("keep_end"), bos_id=0)
     assert pair.prompt_ids == [0, 3, 4, 5, 6, 7]
     assert fit(encoded(8, 9, 1), limits("keep_end"), None)[0].prompt_ids == [7]
-    for prompt, chosen, bos in ((8, 10, None), (8, 9, 0), (0, 11, 0)):
-        with pytest.raises(Dropped, match="a completion alone"):
-            fit(encoded(prompt, chosen, 1), limits("keep_end"), bos)
+    assert not pair.notes
+
+
+def test_keep_end_cuts_completions_where_too_little_would_be_left_to_the_prompt():
+    for prompt, chosen, bos, kept in ((8, 10, None, [7]), (8, 9, 0, [0, 7]), (0, 11, 0, []), (1, 12, 0, [0])):
+        pair, cut = fit(encoded(prompt, chosen, 1), limits("keep_end"), bos)
+        assert cut and pair.prompt_ids == kept and sizes(pair)[1:] == (10 - len(kept), 1)
+        assert len(pair.notes) == 1
+    pair, _ = fit(encoded(100, 95, 3), replace(limits("keep_end"), max_length=80), None)
+    assert sizes(pair) == (10, 70, 3) and pair.prompt_ids == list(range(90, 100))
+    same_start = EncodedExample([1] * 8, [[5] * 11 + [7], [5] * 11 + [8]], False)
+    with pytest.raises(Dropped) as caught:
+        fit(same_start, limits("keep_end"), None)
+    assert caught.value.code == "same_once_cut"
 
 
 def test_refuse_and_the_row_limit():
@@ -471,7 +491,8 @@ def test_cut_pairs_are_counted(settings, tmp_path):
     write(tmp_path / "data/pairs.jsonl", [*rows(3), {"prompt": "p", "chosen": "long " * 90, "rejected": "no"}])
     pairs = prepared(settings)
     assert pairs.manifest["truncated"] == 1 and pairs.lengths(np.array([3])).per_pair[0, :2].sum() == 64
-    assert "1 cut to max_length 64 (keep_start)" in summary(pairs)
+    assert "1 cut to max_length 64 (keep_end)" in summary(pairs)
+    assert pairs.manifest["notes"] == {"with a completion cut at its end, too": 1}
 
 
 # --- shards ---

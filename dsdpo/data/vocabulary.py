@@ -1,0 +1,58 @@
+"""How many token ids a model has embeddings for, told from its files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embed_tokens.base_layer")
+_LONGEST_HEADER = 1 << 28
+
+
+def embedding_rows(model_name_or_path: str, adapter: str | None) -> tuple[int, str] | None:
+    """Rows of the token embedding, and the file that says so; None where no file tells.
+
+    The weights' own shape goes before what config.json says, and an adapter's own embeddings go before the model's.
+    """
+    folders = [Path(name) for name in (adapter, model_name_or_path) if name]
+    for folder in folders:
+        found = [(rows, str(path)) for path in sorted(folder.glob("*.safetensors")) for rows in _embeddings(path)]
+        if found:
+            return max(found)
+    path = folders[-1] / "config.json" if folders[-1].is_dir() else _cached_config(model_name_or_path)
+    if path is None:
+        return None
+    config = _json(path)
+    text = config.get("text_config")
+    size = (text if isinstance(text, dict) else {}).get("vocab_size", config.get("vocab_size"))
+    return (size, str(path)) if isinstance(size, int) else None
+
+
+def _embeddings(path: Path) -> Iterator[int]:
+    """Rows of each token embedding whose shape the header of a safetensors file gives."""
+    try:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size)) if size <= _LONGEST_HEADER else {}
+    except (OSError, ValueError):
+        return  # damaged weights are told elsewhere
+    for name, tensor in header.items():
+        if name.removesuffix(".weight").endswith(_EMBEDDINGS) and name.endswith(".weight"):
+            yield int(tensor["shape"][0])
+
+
+def _cached_config(hub_id: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, "config.json")
+    return Path(found) if isinstance(found, str) else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
