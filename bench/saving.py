@@ -96,6 +96,8 @@ class _Endless:
     """10^8 examples of made-up ids."""
 
     fingerprint = ""
+    earlier_fingerprint = None
+    template_date = None
 
     def __len__(self) -> int:
         return 10**8

@@ -231,23 +231,27 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None)
         chat_template: instead of the tokenizer's own.
 
     Returns:
-        (messages, tools or None, add_generation_prompt) -> text. It raises jinja2.TemplateError as the method does.
+        (messages, tools or None, add_generation_prompt, **variables of the template) -> text. It raises what the
+        template raises.
     """
     from transformers import PreTrainedTokenizerBase
-    from transformers.utils.chat_template_utils import _compile_jinja_template
+    from transformers.utils import chat_template_utils
 
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
-        return lambda messages, tools, for_reply: str(
+        return lambda messages, tools, for_reply, strftime_now=None, **more: str(
             tokenizer.apply_chat_template(
-                messages, tools, chat_template=chat_template, add_generation_prompt=for_reply, tokenize=False
+                messages, tools, chat_template=chat_template, add_generation_prompt=for_reply, tokenize=False, **more
             )
         )
     special = tokenizer.special_tokens_map
+    # newer versions of transformers give a message's reasoning under each name that templates read
+    with_aliases = getattr(chat_template_utils, "_alias_reasoning_fields", list)
 
-    def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, for_reply: bool) -> str:
-        template = _compile_jinja_template(tokenizer.get_chat_template(chat_template, tools))
-        return template.render(
-            messages=messages, tools=tools, documents=None, add_generation_prompt=for_reply, **special
-        )
+    def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, for_reply: bool, **more: Any) -> str:
+        template = chat_template_utils._compile_jinja_template(tokenizer.get_chat_template(chat_template, tools))
+        given = {"documents": None, **special, **more}
+        if any(len(message) > 2 for message in messages):
+            messages = with_aliases(messages)
+        return template.render(messages=messages, tools=tools, add_generation_prompt=for_reply, **given)
 
     return render

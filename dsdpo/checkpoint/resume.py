@@ -84,8 +84,8 @@ def find_resume_point(config: RunConfig, mesh: Mesh, identity: dict[str, Any]) -
         if problems:
             faults.append(f"{checkpoint.path.name}: {problems[0]}")
             continue
-        run = run_on_main(mesh.is_main, partial(_own_run, checkpoint, config, identity))
-        remarks = [f"checkpoint passed over: {fault}" for fault in faults]
+        run, more = run_on_main(mesh.is_main, partial(_own_run, checkpoint, config, identity))
+        remarks = [*(f"checkpoint passed over: {fault}" for fault in faults), *more]
         return ResumePoint({**identity, "resumed_from": run["resumed_from"]}, checkpoint, run, remarks)
     if found:
         raise none_usable(config, faults)
@@ -107,22 +107,57 @@ def _read_surely(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def _own_run(checkpoint: Checkpoint, config: RunConfig, now: dict[str, Any]) -> dict[str, Any]:
-    """What run.json of a checkpoint says, where it belongs to this run. Raises CheckpointError."""
+def _own_run(checkpoint: Checkpoint, config: RunConfig, now: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What run.json of a checkpoint says, where it belongs to this run, and remarks. Raises CheckpointError."""
     run = read_run(checkpoint.path)
     lines = config_diff(run["config"], now["config"], config.change_on_resume)
+    remarks = []
     if run["dtype"] != now["dtype"]:
         lines.append(f"precision was {run['dtype']}, now it is {now['dtype']}")
     for what in sorted(run["fingerprints"].keys() | now["fingerprints"].keys()):
         was, is_now = run["fingerprints"].get(what, "none"), now["fingerprints"].get(what, "none")
-        if was != is_now:
-            lines.append(f"the content of {what} was {was}, now it is {is_now}")
+        if was == is_now:
+            continue
+        line = f"the content of {what} was {was}, now it is {is_now}"
+        if what == "data":
+            difference = _earlier_reading(run, now)
+            if not difference:
+                remarks.append(_SAME_DATA.format(now["examples"]))
+                continue
+            line = f"{line}{difference}"
+        lines.append(line)
     if lines:
         raise CheckpointError(refusal(str(checkpoint.path), lines))
     supersede_later(RunDir(Path(config.output_dir)), checkpoint)
     if config.resume_from_checkpoint:
         run["resumed_from"] = str(Path(config.resume_from_checkpoint).resolve())
-    return run
+    return run, remarks
+
+
+_SAME_DATA = "the run was begun by an earlier version; its {} examples come from the same files and settings"
+
+
+def _earlier_reading(run: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs in the data of a run that an earlier version began; "" where the run can continue.
+
+    It can where the inputs are the same and give as many examples.
+    """
+    if run.get("template_date", now.get("template_date")) != now.get("template_date"):
+        return f" (the chat template wrote the date {run['template_date']}, now it is {now['template_date']})"
+    if "template_date" not in run and now.get("template_date") and not now.get("earlier_fingerprint"):
+        return (
+            " (the chat template writes the date, and an earlier version took that of the day on which the data were "
+            "prepared; set template_date to that day)"
+        )
+    if run["fingerprints"].get("data") != now.get("earlier_fingerprint"):
+        return " (other files or settings)"
+    if run["order"]["examples"] != now["examples"]:
+        return (
+            f" (an earlier version made {run['order']['examples']} examples of the same files, this one makes "
+            f"{now['examples']}; dropped_rows.jsonl beside the prepared data says why. Finish the run with the version "
+            "that began it)"
+        )
+    return ""
 
 
 def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint, config: RunConfig, mesh: Mesh) -> None:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 from dsdpo.config.losses import LOSSES
 from dsdpo.config.stages import STAGES
+from dsdpo.config.templates import check_date, check_template
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,14 @@ class RunConfig(BaseModel):
     A column that looks like a part of the prompt or the reply, and that nothing reads, is an error unless
     it stands here."""
 
-    template: Literal["default", "llama2", "llama3", "chatml", "qwen", "none", "gpt2"] = "default"
-    """Chat template. `default`: the tokenizer's own. `none` (or `gpt2`): prompt and completion as they
-    stand."""
+    template: Annotated[str, AfterValidator(check_template)] = "default"
+    """Chat template. `default`: the tokenizer's own. A name such as `chatml`, `llama3` or `gemma` (docs/formats.md has
+    the list), the path of a .jinja file, or a model folder or id whose chat template is taken. `none` (or `gpt2`):
+    prompt and completion as they stand."""
+
+    template_date: Annotated[str | None, AfterValidator(check_date)] = Field(None, json_schema_extra=FREE)
+    """Day that a template writes as today's, as YYYY-MM-DD, where it writes one. Empty: the day of the first prepare in
+    cache_dir, which a run keeps in its checkpoints."""
 
     default_system: str | None = None
     """System message for conversations without one. Empty: what the template itself does."""

@@ -25,15 +25,13 @@ def check_first_records(rows: RowEncoder, entry: DatasetEntry, max_samples: int 
         ConfigError: the template does not fit the data.
         DataError: a record has a fatal fault.
     """
-    is_checked = False
     for source, raw in itertools.islice(iter_rows(entry, max_samples), LOOKED_AT):
         example = rows.example(raw, entry)
         if not isinstance(example, Example):
             if REASONS[example.code].fatal:
                 raise DataError(f"{source}: {example}")
-        elif not is_checked:
+        else:
             rows.encoder.check_supports(example)
-            is_checked = True
 
 
 def check_fatal(batch: pa.RecordBatch) -> None:

@@ -112,6 +112,17 @@ REASONS = {
     "template_error": Reason("the chat template refuses the conversation"),
     "no_template": Reason("a conversation, but the tokenizer has no chat template", "set template"),
     "no_tools_in_template": Reason("tools need a chat template that knows them"),
+    "template_leaves_out": Reason(
+        "the chat template leaves out {what}",
+        "set template to one that writes it (docs/formats.md), or take it out of the records",
+    ),
+    "prompt_differs": Reason(
+        "the chat template writes the prompt in another way once the reply follows",
+        "use a template for training, such as those in TRL's chat_templates, as a .jinja file",
+    ),
+    "already_rendered": Reason(
+        "a text holds markers that open a turn: it was rendered before", "set template: none for rendered texts"
+    ),
     "own_end": Reason("the chat template ends this reply in its own way"),
     "no_shared_token": Reason("prompt and completion share no token"),
     "end_inside": Reason("the end-of-turn token stands inside a completion"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,15 +53,6 @@ class Limits:
             row_tokens=config.row_tokens if can_exceed else None,
             share_prefix=config.share_prefix if can_exceed else True,
         )
-
-    def described(self, earlier: bool = False) -> dict[str, Any]:
-        """What a set's fingerprint holds of them.
-
-        Args:
-            earlier: as before keep_end cut completions; it dropped records whose completion alone reached max_length.
-        """
-        cuts_both = self.truncation_mode == "keep_end" and not earlier
-        return asdict(self) | ({"prompt_share": _PROMPT_SHARE} if cuts_both else {})
 
 
 def fit(example: EncodedExample, limits: Limits, bos_id: int | None) -> tuple[EncodedExample, bool]:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.data.encode import Limits
 from dsdpo.data.readers import load_hub
 from dsdpo.data.registry import DatasetEntry
+from dsdpo.data.template_date import date_uses
 from dsdpo.errors import DataError
 from dsdpo.runtime.files import file_digest, file_state, is_settled, write_atomically
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 # Raise it when the same inputs would give other examples: runs are not continued then. How shards are written is
 # shards.SHARD_FORMAT.
-CODE_VERSION = 3
+CODE_VERSION = 4
+_EARLIER_VERSION = 3  # its runs continue, see `earlier_fingerprint`
 
 # What turns a tokenizer's files into a tokenizer.
 _TOKENIZER_PACKAGES = ("transformers", "tokenizers", "sentencepiece", "tiktoken")
@@ -41,8 +43,26 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
-def known_tokenizer_digest(folder: Path, load: Callable[[], PreTrainedTokenizerBase], stamps: Path) -> str:
-    """`tokenizer_digest` of a model folder's tokenizer, remembered for the same files in the same state.
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What is known of a tokenizer without loading it.
+
+    Attributes:
+        digest: `tokenizer_digest`.
+        date_uses: of its chat template, as `template_date.date_uses` gives them.
+    """
+
+    digest: str
+    date_uses: list[str]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
+        """Read from a tokenizer."""
+        return cls(tokenizer_digest(tokenizer), date_uses(tokenizer.chat_template))
+
+
+def known_tokenizer(folder: Path, load: Callable[[], PreTrainedTokenizerBase], stamps: Path) -> TokenizerFacts:
+    """`TokenizerFacts` of a model folder's tokenizer, remembered for the same files in the same state.
 
     Loading a tokenizer takes seconds of imports, which a start with prepared data can do without.
 
@@ -53,16 +73,16 @@ def known_tokenizer_digest(folder: Path, load: Callable[[], PreTrainedTokenizerB
     """
     state = _tokenizer_state(folder)
     if state is None:
-        return tokenizer_digest(load())
+        return TokenizerFacts.of(load())
     stamp = stamps / f"tokenizer-{_digest(str(folder.absolute()))}.json"
     if stamp.exists():
         known = json.loads(stamp.read_bytes())
         if known.get("state") == state:
-            return str(known["digest"])
-    digest = tokenizer_digest(load())
+            return TokenizerFacts(known["digest"], known["date_uses"])
+    facts = TokenizerFacts.of(load())
     if all(map(is_settled, state["files"])):
-        write_atomically(stamp, json.dumps({"state": state, "digest": digest}))
-    return digest
+        write_atomically(stamp, json.dumps({"state": state, **asdict(facts)}))
+    return facts
 
 
 def _tokenizer_state(folder: Path) -> dict[str, Any] | None:
@@ -85,7 +105,12 @@ def _version(package: str) -> str | None:
 
 
 def set_fingerprint(
-    config: RunConfig, entries: list[DatasetEntry], tokenizer: str, sources: list[str], earlier: bool = False
+    config: RunConfig,
+    entries: list[DatasetEntry],
+    tokenizer: str,
+    sources: list[str],
+    template: str | None,
+    date: str | None,
 ) -> str:
     """What a prepared set holds, as one hash.
 
@@ -94,9 +119,9 @@ def set_fingerprint(
         entries: the sets in order.
         tokenizer: digest of the tokenizer.
         sources: digest of each entry's content.
-        earlier: as `Limits.described` takes it.
+        template: text of the chat template; None: the tokenizer's own, or none.
+        date: the day that the template writes, or None.
     """
-    limits = Limits.of(config).described(earlier)
     described = []
     for entry, source in zip(entries, sources):
         fields = {key: value for key, value in asdict(entry).items() if key not in ("root", "files")}
@@ -107,10 +132,46 @@ def set_fingerprint(
         {
             "version": CODE_VERSION,
             "tokenizer": tokenizer,
+            "template": config.template if template is None else {"text": template},
+            "date": date,
+            "default_system": config.default_system,
+            "max_samples": config.max_samples,
+            "limits": asdict(Limits.of(config)),
+            "entries": described,
+        }
+    )
+
+
+# What the fingerprint of version 3 was made of. Its sets are not read again, but their runs continue.
+_EARLIER_TEMPLATES = ("default", "llama2", "llama3", "chatml", "qwen", "none", "gpt2")
+_EARLIER_LIMITS = ("max_length", "truncation_mode", "row_tokens", "share_prefix")
+_EARLIER_FIELDS = ("name", "hub_id", "subset", "split", "folder", "modelscope") + (
+    ("formatting", "columns", "tags", "num_samples", "allow_empty_rejected")
+)
+
+
+def earlier_fingerprint(
+    config: RunConfig, entries: list[DatasetEntry], tokenizer: str, sources: list[str], date: str | None
+) -> str | None:
+    """The fingerprint that version 3 gave the same inputs; None where it could not have held the same examples.
+
+    A date is known to be the same only where template_date says it: version 3 took the day of preparation.
+    """
+    if config.template not in _EARLIER_TEMPLATES or (date is not None and not config.template_date):
+        return None
+    limits, described = asdict(Limits.of(config)), []
+    for entry, source in zip(entries, sources):
+        fields = asdict(entry)
+        kept = {key: fields[key] for key in _EARLIER_FIELDS}
+        described.append({**kept, "labels": [entry.label(file) for file in entry.files], "content": source})
+    return _digest(
+        {
+            "version": _EARLIER_VERSION,
+            "tokenizer": tokenizer,
             "template": config.template,
             "default_system": config.default_system,
             "max_samples": config.max_samples,
-            "limits": limits,
+            "limits": {key: limits[key] for key in _EARLIER_LIMITS},
             "entries": described,
         }
     )

@@ -23,6 +23,16 @@ class ExampleSource(Protocol):
         """Changes with the examples, their order or the split."""
         ...
 
+    @property
+    def earlier_fingerprint(self) -> str | None:
+        """What `fingerprint` was in an earlier version, or None."""
+        ...
+
+    @property
+    def template_date(self) -> str | None:
+        """The day that the chat template writes as today's, or None."""
+        ...
+
     def __len__(self) -> int: ...
 
     def lengths(self, ids: np.ndarray) -> Lengths:

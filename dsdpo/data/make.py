@@ -12,7 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from dsdpo.data.formats.detect import READS, detect, unread
 from dsdpo.data.pipeline import encode
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import DatasetEntry
-from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SCHEMA, write_shards
+from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SCHEMA, SetIdentity, write_shards
 from dsdpo.data.split import PROMPT_KEYS
 from dsdpo.data.tally import Tally, too_many
 from dsdpo.data.templates import ExampleEncoder
@@ -43,7 +43,11 @@ _ABANDONED_S = 2 * 24 * 3600
 
 
 def make_set(
-    config: RunConfig, entries: list[DatasetEntry], tokenizer: PreTrainedTokenizerBase, path: Path, fingerprint: str
+    config: RunConfig,
+    entries: list[DatasetEntry],
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    identity: SetIdentity,
 ) -> None:
     """Write a prepared set.
 
@@ -52,7 +56,7 @@ def make_set(
         entries: the sets, in order.
         tokenizer: of the model.
         path: the set's folder; it appears whole or not at all. Another process may make it at the same time.
-        fingerprint: of the set.
+        identity: of the set.
 
     Raises:
         ConfigError: the template does not fit the tokenizer or the data.
@@ -60,7 +64,7 @@ def make_set(
             `<path>.dropped_rows.jsonl`.
         OSError: the file system refused a write.
     """
-    encoder = ExampleEncoder(tokenizer, config.template, config.default_system)
+    encoder = ExampleEncoder(tokenizer, config.template, config.default_system, identity.template_date)
     rows = RowEncoder(encoder, [_with_formatting(entry, config) for entry in entries], Limits.of(config))
     for entry in rows.entries:
         check_first_records(rows, entry, config.max_samples)
@@ -73,7 +77,7 @@ def make_set(
             raise DataError(f"{', '.join(config.dataset)}: there is no record at all")
         _check_refused(config, counts, temporary / DROPPED_ROWS, path.with_suffix(".dropped_rows.jsonl"))
         described = [f"{entry.name} ({entry.formatting})" for entry in rows.entries]
-        manifest = {"fingerprint": fingerprint, "datasets": described, **_settings(config), **counts}
+        manifest = {**asdict(identity), "datasets": described, **_settings(config), **counts}
         write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
         _publish(temporary, path)
     finally:

@@ -13,11 +13,13 @@ import numpy as np
 
 from dsdpo.config.losses import LOSSES
 from dsdpo.config.schema import RunConfig
-from dsdpo.data.fingerprint import known_tokenizer_digest, set_fingerprint, source_digest
+from dsdpo.data.chat_template import find_template
+from dsdpo.data.fingerprint import earlier_fingerprint, known_tokenizer, set_fingerprint, source_digest
 from dsdpo.data.registry import DatasetEntry, resolve
-from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SHARD_FORMAT, PreparedSet
+from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SHARD_FORMAT, PreparedSet, SetIdentity
 from dsdpo.data.split import is_split, split_folder, write_split
 from dsdpo.data.tally import reason_texts
+from dsdpo.data.template_date import date_for, date_uses
 from dsdpo.data.vocabulary import embedding_rows
 from dsdpo.errors import ConfigError, DataError, HangError, IOFailure
 
@@ -43,12 +45,12 @@ def prepare(config: RunConfig, split: Split) -> PreparedSet | None:
         return None
     entries = _resolved(names, config)
     tokenizer = _tokenizer(config)
-    path, fingerprint = _set_path(config, entries, tokenizer, refresh=True)
+    path, identity = _set_path(config, entries, tokenizer, refresh=True)
     if not (path / MANIFEST).exists():
         from dsdpo.data.make import make_set
 
         try:
-            make_set(config, entries, tokenizer(), path, fingerprint)
+            make_set(config, entries, tokenizer(), path, identity)
         except OSError as error:
             raise IOFailure(
                 f"cannot write prepared data to {path.parent}: {error}; free space or set cache_dir"
@@ -170,16 +172,20 @@ def _resolved(names: list[str], config: RunConfig) -> list[DatasetEntry]:
 
 def _set_path(
     config: RunConfig, entries: list[DatasetEntry], tokenizer: Callable[[], PreTrainedTokenizerBase], refresh: bool
-) -> tuple[Path, str]:
-    """Folder and fingerprint of the set."""
+) -> tuple[Path, SetIdentity]:
+    """Folder of the set, and what stands for its content."""
     folder = config.cache_path / "prepared"
-    digest = known_tokenizer_digest(Path(config.model_name_or_path), tokenizer, folder / "sources")
+    known = known_tokenizer(Path(config.model_name_or_path), tokenizer, folder / "sources")
     sources = [source_digest(entry, folder / "sources", refresh) for entry in entries]
-    fingerprint = set_fingerprint(config, entries, digest, sources)
-    earlier = set_fingerprint(config, entries, digest, sources, earlier=True)
-    if (folder / f"{earlier}-{SHARD_FORMAT}" / MANIFEST).exists():
-        fingerprint = earlier  # an earlier version prepared it, and a run on it goes on
-    return folder / f"{fingerprint}-{SHARD_FORMAT}", fingerprint
+    template = find_template(config.template)
+    uses = date_uses(template.text) if template.text is not None else ([] if template.is_plain else known.date_uses)
+    date = date_for(config, uses, refresh)
+    identity = SetIdentity(
+        set_fingerprint(config, entries, known.digest, sources, template.text, date),
+        earlier_fingerprint(config, entries, known.digest, sources, date),
+        date,
+    )
+    return folder / f"{identity.fingerprint}-{SHARD_FORMAT}", identity
 
 
 def _opened(config: RunConfig, split: Split, path: Path) -> PreparedSet:
@@ -223,6 +229,8 @@ def summary(prepared: PreparedSet) -> str:
         text += f"; {manifest['truncated']} cut to max_length {max_length} ({mode})"
     if manifest["diverged"]:
         text += f"; {manifest['diverged']} where prompt and completion share a token, which went to the completion"
+    if day := manifest.get("template_date"):
+        text += f"; the template writes the date {day}"
     for note, count in manifest.get("notes", {}).items():
         text += f"; {count} {note}"
     if n_refused:

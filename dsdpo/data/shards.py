@@ -15,6 +15,7 @@ import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,21 @@ def _split_lists(lists: pa.ListScalar) -> tuple[np.ndarray, ...]:
     return tuple(np.split(_view(values), offsets[1:-1] - offsets[0]))
 
 
+@dataclass(frozen=True)
+class SetIdentity:
+    """What a prepared set was made from.
+
+    Attributes:
+        fingerprint: of all that its token ids depend on.
+        earlier_fingerprint: that an earlier version gave the same inputs, or None.
+        template_date: the day that its chat template writes as today's, or None.
+    """
+
+    fingerprint: str
+    earlier_fingerprint: str | None = None
+    template_date: str | None = None
+
+
 class PreparedSet:
     """Prepared examples 0 ... n-1, read from memory-mapped shards.
 
@@ -148,7 +164,20 @@ class PreparedSet:
     @property
     def fingerprint(self) -> str:
         """Changes with the examples, their order or the split."""
-        base = str(self.manifest["fingerprint"])
+        return self._with_split(str(self.manifest["fingerprint"]))
+
+    @property
+    def earlier_fingerprint(self) -> str | None:
+        """What `fingerprint` was in an earlier version, or None."""
+        base = self.manifest.get("earlier_fingerprint")
+        return None if base is None else self._with_split(str(base))
+
+    @property
+    def template_date(self) -> str | None:
+        """The day that the chat template writes as today's, as YYYY-MM-DD; None where it writes none."""
+        return self.manifest.get("template_date")
+
+    def _with_split(self, base: str) -> str:
         if self.held_out is None:
             return base
         by_prompt = "" if self._index is None else "-prompt"

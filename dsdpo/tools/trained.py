@@ -49,7 +49,9 @@ class TrainedRun:
                 return None
         values, _, problems = read_yaml(run_dir.run_config)
         if values is None or problems:
-            raise CheckpointError(f"the config of this run cannot be read: {'; '.join(problem.text for problem in problems)}")
+            raise CheckpointError(
+                f"the config of this run cannot be read: {'; '.join(problem.text for problem in problems)}"
+            )
         moved = _paths_from_here(values, run_dir)
         return cls(run_dir, values | moved, moved)
 

@@ -116,6 +116,9 @@ class ListOfExamples:
     def fingerprint(self) -> str:
         return sha256(self.digests(np.arange(len(self))).tobytes()).hexdigest()
 
+    earlier_fingerprint = None
+    template_date = None
+
     def __len__(self) -> int:
         return len(self._examples)
 

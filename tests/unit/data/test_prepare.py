@@ -21,7 +21,7 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.encode import Limits, fit
 from dsdpo.data.example import DIGEST_BYTES
-from dsdpo.data.fingerprint import known_tokenizer_digest, tokenizer_digest
+from dsdpo.data.fingerprint import known_tokenizer, tokenizer_digest
 from dsdpo.data.prepare import open_prepared, prepare, summary, wait_prepared
 from dsdpo.data.shards import BATCH_ROWS, DROPPED_ROWS, MANIFEST, SCHEMA, PreparedSet, write_shards
 from dsdpo.data.templates import EncodedExample, load_tokenizer
@@ -313,7 +313,7 @@ def test_a_tokenizer_is_loaded_again_only_when_its_files_or_packages_change(tmp_
         return load_tokenizer(str(folder))
 
     def digest() -> str:
-        return known_tokenizer_digest(folder, load, tmp_path / "stamps")
+        return known_tokenizer(folder, load, tmp_path / "stamps").digest
 
     first = digest()
     assert first == tokenizer_digest(load_tokenizer(str(folder)))
@@ -334,7 +334,7 @@ def test_a_tokenizer_that_changed_just_now_is_loaded_each_time(tmp_path):
         return load_tokenizer(str(tmp_path / "tokenizer"))
 
     for _ in range(2):
-        known_tokenizer_digest(tmp_path / "tokenizer", load, tmp_path / "stamps")
+        known_tokenizer(tmp_path / "tokenizer", load, tmp_path / "stamps")
     assert len(loads) == 2
 
 

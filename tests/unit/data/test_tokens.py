@@ -152,11 +152,16 @@ def real_pairs() -> list[Example]:
 class TextByText(ExampleEncoder):
     """The same without short cuts: transformers' own calls, every text whole."""
 
-    def _render(self, messages, tools, for_reply):
-        template = NAMED[self.template].jinja if self.template in NAMED else None
-        return self.tokenizer.apply_chat_template(
-            messages, tools, chat_template=template, add_generation_prompt=for_reply, tokenize=False
-        )
+    def __init__(self, tokenizer, template):
+        super().__init__(tokenizer, template)
+        if self._texts.chat is not None:
+            self._texts.chat._renderer = lambda messages, tools, for_reply: tokenizer.apply_chat_template(
+                messages,
+                tools,
+                chat_template=NAMED[template].jinja if template in NAMED else None,
+                add_generation_prompt=for_reply,
+                tokenize=False,
+            )
 
     def encode(self, pairs):
         self.tokens.last_border = lambda text: 0
@@ -188,15 +193,14 @@ def test_ids_are_those_of_the_whole_texts_on_real_data(template):
     same(tokenizer, template, real_pairs())
 
 
-def test_a_template_that_writes_the_prompt_anew_once_it_is_answered_is_tokenized_whole():
-    """Some templates drop earlier thoughts; what the texts share then ends before the border."""
+def test_a_template_that_writes_the_prompt_anew_once_it_is_answered_is_refused():
+    """What the texts share would end before the reply begins."""
     template = "{{ 'asked: ' if add_generation_prompt else 'answered: ' }}" + NAMED["chatml"].jinja
     pair = preference(
         [{"role": "user", "content": "Hi"}], *([{"role": "assistant", "content": x}] for x in ("yes", "no"))
     )
     tokenizer = make_tokenizer("chatml", template)
-    same_ids, expected = (kind(tokenizer, "default").encode([pair])[0] for kind in (ExampleEncoder, TextByText))
-    assert str(same_ids) == str(expected)
+    assert ExampleEncoder(tokenizer, "default").encode([pair])[0].code == "prompt_differs"
 
 
 def test_conversations_are_rendered_as_transformers_does():
@@ -209,6 +213,7 @@ def test_conversations_are_rendered_as_transformers_does():
     for tools in (None, [{"type": "function", "function": {"name": "now"}}]):
         for for_reply in (True, False):
             rendered = [
-                kind(tokenizer, "default")._render(messages, tools, for_reply) for kind in (ExampleEncoder, TextByText)
+                kind(tokenizer, "default")._texts.chat.render(messages, tools, for_reply)
+                for kind in (ExampleEncoder, TextByText)
             ]
             assert rendered[0] == rendered[1]

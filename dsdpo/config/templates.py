@@ -1,0 +1,57 @@
+"""What `template` may name. The texts of the named templates stand in data/named_templates.py."""
+
+from __future__ import annotations
+
+import difflib
+from datetime import date
+
+OWN = "default"
+PLAIN = ("none", "gpt2")
+NAMES = (
+    "alpaca",
+    "chatml",
+    "cohere",
+    "deepseek3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "llama2",
+    "llama3",
+    "mistral",
+    "phi",
+    "phi3",
+    "phi4",
+    "qwen",
+    "qwen3",
+    "vicuna",
+    "yi",
+    "zephyr",
+)
+
+
+def is_path(template: str) -> bool:
+    """Whether the text is a path of a .jinja file, a model folder or a model id, and no name."""
+    return template.endswith((".jinja", ".jinja2")) or "/" in template or "\\" in template
+
+
+def check_template(template: str) -> str:
+    """The same text, if it can be a template. Raises ValueError. Whether a file is there is seen when it is read."""
+    known = (OWN, *PLAIN, *NAMES)
+    if template in known or is_path(template):
+        return template
+    close = difflib.get_close_matches(template, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ValueError(
+        f"{hint}It must be one of {', '.join(known)}, the path of a .jinja file, a model folder (with a / in it: "
+        "./folder), or a model id such as org/name whose chat template is taken"
+    )
+
+
+def check_date(text: str | None) -> str | None:
+    """The same text, if it is a day as YYYY-MM-DD or empty. Raises ValueError."""
+    if not text:
+        return None
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise ValueError("must be a day such as 2026-11-26 (YYYY-MM-DD), or empty") from None

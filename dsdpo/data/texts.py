@@ -1,0 +1,207 @@
+"""Examples -> the texts that get tokenized, with a chat template and without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dsdpo.config.templates import NAMES
+from dsdpo.data.chat_template import ChatTemplate, find_template
+from dsdpo.data.contained import EARLIER_THOUGHTS, Containment
+from dsdpo.data.dropped import Dropped
+from dsdpo.data.example import Example, Message
+from dsdpo.data.messages import assistant
+from dsdpo.data.named_templates import NAMED
+from dsdpo.data.shapes import REASONING, Conversation, shared_length
+from dsdpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BOS_OPTIONAL = ("llama3",)  # was written for tokenizers without one, too
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What gets tokenized for an example: the prompt, and the prompt with each completion (None: an empty one)."""
+
+    prompt: str
+    replied: tuple[str | None, ...]
+    as_chat: bool
+    notes: tuple[str, ...] = ()
+
+
+class ExampleTexts:
+    """Writes examples as texts.
+
+    Args:
+        tokenizer: of the model to train.
+        template: as the run config names it.
+        default_system: system message for conversations without one.
+        date: YYYY-MM-DD that a template writes as today's; None: today.
+
+    Attributes:
+        found: what `template` names.
+        chat: the chat template; None where there is none.
+        end: the token that ends a reply.
+
+    Raises:
+        ConfigError: the tokenizer lacks tokens that the template needs, or the template cannot be rendered.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, default_system: str | None, date: str | None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.default_system = default_system
+        self.found = find_template(template)
+        self.chat: ChatTemplate | None = None
+        self.end = str(tokenizer.eos_token)
+        self._containment = Containment()
+        if self.found.is_named:
+            _check_tokens(tokenizer, template)
+        if self.found.text is not None or (tokenizer.chat_template is not None and not self.found.is_plain):
+            self.chat = ChatTemplate(tokenizer, self.found.text, template, date)
+            self.end = self.chat.end or self.end
+
+    def check_supports(self, example: Example) -> None:
+        """Raises ConfigError where the run's own options keep the example from being rendered."""
+        if isinstance(example.prompt, str):
+            return
+        if self.chat is None:
+            if not self.found.is_plain:
+                raise ConfigError(
+                    "template is default, but the tokenizer has no chat template and the data are conversations; set "
+                    f"template to {', '.join(NAMES)}, a .jinja file, or none for the bare text of the messages"
+                )
+            return
+        if self.with_system(example.prompt) is example.prompt:
+            return
+        try:
+            self.of(example)
+        except Dropped as dropped:
+            try:
+                self.of(example, with_system=False)
+            except Dropped:
+                return  # it is not default_system
+            raise ConfigError(
+                f"default_system: the template cannot take this system message ({dropped}); without default_system "
+                "such records are rendered. Unset it, or set another template"
+            ) from dropped
+
+    def of(self, example: Example, with_system: bool = True) -> Texts:
+        """The texts of an example. Raises Dropped where the template cannot hold it."""
+        prompt, completions = example.prompt, example.completions
+        if isinstance(prompt, str) and self.found.text is not None:
+            prompt = [{"role": "user", "content": prompt}]
+            completions = tuple(assistant(str(text)) for text in completions)
+        if isinstance(prompt, str):
+            return self._plain_texts(prompt, [str(text) for text in completions])
+        answers = [answer[0] for answer in completions if not isinstance(answer, str)]
+        assert len(answers) == len(completions), "an example is all text or all messages"
+        prompt = self.with_system(prompt) if with_system else prompt
+        spoken = [*prompt, *answers]
+        if (self.chat is None or self.found.is_named) and (example.tools or any(map(_uses_tools, spoken))):
+            raise Dropped("no_tools_in_template", f"template {self.template} does not")
+        if self.chat is None:
+            if not self.found.is_plain:
+                raise Dropped("no_template")
+            return self._bare_texts(prompt, answers)
+        return self._chat_texts(self.chat, prompt, answers, example)
+
+    def _plain_texts(self, prompt: str, completions: Sequence[str], notes: tuple[str, ...] = ()) -> Texts:
+        end = self.tokenizer.eos_token
+        replied = tuple(prompt + _without_end(text, end) if text else None for text in completions)
+        return Texts(prompt, replied, as_chat=False, notes=notes)
+
+    def _bare_texts(self, prompt: Sequence[Message], answers: Sequence[Message]) -> Texts:
+        """Without a template, contents alone are written."""
+        for answer in answers:
+            if any(answer.get(key) for key in REASONING):
+                raise Dropped("template_leaves_out", f"template {self.template}", "the reasoning of a reply")
+        thoughts = any(message.get(key) for message in prompt for key in REASONING)
+        notes = (EARLIER_THOUGHTS,) if thoughts else ()
+        return self._plain_texts(plain_prompt(prompt), [answer["content"] for answer in answers], notes)
+
+    def _chat_texts(
+        self, chat: ChatTemplate, prompt: list[Message], answers: Sequence[Message], example: Example
+    ) -> Texts:
+        """The conversation as the template writes it, which contains all that was said."""
+        for message in (*prompt, *answers):
+            if isinstance(message.get("content"), str):
+                chat.check_not_rendered(message["content"])
+
+        def render(messages: Sequence[Message], tools: list[dict[str, Any]] | None, for_reply: bool) -> str:
+            return chat.render(messages, tools, for_reply, example.template_kwargs)
+
+        text = render(prompt, example.tools, True)
+        conversation = Conversation(prompt, example.tools, example.template_kwargs, render)
+        notes = self._containment.check_prompt(conversation, text)
+        replied: list[str | None] = []
+        for answer in answers:
+            if _is_empty(answer):
+                replied.append(None)
+                continue
+            reply = self._without_end(answer)
+            whole = render([*prompt, reply], example.tools, False)
+            self._containment.check_reply(conversation, reply, text, whole)
+            if not whole.startswith(text):
+                _check_shared(text, whole)
+            if not whole.endswith(chat.tail):
+                raise Dropped("own_end", repr(whole[-40:]))
+            replied.append(whole[: len(whole) - len(chat.tail)])
+        return Texts(text, tuple(replied), as_chat=True, notes=notes)
+
+    def _without_end(self, answer: Message) -> Message:
+        """A reply less the end-of-turn token that the data wrote out."""
+        content = answer.get("content")
+        return {**answer, "content": _without_end(content, self.end)} if isinstance(content, str) else answer
+
+    def with_system(self, messages: list[Message]) -> list[Message]:
+        """With default_system in front, where there is one and no system message."""
+        if not self.default_system or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.default_system}, *messages]
+
+
+def plain_prompt(messages: Sequence[Message]) -> str:
+    """Messages without a template: the bare texts, each followed by one newline."""
+    return "".join(f"{message['content']}\n" for message in messages)
+
+
+def _check_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """A family's template on another family's tokenizer would cut its markers into pieces the model never saw."""
+    for token in NAMED[template].tokens:
+        if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
+            raise ConfigError(
+                f"template {template} needs the token {token}, which this model's tokenizer lacks; set template: "
+                "default, or none"
+            )
+    if template not in _BOS_OPTIONAL and "bos_token" in NAMED[template].jinja and tokenizer.bos_token is None:
+        raise ConfigError(
+            f"template {template} needs a bos_token, which this model's tokenizer lacks; set template: none"
+        )
+
+
+def _check_shared(prompt: str, whole: str) -> None:
+    """Raises Dropped where a text parts from its prompt before the reply begins, but for white space."""
+    shared = shared_length(prompt, whole)
+    if prompt[shared:].strip():
+        raise Dropped("prompt_differs", f"{prompt[shared:][:40]!r} became {whole[shared:][:40]!r}")
+
+
+def _without_end(text: str, end: str) -> str:
+    """Drop an end-of-turn token that the data wrote out, so that there is one and not two."""
+    bare = text.rstrip()
+    return bare.removesuffix(end) if bare.endswith(end) else text
+
+
+def _is_empty(message: Message) -> bool:
+    """Whether a reply says nothing: no content, no calls, no reasoning."""
+    return not (message.get("content") or message.get("tool_calls") or any(message.get(key) for key in REASONING))
+
+
+def _uses_tools(message: Message) -> bool:
+    return message["role"] == "tool" or bool(message.get("tool_calls"))
