@@ -8,7 +8,8 @@
 | 66   | checkpoint: `output_dir` holds a run that cannot be continued |
 | 70   | numeric: a loss or gradient norm that is not finite |
 | 71   | hang: a rank died or stopped answering |
-| 74   | I/O: disk full, unwritable folder |
+| 72   | memory: a GPU has none left; the message says what to lower |
+| 74   | I/O: disk full, unwritable folder, a hub that gives no answer |
 | 75   | stopped on request, weights saved |
 """
 
@@ -86,8 +87,14 @@ class HangError(DsdpoError):
     exit_code = 71
 
 
+class OutOfMemory(DsdpoError):
+    """A GPU has no memory left for what the run asks of it. Another attempt would meet the same."""
+
+    exit_code = 72
+
+
 class IOFailure(DsdpoError):
-    """The file system refused a write that the run needs."""
+    """The file system refused a write that the run needs, or the hub gives no answer."""
 
     exit_code = 74
 

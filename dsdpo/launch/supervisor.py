@@ -29,7 +29,7 @@ from dsdpo.runtime.lock import RunLock
 from dsdpo.runtime.rundir import RunDir
 from dsdpo.runtime.stop import ExitRecord, read_exit
 
-_KNOWN_STATUSES = (64, 65, 66, 70, 71, 74, 75)
+_KNOWN_STATUSES = (64, 65, 66, 70, 71, 72, 74, 75)
 
 
 def supervise(task: Task, cluster: ClusterRequest) -> int:

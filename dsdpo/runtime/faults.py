@@ -1,7 +1,8 @@
 """Named points at which a test kills this process or holds it, to prove that nothing is lost.
 
-DSDPO_FAULT is `name@n`, `name@n#rank` or either with `=seconds`: at the n-th time (1-based) that this process comes to
-that point, on every rank or one, it is killed as by a power cut, or sleeps. Without the variable, it costs a lookup.
+DSDPO_FAULT is `name@n`, `name@n#rank` or either with `=seconds` or `=oom`: at the n-th time (1-based) that this process
+comes to that point, on every rank or one, it is killed as by a power cut, sleeps, or finds its GPU full. Without the
+variable, it costs a lookup.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from dsdpo.runtime.env import launched
 
 _VARIABLE = "DSDPO_FAULT"
-_FORM = re.compile(r"(?P<name>[\w:-]+)@(?P<count>\d+)(#(?P<rank>\d+))?(=(?P<seconds>[\d.]+))?")
+_FORM = re.compile(r"(?P<name>[\w:-]+)@(?P<count>\d+)(#(?P<rank>\d+))?(=(?P<seconds>[\d.]+|oom))?")
 _passed: dict[str, int] = {}
 
 
@@ -33,4 +34,8 @@ def fault_point(name: str) -> None:
         return
     if form["seconds"] is None:
         os.kill(os.getpid(), signal.SIGKILL)
+    if form["seconds"] == "oom":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     time.sleep(float(form["seconds"]))

@@ -129,6 +129,7 @@ class Run:
 
     def forward(self, micro_batch: MicroBatch) -> ModelOutput:
         """The policy's output for a micro-batch."""
+        fault_point("forward")
         return self.engine(PackedInputs.of(micro_batch, self.hardware.device))
 
     def end_step(self, step: int, batch: Batch, sums: MetricSums, learning_rate: float) -> bool:

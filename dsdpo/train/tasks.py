@@ -40,6 +40,7 @@ from dsdpo.runtime.stop import (
 from dsdpo.runtime.watchdog import Watch
 from dsdpo.train.evaluate import evaluate
 from dsdpo.train.loop import train
+from dsdpo.train.out_of_memory import out_of_memory_told
 from dsdpo.train.setup import set_up
 
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -67,7 +68,8 @@ def run_task(
     stop_flag.install()
     if mesh.is_main:
         reserve_exit(run_dir)
-    with _exit_recorded(run_dir, mesh), swap_removed(zero, mesh):
+    told = out_of_memory_told(config, zero, mesh)
+    with _exit_recorded(run_dir, mesh), told as memory, swap_removed(zero, mesh):
         hardware = start_process_group(config, zero, mesh)
         watch = Watch(run_dir, mesh, config.hang_timeout, all_gather_object(token)[0])
         watch.start()
@@ -82,6 +84,7 @@ def run_task(
                 eval_set = open_prepared(config, "eval")
                 trains = task == "train"
                 run = set_up(config, zero, mesh, hardware, train_set, eval_set, stop_flag, watch, trains)
+                memory.row_tokens = run.loader.max_tokens_per_row
                 if trains:
                     train(run)
                 with watch.slow("the end of the reports"):

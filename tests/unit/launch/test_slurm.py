@@ -82,6 +82,7 @@ def test_a_node_with_fewer_gpus_is_told(capsys: pytest.CaptureFixture[str]) -> N
         (66, None, None, False),
         (70, None, None, False),
         (71, None, None, True),
+        (72, None, None, False),
         (74, None, None, True),
         (1, None, None, True),
         (75, "SIGUSR1", "SIGUSR1", True),  # the scheduler's warning

@@ -91,6 +91,7 @@ def ask(hub: str, cache: Path, *names: str, offline: str = "0") -> dict[str, obj
     return {name.removeprefix("org/"): said for name, said in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
+@pytest.mark.start
 def test_what_the_hub_answers_decides(hub: str, tmp_path: Path) -> None:
     """What stays is 64 at once, what may pass is asked again, and 74 in the end; a cache needs no answer."""
     names = ["401", "403-gated", "403", "404", "404-entry", "503-twice", "503", "gone", "slow", "ok"]

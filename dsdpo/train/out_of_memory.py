@@ -1,0 +1,80 @@
+"""A GPU that has no memory left ends the run with a message about what to lower, and with an exit code of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.config.zero import ZeroConfig
+from dsdpo.errors import OutOfMemory
+from dsdpo.runtime.env import Mesh
+
+# What libraries raise as a plain RuntimeError: cuBLAS and cuDNN for their workspaces, NCCL for its buffers.
+_OF_LIBRARIES = re.compile(
+    r"(cuda|hip) (error: )?out of memory|(cublas|cudnn|hipblas|cusolver)\w*_alloc_failed|nccl.*out of memory",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@dataclass
+class Memory:
+    """What the message tells of a run.
+
+    Attributes:
+        row_tokens: the longest packed row, in tokens; None until it is known.
+    """
+
+    row_tokens: int | None
+
+
+@contextmanager
+def out_of_memory_told(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Iterator[Memory]:
+    """Turn what torch and its libraries raise when a GPU is full into OutOfMemory.
+
+    Yields:
+        What the body fills in as it learns it.
+
+    Raises:
+        OutOfMemory: with the row length, and what to lower.
+    """
+    memory = Memory(config.row_tokens)
+    try:
+        yield memory
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(message(error, config, zero, mesh, memory.row_tokens)) from error
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a GPU's memory did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and _OF_LIBRARIES.search(str(error)) is not None
+    )
+
+
+def message(error: BaseException, config: RunConfig, zero: ZeroConfig, mesh: Mesh, row_tokens: int | None) -> str:
+    """What happened, the settings that decide how much memory a rank takes, and what to change, the cheapest first."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    row = "not known yet" if row_tokens is None else f"{row_tokens} tokens"
+    least = 2 * config.max_length
+    remedies = []
+    if row_tokens is None or row_tokens > least:
+        remedies.append(f"lower max_tokens_per_row (at least 2 * max_length = {least}; it changes no result)")
+    if not config.gradient_checkpointing:
+        remedies.append("set gradient_checkpointing: true")
+    if zero.stage < 3 and (mesh.world_size > 1 or zero.stage == 0):
+        remedies.append("use a higher ZeRO stage (deepspeed: ds_configs/zero3.json)")
+    if zero.offload_optimizer == "none" and config.finetuning_type == "full":
+        remedies.append("offload the optimizer (deepspeed: ds_configs/zero3_offload.json)")
+    remedies.append("lower max_length, and max_tokens_per_row with it")
+    return (
+        f"rank {mesh.rank} has no GPU memory left: {said[:400]} The longest packed row is {row} (max_tokens_per_row), "
+        f"max_length is {config.max_length}, the ZeRO stage is {zero.stage}. To need less, in this order: "
+        f"{'; '.join(remedies)}"
+    )
