@@ -1,0 +1,150 @@
+"""Each entry of the table of columns is needed: without it, a record that uses it is refused or becomes another."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dsdpo.data.dropped import Dropped
+from dsdpo.data.formats import detect, names
+from dsdpo.data.formats.columns import Columns, NotRead
+from dsdpo.data.formats.detect import READS, Column
+from dsdpo.data.formats.preference import preference, read_record
+
+SIDES = {"chosen": "It is blue.", "rejected": "It is dry."}
+BESIDE = {
+    "system": "In rhyme.",
+    "tools": [{"type": "function", "function": {"name": "tide"}}],
+    "chat_template_kwargs": {"mood": "calm"},
+}
+SCORES = {"chosen_score": 2, "rejected_score": 1}
+TRL_SCORES = {"score_chosen": 2, "score_rejected": 1}
+HUMAN = [{"from": "human", "value": "Describe the sea."}]
+USER = [{"role": "user", "content": "Describe the sea."}]
+TWO_SIDED = {"role": "assistant", "chosen_value": "It is blue.", "rejected_value": "It is dry."}
+SQL = {"question": "How many?", "context": "CREATE TABLE sea (depth INT)", "answer": "SELECT 1"}
+HISTORY = {"history": [["Hi", "Hello"]]}
+
+RECORDS = {
+    "alpaca": [
+        {"instruction": "Describe", "input": "the sea.", "output": ["Blue.", "Dry."], **HISTORY, **BESIDE, **SCORES},
+        {"prompt": "Describe", "input": "the sea.", **SIDES, **HISTORY, **BESIDE, **TRL_SCORES},
+    ],
+    "sharegpt": [
+        {"conversations": HUMAN, **SIDES, **BESIDE, **SCORES},
+        {"messages": USER, **SIDES, **BESIDE, **TRL_SCORES},
+    ],
+    "trl": [
+        {"prompt": USER, **SIDES, **BESIDE, **SCORES},
+        {"prompt": "Describe the sea.", **SIDES, **TRL_SCORES},
+    ],
+    "hh_rlhf": [
+        {side: f"\n\nHuman: Hi\n\nAssistant: {text}" for side, text in SIDES.items()} | BESIDE | scores
+        for scores in (SCORES, TRL_SCORES)
+    ],
+    "cvalues": [
+        {"messages": [*USER, TWO_SIDED], **BESIDE, **SCORES},
+        {"conversations": [*HUMAN, TWO_SIDED], **BESIDE, **TRL_SCORES},
+        {"prompt": "Describe the sea.", "pos_resp": "It is blue.", "neg_resp": "It is dry.", **BESIDE, **SCORES},
+    ],
+    "text_to_sql": [{**SQL, **BESIDE, **SCORES}, {**SQL, **TRL_SCORES}],
+}
+USES = [
+    pytest.param(formatting, record, name, key, id=f"{formatting}-{number}-{name}")
+    for formatting, records in RECORDS.items()
+    for number, record in enumerate(records)
+    for name, key in read_record(record, formatting, {}, {}, True)[1].items()
+]
+
+
+def example(record, formatting, columns=None):
+    return read_record(record, formatting, columns or {}, {}, True)[0]
+
+
+@pytest.mark.parametrize(("formatting", "record", "name", "key"), USES)
+def test_nothing_is_read_without_its_entry(monkeypatch, formatting, record, name, key):
+    whole = example(record, formatting)
+    others = {ours: column for ours, column in READS[formatting].items() if ours != key}
+    usual = tuple(other for other in READS[formatting][key].usual if other != name)
+    renamed = READS[formatting] | {key: READS[formatting][key]._replace(usual=usual)}
+    for reads in (others, renamed):
+        monkeypatch.setitem(detect.READS, formatting, reads)
+        try:
+            assert example(record, formatting) != whole
+        except Dropped as dropped:
+            if key in BESIDE or key in ("query", "history"):
+                assert dropped.code == "column_not_read" and name in dropped.detail
+    monkeypatch.undo()
+    assert example(record, formatting) == whole
+
+
+def test_the_records_use_every_name_of_the_table():
+    used = {(param.values[0], param.values[3], param.values[2]) for param in USES}
+    table = {(f, key, name) for f, reads in READS.items() for key, column in reads.items() for name in column.usual}
+    assert used == table
+
+
+@pytest.mark.parametrize("formatting", READS)
+def test_columns_rename_every_key(formatting):
+    for record in RECORDS[formatting]:
+        used = read_record(record, formatting, {}, {}, True)[1]
+        renamed = {f"x_{name}": record[name] for name in used}
+        assert example(renamed, formatting, {key: f"x_{name}" for name, key in used.items()}) == example(
+            record, formatting
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("question", "prompt"), ("Question", "prompt"), ("user_prompt", "prompt"), ("promptText", "prompt"),
+        ("instructions", "prompt"), ("sys_prompt", "system"), ("systemMessage", "system"), ("context", "context"),
+        ("chat_history", "history"), ("input_image", "media"), ("image_path", "media"), ("audios", "media"),
+        ("available_tools", "tools"), ("functions", "tools"), ("chosen_response", "reply"), ("response_b", "reply"),
+        ("conversation", "messages"), ("dialogue", "messages"), ("chat_template_kwargs", "chat_template_kwargs"),
+        ("prompt_id", None), ("chosen_score", None), ("num_turns", None), ("question_type", None), ("id", None),
+        ("chosen-model", None), ("promptId", None), ("source", None), ("margin", None), ("Bewertung", None),
+    ],
+)  # fmt: skip
+def test_names_of_columns(name, part):
+    assert names.part_of(name) == part
+
+
+def test_a_column_counts_as_read_when_its_words_were():
+    """In the prompt, for what can only be part of a prompt; spaces do not count."""
+    reads = {"prompt": Column(("prompt",))}
+    made = preference("Describe the  sea, please.", "It is blue.", "It is dry.")
+
+    def missed(**columns) -> bool:
+        seen = Columns({"prompt": "x", **columns}, reads, {})
+        seen.get("prompt")
+        try:
+            seen.account(made)
+        except NotRead as error:
+            assert error.names == tuple(columns)
+            return True
+        return False
+
+    assert not missed(question="the sea") and not missed(question=" the\nsea ") and not missed(answer="It is blue.")
+    assert missed(question="It is blue.") and missed(question="The sea") and missed(question="lease")
+    assert not missed(messages=[{"role": "user", "content": "the sea"}, {"role": "assistant", "content": "It is dry."}])
+    assert missed(messages=[{"role": "user", "content": "the sea"}, {"role": "assistant", "content": "It is wet."}])
+    assert missed(images=["the sea"]) and missed(tools="the sea") and not missed(question=5, images=0)
+
+
+def test_the_records_of_the_docs_are_read():
+    """Each record that docs/formats.md shows is of the format above it, and is read whole."""
+    text = (Path(__file__).parents[3] / "docs/formats.md").read_text()
+    section = text.split("## The formats")[1].split("\n## ")[0]
+    shown = [
+        (formatting, json.loads(line))
+        for formatting, lines in re.findall(r"\*\*(\w+)\*\*:.*?```json\n(.*?)```", section, re.DOTALL)
+        for line in lines.splitlines()
+    ]
+    assert {formatting for formatting, _ in shown} == set(READS)
+    for formatting, record in shown:
+        assert detect.detect(record, {}) == formatting
+        assert example(record, formatting).notes == ()
