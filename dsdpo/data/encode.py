@@ -118,6 +118,7 @@ class RowEncoder:
         self.encoder = encoder
         self.entries = list(entries)
         self.limits = limits
+        self._remedies: dict[tuple[str, tuple[str, ...]], str] = {}  # (set, columns) -> what reads them
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """
@@ -155,7 +156,9 @@ class RowEncoder:
                 has = [name for name in expected_columns(entry) if name in record]
             return _example(record, entry), has
         except NotRead as missed:
-            return Dropped(missed.code, f"{', '.join(missed.names)}; {remedy(record, entry, missed.names)}"), has
+            key = (entry.name, missed.names)
+            told = self._remedies[key] = self._remedies.get(key) or remedy(record, entry, missed.names)
+            return Dropped(missed.code, f"{', '.join(missed.names)}; {told}"), has
         except Dropped as dropped:
             return dropped, has
 

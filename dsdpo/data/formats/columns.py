@@ -10,7 +10,7 @@ from typing import Any
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example
 from dsdpo.data.formats.detect import Column
-from dsdpo.data.formats.names import is_empty, leaves, not_used, part_of, tells_about
+from dsdpo.data.formats.names import is_empty, is_label, leaves, may_be_prompt, not_used, part_of
 from dsdpo.data.messages import text_of
 
 _LABELS = frozenset(["role", "from", "type"])  # keys of messages whose text is no word of anybody
@@ -50,6 +50,8 @@ class Columns:
         ignored: Sequence[str] = (),
     ) -> None:
         self.row = {key: value for key, value in row.items() if key not in ignored} if ignored else row
+        if None in self.row:  # csv puts the cells beyond the header there
+            self.row = {str(key): value for key, value in self.row.items()}
         self.reads = reads
         self.columns = columns
         self.used: dict[str, str] = {}
@@ -124,14 +126,12 @@ class Columns:
 
     def _part(self, name: str) -> str | None:
         """The part of prompt or reply that an unread column holds, or None."""
-        if isinstance(self.row[name], (bool, int, float)):
+        value = self.row[name]
+        if isinstance(value, (bool, int, float)):
             return None
-        part = part_of(name)
-        if part is None and name in self.columns.values():
-            part = "prompt"
-        if part is None and self.prompt_is_guessed and not tells_about(name):
-            part = "prompt"
-        return part
+        part = None if is_label(name, value) else part_of(name)
+        could_be = name in self.columns.values() or (self.prompt_is_guessed and may_be_prompt(name, value))
+        return "prompt" if part is None and could_be else part
 
 
 class _Said:

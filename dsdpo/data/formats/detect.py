@@ -114,13 +114,19 @@ def _likely(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
             return [*found, "trl"]
         if has_messages:
             found.append("sharegpt")
-        if "instruction" in row or "prompt" in columns:  # LLaMA-Factory takes an entry without formatting as alpaca
+        has_turns = is_structured(row, columns, "prompt")
+        # LLaMA-Factory takes an entry without formatting as alpaca
+        if "instruction" in row or ("prompt" in columns and not has_turns):
             found.append("alpaca")
-        is_hh = not has("prompt") and isinstance(chosen, str) and chosen.lstrip().startswith("Human:")
+        is_hh = _is_hh(chosen) and not has_turns and not _is_hh(row.get(columns.get("prompt", "prompt")))
         return [*found, "hh_rlhf"] if is_hh else [*found, "trl", "alpaca"]
     if has("question") and has("context") and has("answer"):
         found.append("text_to_sql")
     return [*found, "alpaca"] if has("prompt", "instruction") and has("response", "output") else found
+
+
+def _is_hh(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:")
 
 
 def _has_two_sided_turn(messages: Any) -> bool:

@@ -12,16 +12,16 @@ _PART_WORDS = {
     "video videos audio audios speech sound",
     "chat_template_kwargs": "kwargs",
     "tools": "tool tools function functions api apis",
-    "system": "system sys developer persona preamble",
-    "history": "history past previous",
+    "system": "system sys developer persona preamble 系统",
+    "history": "history past previous 历史",
     "messages": "messages message conversation conversations dialogue dialogues dialog dialogs chat turns thread",
     "reply": "response responses output outputs answer answers completion completions generation generations reply "
     "replies assistant bot gpt chosen rejected preferred dispreferred solution solutions target targets reasoning "
-    "thinking thought thoughts cot resp",
+    "thinking thought thoughts cot resp 回答 回复 输出",
     "context": "context contexts ctx document documents doc docs passage passages article background schema table "
     "tables premise hypothesis choices options evidence knowledge",
     "prompt": "prompt prompts instruction instructions question questions query queries input inputs user human "
-    "problem problems text texts post content request task ask",
+    "problem problems text texts post content request task ask 问题 提示 指令 输入",
 }
 _PARTS = {word: (rank, part) for rank, (part, words) in enumerate(_PART_WORDS.items()) for word in words.split()}
 
@@ -36,6 +36,9 @@ original raw status logps logprob logprobs embedding embeddings policy license f
 groups
 """
 _BESIDE = frozenset(_BESIDE_WORDS.split())
+# With one word as their value, these name a person, a kind or the like: `task: math`, `user: ann`.
+_LABEL_WORDS = "task user human bot gpt assistant target persona thread background post"
+_MAY_LABEL = frozenset(_LABEL_WORDS.split())
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_]+")
 
 # The keys of `columns` that may read a part.
@@ -69,10 +72,15 @@ def part_of(name: str) -> str | None:
     return min(found)[1]
 
 
-@lru_cache(4096)
-def tells_about(name: str) -> bool:
-    """Whether a name is one of ids, scores, sources and the like, which are no text for the model."""
-    return not _BESIDE.isdisjoint(_words(name))
+def is_label(name: str, value: Any) -> bool:
+    """Whether a column holds a name or a kind, not a text for the model."""
+    return name.lower() in _MAY_LABEL and isinstance(value, str) and value.isascii() and len(value.split()) == 1
+
+
+def may_be_prompt(name: str, value: Any) -> bool:
+    """Whether a column might be the prompt of a record in which no other is: anything but ids, sources and the like."""
+    is_long = isinstance(value, str) and (len(value.split()) > 3 or not value.isascii())
+    return is_long or _BESIDE.isdisjoint(_words(name))
 
 
 @lru_cache(4096)

@@ -250,11 +250,10 @@ def _with_columns_beside(example: Example, row: Columns) -> Example:
         if system or tools or kwargs:
             prompt = system_and(system, example.prompt)
             example = replace(example, prompt=prompt, tools=tools, template_kwargs=kwargs)
-    chosen = read_score(row.get("chosen_score"), "chosen_score")
-    rejected = read_score(row.get("rejected_score"), "rejected_score")
-    if (chosen, rejected) != (None, None) and example.scores == (None, None):
-        return replace(example, scores=(chosen, rejected))
-    return example
+    if example.scores != (None, None):
+        return example
+    scores = tuple(read_score(row.get(key), key) for key in ("chosen_score", "rejected_score"))
+    return example if scores == (None, None) else replace(example, scores=scores)
 
 
 def _checked(example: Example, allow_empty_rejected: bool) -> Example:

@@ -12,6 +12,7 @@ from dsdpo.data.formats.columns import Columns
 from dsdpo.data.formats.dialogues import (
     REPEATED,
     is_one_reply,
+    pair_of_texts,
     preference,
     says,
     split_after,
@@ -43,6 +44,9 @@ def trl(row: Columns, tags: Mapping[str, str]) -> Example:
             row.prompt_is_guessed = True
             return _implicit_text(chosen, rejected)
         return _pair_of_texts(text_of(prompt, "prompt"), chosen, rejected)
+    if isinstance(chosen, str) and isinstance(rejected, str) and prompt:
+        turns = _messages(prompt, "prompt")
+        return pair_of_texts(turns, turns[-1]["content"] or "", chosen, rejected)
     better, worse = _messages(chosen, "chosen"), _messages(rejected, "rejected")
     if is_empty(prompt) and not (is_one_reply(better) and is_one_reply(worse)):
         shared, better, worse = split_dialogues(better, worse)

@@ -42,6 +42,8 @@ REFUSED = [
     pytest.param({**SQL, "question": "How many boats?"}, ["question"], "How many boats?", id="question"),
     pytest.param({**SQL, "instruct": "x", "Question": "How many?"}, ["Question"], "How many?", id="capital"),
     pytest.param({**SQL, "frage": "Wie viele Boote?"}, ["frage"], "Wie viele Boote?", id="unknown-word"),
+    pytest.param({**SQL, "source": "How many boats are there?"}, ["source"], "How many boats", id="long-source"),
+    pytest.param({**SQL, "问题": "多少船"}, ["问题"], "多少船", id="chinese"),
     pytest.param({**SQL, "user_input": "How many boats?"}, ["user_input"], "How many boats?", id="user-input"),
     pytest.param({**SQL, "question": "boats"}, ["question"], "boats<", id="stands-in-the-answers-alone"),
     pytest.param({**TEXT, "system": "Answer in rhyme."}, ["system"], "Answer in rhyme.", id="system-text"),
@@ -104,6 +106,7 @@ def test_column_that_nothing_reads_must_be_ignored(tmp_path, model, record, name
             {**TURNS, "messages": TURNS["prompt"] + TURNS["chosen"]}, "sea", ["messages"], id="messages-say-the-same"
         ),
         pytest.param({**TEXT, "chosen_model": "a", "num_turns": 2}, "sea", ["chosen_model", "num_turns"], id="facts"),
+        pytest.param({**TEXT, "task": "math", "user": "ann"}, "sea", ["task", "user"], id="labels"),
         pytest.param({**TEXT, "answer_a_score": 3, "Bewertung": "gut"}, "sea", ["Bewertung"], id="unknown-column"),
         pytest.param(
             {"chosen": "The sky is blue", "rejected": "The sky is red", "id": "7"}, "The sky is", ["id"], id="t"

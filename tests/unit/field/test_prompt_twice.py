@@ -86,6 +86,12 @@ MESSAGES = [
         id="text-beside-system",
     ),
     pytest.param(pair([user()], "Blue.", "Dry."), ASKED, id="messages-beside-texts"),
+    pytest.param(pair([user()], "Describe the sea.\nBlue.", "Describe the sea.\nDry."), ASKED, id="messages-in-texts"),
+    pytest.param(
+        pair("Describe the sea.", *(f"\n\nHuman: Describe the sea.\n\nAssistant: {x}." for x in ("Blue", "Dry"))),
+        ASKED,
+        id="hh-beside-its-question",
+    ),
     pytest.param(pair([], [user(), bot("Blue.")], [user(), bot("Dry.")]), ASKED, id="empty-prompt"),
     pytest.param(
         {"instruction": "Describe the sea.", "output": ["Describe the sea. Blue.", "Describe the sea. Dry."]},
