@@ -336,7 +336,8 @@ class RunConfig(BaseModel):
     """No progress bar: a line per logging_steps instead, as when the output is no terminal."""
 
     @field_validator(
-        "lora_target", "dataset", "eval_dataset", "loss_type", "report_to", "change_on_resume", mode="before"
+        *("lora_target", "dataset", "eval_dataset", "ignore_columns", "loss_type", "report_to", "change_on_resume"),
+        mode="before",
     )
     @classmethod
     def _split_commas(cls, value: object) -> object:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from dsdpo.cli import main
 from dsdpo.data.named_templates import NAMED
 from tests.helpers.field import read
+from tests.helpers.tiny import save_model, tiny_llama_config
 from tests.unit.data.conftest import make_tokenizer
 
 SQL = {"chosen": "SELECT COUNT(*) FROM boats", "rejected": "SELECT * FROM boats"}
@@ -164,3 +167,22 @@ def test_ignored_column_that_no_record_has_is_reported(tmp_path, model):
 def test_column_cannot_be_named_and_ignored(tmp_path, model):
     entry = {"columns": {"system": "sys"}, "ignore_columns": ["sys"]}
     assert read(tmp_path, model, [TEXT], entry=entry).exit_code == 64
+
+
+def test_through_the_command_line(tmp_path, model, monkeypatch, capsys):
+    """The message goes to stderr with exit code 65; its entry, or ignore_columns, makes the same command work."""
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "model", tiny_llama_config())
+    for path in model.iterdir():
+        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    settings = {"model_name_or_path": "model", "dataset": "rows.jsonl", "dataset_dir": ".", "output_dir": "out"}
+    Path("run.yaml").write_text(json.dumps({**settings, "train_batch_size": 1, "max_steps": 1}))
+    record = {"question": "How many boats?", "system": "In SQL.", **SQL}
+    Path("rows.jsonl").write_text("".join(f"{json.dumps(record)}\n" for _ in range(3)))
+    assert main(["prepare", "run.yaml"]) == 65
+    told = capsys.readouterr()
+    assert "rows.jsonl:1" in told.err and "train data" not in told.out + told.err
+    Path("dataset_info.json").write_text(json.dumps(said_entry(told.err)))
+    assert main(["prepare", "run.yaml", "--dataset", "rows"]) == 0
+    assert main(["prepare", "run.yaml", "--ignore_columns", "question,system"]) == 0
+    assert main(["prepare", "run.yaml", "--ignore_columns", "question"]) == 65
