@@ -161,6 +161,8 @@ class RowEncoder:
             return Dropped(missed.code, f"{', '.join(missed.names)}; {told}"), has
         except Dropped as dropped:
             return dropped, has
+        except RecursionError:
+            return Dropped("not_json", "nested too deeply"), has
 
     def _accepted(self, example: Example, encoded: EncodedExample | Dropped) -> dict[str, Any]:
         if isinstance(encoded, Dropped):

@@ -39,6 +39,8 @@ _SCORES = {
 BESIDE = {key: Column((key,), optional=True) for key in ("system", "tools", "chat_template_kwargs")}
 _SIDES = {"chosen": Column(("chosen",)), "rejected": Column(("rejected",))}
 
+MESSAGES = ("conversations", "messages")
+
 # The one table of what is read: a column that is not in it is reported as not used, or refused.
 READS: dict[str, dict[str, Column]] = {
     "alpaca": {
@@ -50,7 +52,7 @@ READS: dict[str, dict[str, Column]] = {
         **BESIDE,
         **_SCORES,
     },
-    "sharegpt": {"messages": Column(("conversations", "messages")), **_SIDES, **BESIDE, **_SCORES},
+    "sharegpt": {"messages": Column(MESSAGES), **_SIDES, **BESIDE, **_SCORES},
     "trl": {"prompt": Column(("prompt",)), **_SIDES, **BESIDE, **_SCORES},
     "hh_rlhf": {**_SIDES, **BESIDE, **_SCORES},
     "cvalues": {
@@ -109,7 +111,9 @@ def _likely(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
         found.append("cvalues")
     if has("chosen") and has("rejected"):
         chosen = row[columns.get("chosen", "chosen")]
-        has_messages = has("messages", "conversations", "messages")
+        has_messages = has("messages", *MESSAGES)
+        if has_messages and has("prompt", "instruction", "prompt"):  # beside a prompt, messages may be a whole dialogue
+            has_messages = not any(_ends_with_reply(row.get(columns.get("messages", n))) for n in MESSAGES)
         if is_structured(row, columns, "chosen") and not (isinstance(chosen, (dict, str)) and has_messages):
             return [*found, "trl"]
         if has_messages:
@@ -129,9 +133,18 @@ def _is_hh(value: Any) -> bool:
     return isinstance(value, str) and value.lstrip().startswith("Human:")
 
 
-def _has_two_sided_turn(messages: Any) -> bool:
+def _turns(messages: Any) -> list[Any]:
     try:
         turns = read_written(messages, "messages")
     except Dropped:
-        return False
-    return isinstance(turns, list) and any(isinstance(turn, dict) and "chosen_value" in turn for turn in turns)
+        return []
+    return turns if isinstance(turns, list) else []
+
+
+def _has_two_sided_turn(messages: Any) -> bool:
+    return any(isinstance(turn, dict) and "chosen_value" in turn for turn in _turns(messages))
+
+
+def _ends_with_reply(messages: Any) -> bool:
+    last = (_turns(messages) or [None])[-1]
+    return isinstance(last, dict) and ({"assistant", "gpt"} & {str(last.get("role")), str(last.get("from"))}) != set()

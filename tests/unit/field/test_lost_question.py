@@ -108,6 +108,9 @@ def test_column_that_nothing_reads_must_be_ignored(tmp_path, model, record, name
         pytest.param(
             {**TURNS, "messages": TURNS["prompt"] + TURNS["chosen"]}, "sea", ["messages"], id="messages-say-the-same"
         ),
+        pytest.param(
+            {**TEXT, "messages": TURNS["prompt"] + TURNS["chosen"]}, "sea", ["messages"], id="messages-beside-text"
+        ),
         pytest.param({**TEXT, "chosen_model": "a", "num_turns": 2}, "sea", ["chosen_model", "num_turns"], id="facts"),
         pytest.param({**TEXT, "task": "math", "user": "ann"}, "sea", ["task", "user"], id="labels"),
         pytest.param({**TEXT, "answer_a_score": 3, "Bewertung": "gut"}, "sea", ["Bewertung"], id="unknown-column"),
@@ -152,6 +155,14 @@ def test_two_system_texts_are_not_chosen_from(tmp_path, model, record, code):
     result = read(tmp_path, model, [record], max_refused=1.0)
     assert result.exit_code == code
     assert code or result.texts[0][0].count("In rhyme.") == 1
+
+
+def test_deep_nesting_is_no_traceback(tmp_path, model):
+    deep: list[object] = []
+    for _ in range(480):
+        deep = [deep, deep[:0]]
+    result = read(tmp_path, model, [TEXT, {**TEXT, "extra": deep}], max_refused=0.5)
+    assert (result.exit_code, result.dropped) in ((0, {"not_json": 1}), (0, {})), result.said
 
 
 def test_one_late_record_ends_the_preparation(tmp_path, model):
