@@ -171,7 +171,7 @@ class RunConfig(BaseModel):
     """Use only the first so many rows of each set. Empty: all."""
 
     max_refused: float = Field(0.01, ge=0.0, le=1.0, json_schema_extra=FREE)
-    """Largest share of rows that may be refused before the run stops with exit code 65."""
+    """Largest share of records that may be dropped before the run stops with exit code 65."""
 
     preprocessing_num_workers: int = Field(1, ge=1, json_schema_extra=FREE)
     """Processes that template and tokenize."""

@@ -60,7 +60,7 @@ def make_set(
 
     Raises:
         ConfigError: the template does not fit the tokenizer or the data.
-        DataError: more than max_refused of the rows are refused, or none is left; the refused rows then stand in
+        DataError: more than max_refused of the records are dropped, or none is left; the dropped ones then stand in
             `<path>.dropped_rows.jsonl`.
         OSError: the file system refused a write.
     """
@@ -108,6 +108,11 @@ def _with_formatting(entry: DatasetEntry, config: RunConfig) -> DatasetEntry:
             return replace(entry, formatting=formatting)
         keys.update(str(key) for key in row)
     found = f"it has the columns {', '.join(sorted(keys))}" if keys else "it holds no JSON object"
+    if keys == {"text"}:
+        raise DataError(
+            f"{entry.name} holds plain text, which a stage that trains on text alone would take; stage {config.stage} "
+            "needs records with a chosen and a rejected answer"
+        )
     raise DataError(
         f"cannot tell the format of {entry.name}: {found}; describe it in {INFO_FILE} with formatting "
         f"({', '.join(READS)}) and columns"
@@ -166,7 +171,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _check_refused(config: RunConfig, counts: dict[str, Any], dropped: Path, keep_at: Path) -> None:
-    """Raise DataError when too many rows are refused; their list then stays at `keep_at`."""
+    """Raise DataError when too many records are dropped; their list then stays at `keep_at`."""
     n_refused = counts["rows"] - counts["examples"]
     if counts["examples"] > 0 and n_refused <= config.max_refused * counts["rows"]:
         keep_at.unlink(missing_ok=True)

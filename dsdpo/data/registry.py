@@ -50,7 +50,7 @@ _UNSUPPORTED_COLUMNS = {
     "kto_tag": "single labelled answers are no pairs; give chosen and rejected",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SPLIT = re.compile(r"\w+(?:\.\w+)*(?:\[[\d:%-]*\])?")  # as `datasets` takes it, with a part such as [:10%]
+_WITH_SPLIT = re.compile(r"(.+):(\w+(?:\.\w+)*(?:\[[\d:%-]*\])?)")  # with a part, as `datasets` takes it: train[:10%]
 _HASH_BLOCK = 1 << 22
 
 
@@ -163,8 +163,8 @@ def _entry(name: str, info: dict[str, Any], root: Path) -> DatasetEntry:
         return _described(name, info[name], root)
     if (found := _path(name, root)) is not None:
         return DatasetEntry(name, root, files=data_files(found, root, name))
-    without, colon, split = name.rpartition(":")
-    if colon and _SPLIT.fullmatch(split):
+    if with_split := _WITH_SPLIT.fullmatch(name):
+        without, split = with_split.groups()
         if (found := _path(without, root)) is not None:
             return DatasetEntry(name, root, files=data_files(found, root, name, split), split=split)
         if _HUB_ID.fullmatch(without) and not without.endswith(FILE_KINDS):

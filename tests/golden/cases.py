@@ -10,8 +10,10 @@ SAVED_STEP = 2  # where a case that is resumed has a checkpoint
 # 21 pairs: steps of 8, 8 and 5, then a second epoch. A step takes several micro-steps of 64 tokens, and the longest
 # pairs are truncated to 24 tokens.
 PAIRS = 21
+HELD_OUT = 6
 COMMON: dict[str, Any] = {
     "max_length": 24,
+    "truncation_mode": "keep_start",
     "max_tokens_per_row": 64,
     "train_batch_size": 8,
     "max_steps": 5,
@@ -48,7 +50,7 @@ CASES = [
     Case("lora-resumed-on-2", 2, 3, LORA, resumes="lora"),
     Case("lora-live", 2, 3, {**LORA, "reference": "live"}),
     Case("lora-simpo", 1, 2, {**LORA, "loss_type": "simpo", "beta": 2.0}),
-    Case("lora-evaluation", 2, 2, {**LORA, "val_size": 6, "eval_steps": 2}),
+    Case("lora-evaluation", 2, 2, {**LORA, "eval_dataset": "held_out.jsonl", "eval_steps": 2}),
     Case("full", 2, 2, {**FULL, "save_steps": SAVED_STEP}),
     Case("full-resumed-on-1", 1, 3, FULL, resumes="full"),
     Case("full-live", 1, 0, {**FULL, "reference": "live"}),

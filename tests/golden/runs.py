@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.golden.cases import CASES, COMMON, PAIRS, SAVED_STEP, Case
+from tests.golden.cases import CASES, COMMON, HELD_OUT, PAIRS, SAVED_STEP, Case
 from tests.golden.inputs import save_model, save_pairs, save_tokenizer, zero_json
 
 ROOT = Path(__file__).parents[2]
@@ -47,10 +47,11 @@ def extract_package(commit: str, folder: Path) -> Path:
 
 
 def save_inputs(folder: Path) -> None:
-    """model/, pairs.jsonl and a DeepSpeed JSON for each stage, in a new folder."""
+    """model/, pairs.jsonl, held_out.jsonl and a DeepSpeed JSON for each stage, in a new folder."""
     save_model(folder / "model")
     save_tokenizer(folder / "model")
     save_pairs(folder / "pairs.jsonl", PAIRS)
+    save_pairs(folder / "held_out.jsonl", HELD_OUT, seed=1)
     for stage in (1, 2, 3):
         (folder / f"zero{stage}.json").write_text(zero_json(stage))
 

@@ -1,0 +1,250 @@
+"""Files that are not lines of UTF-8: read where they plainly can be, else refused as a whole with line and byte."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import json
+import lzma
+import pickle
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dsdpo.data.readers import iter_rows, parse_row
+from dsdpo.data.registry import resolve
+from dsdpo.data.utf8 import guess_encoding
+from tests.helpers.field import read
+from tests.unit.data.conftest import model_folder  # noqa: F401
+
+CHINESE = [
+    {"prompt": "请介绍一下西湖的秋天。", "chosen": "湖水很静,叶子是金色的。", "rejected": "不知道。"},
+    {"prompt": "怎样煮一碗好面?", "chosen": "水开以后再放面。", "rejected": "随便。"},
+]
+PLAIN = [{"prompt": f"Name river {i}.", "chosen": f"The Elbe {i}.", "rejected": "No."} for i in range(3)]
+LATIN = [{"prompt": "Où est le café?", "chosen": "À côté de l'hôtel.", "rejected": "Là."}]
+
+
+def lines(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def csv(records: list[dict[str, Any]]) -> str:
+    return "prompt,chosen,rejected\n" + "".join(",".join(f'"{v}"' for v in r.values()) + "\n" for r in records)
+
+
+GZIPPED = gzip.compress(lines(PLAIN).encode())
+TWO_LINES = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "ü", "chosen": "b", "rejected": "c"}\n'
+
+
+def pretty(value: object) -> bytes:
+    return json.dumps(value, indent=2).encode()
+
+
+# name of the file, its bytes, the place that is told
+REFUSED = [
+    ("gbk.jsonl", lines(CHINESE).encode("gbk"), ":1, byte 12"),
+    ("big5.jsonl", lines([{"prompt": "台北的天氣", "chosen": "晴天", "rejected": "雨"}]).encode("big5"), ":1, byte 12"),
+    ("sjis.csv", csv([{"p": "東京の天気は?", "c": "はれです。", "r": "いいえ"}]).encode("cp932"), ":2, byte 24"),
+    ("latin1.csv", csv(LATIN).encode("cp1252"), ":2, byte 25"),
+    ("latin1.json", json.dumps(LATIN, ensure_ascii=False).encode("latin-1"), ":1, byte 14"),
+    ("gbk.jsonl.gz", gzip.compress(lines(CHINESE).encode("gb18030")), ":1, byte 12"),
+    ("late.jsonl", TWO_LINES.encode("latin-1"), ":2, byte 60"),
+    ("utf16.jsonl", lines(PLAIN).encode("utf-16"), ":1, byte 0"),
+    ("utf16.csv", csv(PLAIN).encode("utf-16"), ":1, byte 0"),
+    ("utf16le.jsonl", lines(CHINESE).encode("utf-16-le"), ":1, byte 0"),
+    ("utf16be.json", json.dumps(PLAIN).encode("utf-16-be"), ":1, byte 0"),
+    ("utf32.jsonl", lines(PLAIN).encode("utf-32"), ":1, byte 0"),
+    ("utf32le.jsonl", lines(PLAIN).encode("utf-32-le"), ":1, byte 0"),
+    ("cut.jsonl", lines(CHINESE).encode()[:-30], ":2, byte"),
+    ("cesu.jsonl", lines(PLAIN).encode() + b'{"prompt": "\xed\xa0\xbd"}\n', ":4, byte"),
+    ("nul.jsonl", lines(PLAIN[:1]).encode() + b"\0" * 40 + lines(PLAIN[1:]).encode(), ":2, byte"),
+    ("array.jsonl", json.dumps(PLAIN).encode(), ":1, byte 0"),
+    ("array.jsonl.gz", gzip.compress(b"\n " + pretty(PLAIN)), ":2, byte 1"),
+    ("pretty.jsonl", b"\n".join(map(pretty, PLAIN)), ":1, byte 0"),
+    ("pretty.json", pretty(PLAIN[0]), ":1, byte 0"),
+    ("long.json", pretty({**PLAIN[0], "chosen": "river " * 300_000}), ":1, byte 0"),
+    ("wrapped.json", pretty({"data": PLAIN}), ":1, byte 0"),
+    ("wrapped_too.json", pretty({"version": "1.0", "n": 3, "rows": PLAIN}), ":1, byte 0"),
+    ("wrapped_line.jsonl", json.dumps({"examples": PLAIN}).encode(), ":1, byte 0"),
+    ("joined.jsonl", "".join(map(json.dumps, PLAIN)).encode(), f":1, byte {len(json.dumps(PLAIN[0]))}"),
+    ("repr.jsonl", "".join(f"{record}\n" for record in PLAIN).encode(), ":1, byte 1"),
+    ("prose.jsonl", b"Dear all,\nhere are the pairs.\n", ":1, byte 0"),
+    ("cut.json", json.dumps(PLAIN)[:-40].encode(), ":1, byte"),
+    ("two.json", (json.dumps(PLAIN) + "\n" + json.dumps(PLAIN)).encode(), ":2, byte"),
+    ("comma.json", b'[{"prompt": "a"}\n {"prompt": "b"}]', ":2, byte 18"),
+    ("pointer.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", ":1, byte 0"),
+    ("pointer.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", ":1, byte 0"),
+    ("page.json", b"<!DOCTYPE html>\n<html><body>Not found</body></html>", ":1, byte 0"),
+    ("page.csv", b"\n<html lang='en'>\n", ":1, byte 0"),
+    ("page.parquet", b"<html>Sign in</html>", ":1, byte 0"),
+    ("empty.jsonl", b"", ":1, byte 0"),
+    ("empty.json", b"\n\n", ":1, byte 0"),
+    ("empty.parquet", b"", ":1, byte 0"),
+    ("zipped.jsonl", GZIPPED, ":1, byte 0"),
+    ("plain.jsonl.gz", lines(PLAIN).encode(), ":1, byte 0"),
+    ("twice.jsonl.gz", gzip.compress(GZIPPED), ":1, byte 0"),
+    ("bz2.jsonl", bz2.compress(lines(PLAIN).encode()), ":1, byte 0"),
+    ("xz.jsonl", lzma.compress(lines(PLAIN).encode()), ":1, byte 0"),
+    ("workbook.csv", b"PK\x03\x04" + bytes(60), ":1, byte 0"),
+    ("pickle.json", pickle.dumps(PLAIN), ":1, byte 0"),
+    ("extra.csv", b"prompt,chosen,rejected\nName one, please,yes,no\n", ":2"),
+    ("again.csv", (csv(PLAIN) + csv(PLAIN)).encode(), ":5"),
+    ("open.csv", b'prompt,chosen,rejected\n"a,b,c\nd,e,f\n', ":3"),
+    ("same.csv", b"prompt,chosen,chosen\na,b,c\n", ":1, byte 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "place"), REFUSED, ids=[name for name, *_ in REFUSED])
+def test_a_file_of_another_kind_is_refused_with_its_place(tmp_path, model_folder, name, content, place) -> None:  # noqa: F811
+    found = read(tmp_path / "run", model_folder, content, name, max_refused=1.0)
+    assert found.exit_code == 65 and not found.dropped
+    assert f"{name}{place}" in found.said
+
+
+READ = [
+    ("bom.jsonl", codecs.BOM_UTF8 + lines(PLAIN).encode()),
+    ("bom.csv", codecs.BOM_UTF8 + csv(PLAIN).encode()),
+    ("bom.json", codecs.BOM_UTF8 + pretty(PLAIN)),
+    ("joined_boms.jsonl", b"".join(codecs.BOM_UTF8 + (json.dumps(record) + "\n").encode() for record in PLAIN)),
+    ("crlf.jsonl", lines(PLAIN).replace("\n", "\r\n\r\n").encode()),
+    ("array.json", json.dumps(PLAIN).encode()),
+    ("pretty.json", pretty(PLAIN)),
+    ("lines.json", lines(PLAIN).encode()),
+    ("zipped.json.gz", gzip.compress(b"\n\n" + pretty(PLAIN))),
+    ("no_newline.jsonl", lines(PLAIN).encode()[:-1]),
+    ("quoted.csv", ('"prompt","chosen","rejected"\r\n' + csv(PLAIN).split("\n", 1)[1]).encode()),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), READ, ids=[name for name, *_ in READ])
+def test_utf8_is_read_whatever_is_around_the_records(tmp_path, model_folder, name, content) -> None:  # noqa: F811
+    found = read(tmp_path / "run", model_folder, content, name)
+    assert (found.exit_code, found.dropped) == (0, {}), found.said
+    assert found.texts == [[r["prompt"], f"{r['chosen']}<|im_end|>", f"{r['rejected']}<|im_end|>"] for r in PLAIN]
+
+
+LINES = [
+    (b'{"prompt": "a", "chosen": "\\x41", "rejected": "c"}', "not_json"),
+    (b'{"prompt": "a", "chosen": "it\\\'s", "rejected": "c"}', "not_json"),
+    (b'{"prompt": "a", "chosen": "b", "rejected": "c"}{"prompt": 1}', "not_json"),
+    (b'{"prompt": "a", "chosen": "b", "rejec', "not_json"),
+    (b'{"prompt": "tab\there", "chosen": "b", "rejected": "c"}', "not_json"),
+    (b'{"prompt": "\\ud83d", "chosen": "b", "rejected": "c"}', "broken_unicode"),
+    (b'["a", "b"]', "not_object"),
+    (b"[" * 100_000, "not_json"),
+]
+
+
+@pytest.mark.parametrize(("line", "code"), LINES, ids=range(len(LINES)))
+def test_one_broken_line_among_others_is_dropped_by_name(tmp_path, model_folder, line, code) -> None:  # noqa: F811
+    for place, content in enumerate((lines(PLAIN).encode() + line, line + b"\n" + lines(PLAIN).encode())):
+        if place and line.startswith(b"["):
+            continue  # a file that begins so is an array
+        found = read(tmp_path / f"run{place}", model_folder, content, max_refused=0.5)
+        assert (found.exit_code, found.dropped, len(found.texts)) == (0, {code: 1}, 3), found.said
+
+
+def _saved(table: pa.Table, name: str) -> Any:
+    def save(path: Path) -> None:
+        if name.endswith(".parquet"):
+            pq.write_table(table, path)
+            return
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+
+    return save
+
+
+@pytest.mark.parametrize("name", ["pairs.parquet", "pairs.arrow"])
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.large_string(), pa.string_view()])
+def test_text_columns_of_any_type_are_text(tmp_path, model_folder, name, kind) -> None:  # noqa: F811
+    if name == "pairs.parquet" and kind == pa.string_view():
+        pytest.skip("Parquet stores plain strings")
+    columns = {key: pa.array([r[key].encode() for r in CHINESE], pa.binary()).cast(kind) for key in CHINESE[0]}
+    found = read(tmp_path / "run", model_folder, _saved(pa.table(columns), name), name)
+    assert found.exit_code == 0, found.said
+    assert [text[0] for text in found.texts] == [record["prompt"] for record in CHINESE]
+
+
+def test_binary_that_is_no_text_is_refused_where_it_is_read_alone(tmp_path, model_folder) -> None:  # noqa: F811
+    columns = {key: pa.array([r[key].encode("gbk") for r in CHINESE]) for key in CHINESE[0]}
+    entry = {"formatting": "alpaca", "columns": {"prompt": "prompt"}}
+    found = read(tmp_path / "gbk", model_folder, _saved(pa.table(columns), "a.parquet"), "a.parquet", entry)
+    assert found.exit_code == 65 and found.dropped == {"not_text": 2} and "not UTF-8" in found.said
+    table = pa.table({**{key: [r[key] for r in PLAIN] for key in PLAIN[0]}, "thumb": [b"\x89PNG\xff"] * 3})
+    found = read(tmp_path / "unread", model_folder, _saved(table, "a.parquet"), "a.parquet")
+    assert (found.exit_code, len(found.texts)) == (0, 3), found.said
+
+
+def values(column: pa.Array, folder: Path) -> list[Any]:
+    """What a format gets of a Parquet column."""
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"value": column}), folder / "a.parquet")
+    entries, problems = resolve(["a.parquet"], folder)
+    assert not problems
+    read_back = [json.loads(json.dumps(parse_row(row))) for _, row in iter_rows(entries[0])]
+    return [record["value"] for record in read_back]
+
+
+def test_values_of_arrow_become_what_json_can_hold(tmp_path) -> None:
+    call = pa.struct([("name", pa.string()), ("city", pa.string()), ("days", pa.int64())])
+    turn = pa.struct([("role", pa.string()), ("content", pa.binary()), ("calls", pa.list_(call))])
+    told = [
+        {"role": "user", "content": b"hi", "calls": None},
+        {"role": "assistant", "content": None, "calls": [{"name": "f", "city": None, "days": 2}]},
+    ]
+    table: list[tuple[pa.Array, list[Any]]] = [
+        (pa.array([Decimal("4.50"), None]), [4.5, None]),
+        (pa.array([b"caf\xc3\xa9", None]), ["café", None]),
+        (pa.array([86_400], pa.duration("s")), [86400.0]),
+        (pa.array([0], pa.timestamp("s")), ["1970-01-01T00:00:00"]),
+        (pa.array([1], pa.date32()), ["1970-01-02"]),
+        (pa.array([[("k", None)]], pa.map_(pa.string(), pa.int32())), [{"k": None}]),
+        (pa.array(['{"a": null}', None], pa.json_()), [{"a": None}, None]),
+        (pa.array(["x", "x"]).dictionary_encode(), ["x", "x"]),
+        (pa.array([["a", None]]), [["a", None]]),
+        (pa.array([None, None], pa.null()), [None, None]),
+        (
+            pa.array([told], pa.list_(turn)),
+            [[{"role": "user", "content": "hi"}, {"role": "assistant", "calls": [{"name": "f", "days": 2}]}]],
+        ),
+    ]
+    for number, (column, expected) in enumerate(table):
+        assert values(column, tmp_path / str(number)) == expected
+
+
+def test_large_arrays_are_read_in_pieces_to_the_same_records(tmp_path, monkeypatch) -> None:
+    records = [{"prompt": "漢" * (i % 50), "chosen": i, "n": [i / 7, -1e-5, True, None, '\\"]}']} for i in range(400)]
+    entries, _ = resolve(["a.json"], _folder(tmp_path, json.dumps(records, indent=1, ensure_ascii=False)))
+    for size in (1, 7, 64, 1 << 20):
+        monkeypatch.setattr("dsdpo.data.json_files._PIECE", size)
+        found = [(place, parse_row(row)) for place, row in iter_rows(entries[0])]
+        assert found == [(f"a.json:{i}", record) for i, record in enumerate(records, 1)]
+
+
+def _folder(folder: Path, content: str) -> Path:
+    (folder / "a.json").write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("encoding", "codec", "text"),
+    [
+        ("GBK", "gbk", "小船很小"),
+        ("BIG5", "big5", "請介紹一下台北的天氣。"),
+        ("SHIFT_JIS", "cp932", "これはテストです。"),
+        ("EUC-JP", "euc_jp", "東京の天気を教えてください。"),
+        ("EUC-KR", "cp949", "서울의 날씨를 알려 주세요."),
+        ("CP1251", "cp1251", "Скажите, какая сегодня погода?"),
+        ("CP1252", "cp1252", "L'été à München"),
+        ("", "ascii", "plain"),
+    ],
+)
+def test_the_encoding_that_is_named(encoding, codec, text) -> None:
+    assert guess_encoding(f'{{"prompt": "{text}"}}'.encode(codec)) == encoding
