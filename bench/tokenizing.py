@@ -42,7 +42,7 @@ SETS = {
     "sharegpt": (SHARED, "dpo_en_demo.json"),
     "text_to_sql": (ROOT / "data", "text_to_sql"),
 }
-MAP_ROWS = 256  # as in dsdpo/data/make.py
+MAP_ROWS = 256  # as in dsdpo/data/pipeline.py
 UNCUT = Limits(max_length=10**9, truncation_mode="refuse", row_tokens=None, share_prefix=True)
 
 

@@ -156,7 +156,7 @@ class _Keys:
     def add(self, keys: pa.Array) -> None:
         """Append some."""
         with self._path.open("ab") as stream:
-            stream.write(keys.to_numpy(zero_copy_only=False).tobytes())
+            stream.write(np.array(keys.to_pylist(), np.uint64).tobytes())  # to_numpy would import pandas
 
     def save(self, path: Path) -> None:
         """Write them as a NumPy array."""

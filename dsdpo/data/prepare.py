@@ -37,8 +37,8 @@ def prepare(config: RunConfig, split: Split) -> PreparedSet | None:
 
     Raises:
         ConfigError: a name of `dataset` or `eval_dataset` cannot be resolved, or the template does not fit.
-        DataError: more than max_refused of the records are dropped, none is left, the model has no embedding for a token id,
-            or the loss needs scores that are missing.
+        DataError: more than max_refused of the records are dropped, none is left, the model has no embedding for a
+            token id, or the loss needs scores that are missing.
         IOFailure: the cache folder cannot be written.
     """
     names = _names(config, split)

@@ -50,7 +50,11 @@ def test_keys_follow_what_is_asked_and_not_how_it_is_written() -> None:
 def run(tmp_path, model_folder):
     """Settings of a run on 60 pairs of 20 prompts, of which every third is longer than max_length."""
     records = [
-        {"prompt": f"{i % 20}: " + "why? " * (60 if i % 20 % 3 else 1), "chosen": f"a{i} " * (1 + i % 7), "rejected": "no"}
+        {
+            "prompt": f"{i % 20}: {'why? ' * (60 if i % 20 % 3 else 1)}",
+            "chosen": f"a{i} " * (1 + i % 7),
+            "rejected": "no",
+        }
         for i in range(60)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
