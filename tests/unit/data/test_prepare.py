@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -291,16 +290,6 @@ def test_fingerprint_follows_what_changes_token_ids(settings, tmp_path, model_fo
     write(tmp_path / "data/pairs.jsonl", rows(21))
     paths.add(prepared(settings).path)
     assert len(paths) == len(other) + 3 and first not in paths
-
-
-def test_a_set_that_dropped_long_completions_is_found_again(settings, monkeypatch):
-    """keep_end cuts them today; a run on the set of an earlier version goes on with that set."""
-    with monkeypatch.context() as earlier:
-        earlier.setattr(Limits, "described", lambda limits, earlier=False: asdict(limits))
-        first = prepared(settings)
-    assert prepared(settings).path == first.path and prepared(settings).fingerprint == first.fingerprint
-    shutil.rmtree(first.path)
-    assert prepared(settings).path != first.path
 
 
 def test_same_size_and_time_but_other_content_is_seen_unless_settled(settings, tmp_path):

@@ -14,6 +14,7 @@ from dsdpo.data.prepare import prepare, summary
 from dsdpo.data.shards import MANIFEST
 from tests.helpers.field import read
 from tests.helpers.real import shared_file
+from tests.helpers.tiny import save_model, tiny_llama_config
 from tests.unit.data.conftest import model_folder  # noqa: F401
 
 GOOD = {"prompt": "Name a river.", "chosen": "The Elbe.", "rejected": "No."}
@@ -117,8 +118,7 @@ def test_dpo_en_demo_prepares_with_the_defaults(tmp_path, model_folder) -> None:
 
 
 def test_the_command_line_tells_the_remedy(tmp_path, model_folder, capsys) -> None:  # noqa: F811
-    (model_folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 512}')
-    (model_folder / "model.safetensors").write_bytes(b"")
+    save_model(model_folder, tiny_llama_config(vocab_size=512))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [GOOD, LONG_PROMPT]))
     settings = {"model_name_or_path": model_folder, "dataset_dir": tmp_path, "output_dir": tmp_path / "runs/out"}
     run = tmp_path / "run.yaml"
