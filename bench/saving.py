@@ -98,6 +98,7 @@ class _Endless:
     fingerprint = ""
     earlier_fingerprint = None
     template_date = None
+    end_token = None
 
     def __len__(self) -> int:
         return 10**8

@@ -18,13 +18,17 @@ from dsdpo.errors import DataError
 LOOKED_AT = 100  # records of a set that are looked at before all are encoded
 
 
-def check_first_records(rows: RowEncoder, entry: DatasetEntry, max_samples: int | None) -> None:
+def check_first_records(rows: RowEncoder, entry: DatasetEntry, max_samples: int | None) -> str | None:
     """Report what likely holds for all records before they are encoded.
+
+    Returns:
+        The token that ends the completions, or None where there is no example among them.
 
     Raises:
         ConfigError: the template does not fit the data.
         DataError: a record has a fatal fault.
     """
+    end = None
     for source, raw in itertools.islice(iter_rows(entry, max_samples), LOOKED_AT):
         example = rows.example(raw, entry)
         if not isinstance(example, Example):
@@ -32,6 +36,8 @@ def check_first_records(rows: RowEncoder, entry: DatasetEntry, max_samples: int 
                 raise DataError(f"{source}: {example}")
         else:
             rows.encoder.check_supports(example)
+            end = end or rows.encoder.end_token(example)
+    return end
 
 
 def check_fatal(batch: pa.RecordBatch) -> None:

@@ -20,6 +20,7 @@ from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Message
 from dsdpo.data.shapes import REASONING, Conversation, Shape, after_shared, shape_of, words_left_out
 
+CALLED_TOOLS = "with tools that the chat template writes in calls alone"
 EARLIER_THOUGHTS = "with thoughts of earlier turns that the chat template leaves out"
 _MAX_SHAPES = 4096
 _NOTHING: frozenset[tuple[Any, ...]] = frozenset()
@@ -153,9 +154,13 @@ class Containment:
         for some in said:
             if _is_found(some, side, said, lost):
                 continue
-            if (lost is not None and some.place in lost) or not _thoughts_alone(some, prompt, side):
+            is_lost = lost is not None and some.place in lost
+            if not is_lost and _thoughts_alone(some, prompt, side):
+                notes.append(EARLIER_THOUGHTS)
+            elif _is_called(some, prompt) and side.holds_value(some.value):
+                notes.append(CALLED_TOOLS)
+            else:
                 raise Dropped("template_leaves_out", _excerpt(some.value), some.what)
-            notes.append(EARLIER_THOUGHTS)
         if _misses_earlier_thoughts(prompt, side):
             notes.append(EARLIER_THOUGHTS)
         return tuple(dict.fromkeys(notes))
@@ -173,7 +178,7 @@ class Containment:
         lost = self._lost_in(conversation, reply)
         if lost == _NOTHING and _stands_bare(reply, completion):
             return
-        side = Side(completion, text)
+        side = Side(completion, whole[: len(whole) - len(completion)])
         said = list(said_by(reply, len(conversation.prompt), "a reply", thoughts=True))
         for some in said:
             if not _is_found(some, side, said, lost):
@@ -211,6 +216,12 @@ def _is_found(some: Said, side: Side, said: Sequence[Said], lost: frozenset[tupl
 def _said_in(prompt: Sequence[Message]) -> Iterator[Said]:
     for number, message in enumerate(prompt):
         yield from said_by(message, number, f"a {message['role']} message of the prompt", thoughts=False)
+
+
+def _is_called(some: Said, prompt: Sequence[Message]) -> bool:
+    """Whether this is a tool that an earlier message calls."""
+    names = (function.get("name") for message in prompt if len(message) > 2 for function in calls_of(message))
+    return some.place[0] == "tool" and some.value in names
 
 
 def _thoughts_alone(some: Said, prompt: Sequence[Message], side: Side) -> bool:

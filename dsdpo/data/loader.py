@@ -33,6 +33,11 @@ class ExampleSource(Protocol):
         """The day that the chat template writes as today's, or None."""
         ...
 
+    @property
+    def end_token(self) -> str | None:
+        """The token that ends the completions, where it is known."""
+        ...
+
     def __len__(self) -> int: ...
 
     def lengths(self, ids: np.ndarray) -> Lengths:

@@ -66,8 +66,7 @@ def make_set(
     """
     encoder = ExampleEncoder(tokenizer, config.template, config.default_system, identity.template_date)
     rows = RowEncoder(encoder, [_with_formatting(entry, config) for entry in entries], Limits.of(config))
-    for entry in rows.entries:
-        check_first_records(rows, entry, config.max_samples)
+    ends = [check_first_records(rows, entry, config.max_samples) for entry in rows.entries]
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
@@ -77,7 +76,8 @@ def make_set(
             raise DataError(f"{', '.join(config.dataset)}: there is no record at all")
         _check_refused(config, counts, temporary / DROPPED_ROWS, path.with_suffix(".dropped_rows.jsonl"))
         described = [f"{entry.name} ({entry.formatting})" for entry in rows.entries]
-        manifest = {**asdict(identity), "datasets": described, **_settings(config), **counts}
+        end = next((end for end in ends if end is not None), None)
+        manifest = {**asdict(identity), "end_token": end, "datasets": described, **_settings(config), **counts}
         write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
         _publish(temporary, path)
     finally:

@@ -177,6 +177,11 @@ class PreparedSet:
         """The day that the chat template writes as today's, as YYYY-MM-DD; None where it writes none."""
         return self.manifest.get("template_date")
 
+    @property
+    def end_token(self) -> str | None:
+        """The token that ends the completions, where it is known."""
+        return self.manifest.get("end_token")
+
     def _with_split(self, base: str) -> str:
         if self.held_out is None:
             return base

@@ -86,6 +86,11 @@ class ExampleEncoder:
         begins = self._bos is None or not self._texts.found.is_named or question.startswith(bos)
         return text if begins else "{{ bos_token }}" + text
 
+    def end_token(self, example: Example) -> str:
+        """The token that ends the completions of such examples."""
+        wrapped = self._chat is not None and (self._texts.found.text is not None or not isinstance(example.prompt, str))
+        return self._texts.end if wrapped else str(self.tokenizer.eos_token)
+
     def check_supports(self, example: Example) -> None:
         """Raises ConfigError where the run's own options keep the example from being rendered."""
         self._texts.check_supports(example)

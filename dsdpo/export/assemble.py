@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dsdpo.checkpoint.commit import Checkpoint, read_run, verify
 from dsdpo.checkpoint.fragments import Fragments, write_stream
+from dsdpo.config.schema import RunConfig
+from dsdpo.data.exported import ExportedTemplate
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.engine.zero_state import WEIGHTS
 from dsdpo.errors import CheckpointError
@@ -21,7 +24,8 @@ SHARD_BYTES = 5 * 2**30
 def assemble(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the weights of a checkpoint into an empty folder, in the precision that the model computes in.
 
-    Needs one process and a few times the memory of its largest tensor. The tokenizer comes from the run's model.
+    Needs one process and a few times the memory of its largest tensor. The tokenizer comes from the run's model,
+    with the chat template and the end token that the run trained with.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or the run's model with its tokenizer is not there any more.
@@ -36,6 +40,10 @@ def assemble(checkpoint: Checkpoint, folder: Path) -> None:
         tokenizer = load_tokenizer(base)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the tokenizer of {base}, which the run trained, cannot be loaded: {error}") from error
+    exported = _exported(run, tokenizer)
+    exported.put_into(tokenizer)
+    own = run["generation_config"].get("eos_token_id", run["model_config"].get("eos_token_id"))
+    run["generation_config"]["eos_token_id"] = exported.end_ids(tokenizer, own)
     manifest = checkpoint.manifest
     with Fragments(checkpoint.path, manifest["parameters"], manifest["world_size"]) as fragments:
         if run["adapter_config"]:
@@ -45,10 +53,20 @@ def assemble(checkpoint: Checkpoint, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _exported(run: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> ExportedTemplate:
+    """What the run trained with; a run of an earlier version did not write it down, its config names the template."""
+    if "exported" in run:
+        return ExportedTemplate(**run["exported"])
+    settings = {key: run["config"][key] for key in ("template", "default_system") if run["config"].get(key) is not None}
+    config = RunConfig(model_name_or_path="", dataset=[], output_dir="", **settings)
+    return ExportedTemplate.of(tokenizer, config, None, run.get("template_date"))
+
+
 def _write_adapter(fragments: Fragments, run: dict[str, Any], base: str, folder: Path) -> None:
     stored = {name.replace(".default.", "."): name for name in fragments.index}  # as PEFT names them on disk
     _write_weights(folder / "adapter_model.safetensors", fragments, stored, run["dtype"])
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    _write_json(folder / "generation_config.json", run["generation_config"])
     _write_json(folder / "adapter_config.json", {**run["adapter_config"], "base_model_name_or_path": base})
 
 

@@ -12,14 +12,15 @@ import peft
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from dsdpo.checkpoint.commit import MANIFEST, RUN_FILE, Checkpoint, checkpoints, read, read_run, verify
 from dsdpo.compat import is_partitioned
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.errors import CheckpointError, IOFailure
 from dsdpo.export.assemble import assemble
-from dsdpo.runtime.files import fsync_path, fsync_tree
+from dsdpo.runtime.files import follow_umask, fsync_path, fsync_tree
 from dsdpo.runtime.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def _write_folder(
     with new_folder(folder) as temporary:
         which = {"selected_adapters": ["default"]} if isinstance(model, peft.PeftModel) else {}
         model.save_pretrained(temporary, **which, **({} if state is None else {"state_dict": state}))
+        if isinstance(model, peft.PeftModel) and model.generation_config is not None:
+            model.generation_config.save_pretrained(temporary)  # an adapter's own would be its base's
         tokenizer.save_pretrained(temporary)
 
 
@@ -88,6 +91,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        follow_umask(temporary)
         fsync_tree(temporary)
         if folder.exists():
             shutil.rmtree(folder)
@@ -176,4 +180,7 @@ def merged(adapter: Path) -> PreTrainedModel:
     """An adapter's base model with the adapter folded in, on the CPU, in the precision that the base is stored in."""
     base_name = peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     base = AutoModelForCausalLM.from_pretrained(base_name, dtype="auto")
-    return peft.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    whole = peft.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    if (adapter / GENERATION_CONFIG_NAME).is_file():
+        whole.generation_config = GenerationConfig.from_pretrained(str(adapter))
+    return whole

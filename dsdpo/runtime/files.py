@@ -48,6 +48,17 @@ def fsync_tree(folder: Path) -> None:
         fsync_path(path)
 
 
+def follow_umask(folder: Path) -> None:
+    """Give all files in a folder the mode of a new file: safetensors writes a file for its owner alone. OSError."""
+    probe = folder / f".{uuid.uuid4().hex}"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def fsync_path(path: Path) -> None:
     """Make a file's content, or a folder's entries, survive a power cut. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)

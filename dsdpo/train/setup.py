@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from deepspeed import DeepSpeedEngine
+from transformers import PreTrainedTokenizerBase
 
 from dsdpo.checkpoint.resume import NO_RESUME_POINT, ResumePoint, find_resume_point, restore
 from dsdpo.checkpoint.run_metadata import identity, run_metadata
 from dsdpo.checkpoint.saver import Saver
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
+from dsdpo.data.exported import ExportedTemplate
 from dsdpo.data.loader import BatchLoader, ExampleSource
 from dsdpo.data.order import examples_of_steps, steps_per_epoch
 from dsdpo.data.templates import load_tokenizer
@@ -67,7 +70,8 @@ def set_up(
     loader, reference = load(train_set, used)
     held_out = None if eval_set is None else load(eval_set, np.arange(len(eval_set)))
     watchdog = watchdog or Watch(RunDir(Path(config.output_dir)), mesh, config.hang_timeout, None)
-    metadata = run_metadata(config, mesh, engine, train_set, load.row_tokens)
+    tokenizer, exported = _prepare_export(config, engine, train_set)
+    metadata = {**run_metadata(config, mesh, engine, train_set, load.row_tokens), "exported": asdict(exported)}
     saver = _saver(config, mesh, engine, point, metadata, reporter.say, watchdog.token)
     if trains and config.save_steps is not None and point.step < schedule.total_steps:
         saver.check_room()
@@ -78,7 +82,7 @@ def set_up(
         mesh=mesh,
         hardware=hardware,
         engine=engine,
-        tokenizer=load_tokenizer(config.model_name_or_path),
+        tokenizer=tokenizer,
         objective=objective,
         loader=loader,
         reference=reference,
@@ -91,6 +95,18 @@ def set_up(
         saver=saver,
         watchdog=watchdog,
     )
+
+
+def _prepare_export(
+    config: RunConfig, engine: DeepSpeedEngine, train_set: ExampleSource
+) -> tuple[PreTrainedTokenizerBase, ExportedTemplate]:
+    """The tokenizer to export, and what it says; the model's generation config gets the end tokens as well."""
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    exported = ExportedTemplate.of(tokenizer, config, train_set.end_token, train_set.template_date)
+    settings = engine.module.model.generation_config
+    settings.eos_token_id = exported.end_ids(tokenizer, settings.eos_token_id)
+    exported.put_into(tokenizer)
+    return tokenizer, exported
 
 
 class _Loaders:

@@ -118,6 +118,7 @@ class ListOfExamples:
 
     earlier_fingerprint = None
     template_date = None
+    end_token = None
 
     def __len__(self) -> int:
         return len(self._examples)

@@ -52,6 +52,7 @@ FREE = {
     "run_name",
     "plot_loss",
     "disable_tqdm",
+    "template_date",
 }
 CONSENT = {
     "learning_rate",

@@ -1,0 +1,61 @@
+"""What a trained folder needs so that it is asked and stops as the run trained it: chat template and end tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dsdpo.config.schema import RunConfig
+from dsdpo.data.templates import ExampleEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ExportedTemplate:
+    """Of a run.
+
+    Attributes:
+        chat_template: with which `apply_chat_template` gives the ids that were trained; None: there is none.
+        end_token: ends the completions that were trained.
+    """
+
+    chat_template: str | dict[str, str] | None
+    end_token: str
+
+    @classmethod
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, config: RunConfig, end_token: str | None, date: str | None
+    ) -> ExportedTemplate:
+        """What a run trains with.
+
+        Args:
+            tokenizer: of the model.
+            end_token: that its prepared set ends completions with; None: not known, the template's.
+            date: as the template writes it, or None.
+
+        Raises:
+            ConfigError: the template does not fit the tokenizer.
+        """
+        encoder = ExampleEncoder(tokenizer, config.template, config.default_system, date)
+        end = str(tokenizer.convert_ids_to_tokens(encoder.end_id))
+        return cls(encoder.chat_template or tokenizer.chat_template, end_token or end)
+
+    def put_into(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Give a tokenizer the chat template and the end token, where that changes nothing that the template writes."""
+        tokenizer.chat_template = self.chat_template
+        if tokenizer.eos_token != self.end_token and "eos_token" not in str(self.chat_template):
+            tokenizer.eos_token = self.end_token
+
+    def end_ids(self, tokenizer: PreTrainedTokenizerBase, own: Any) -> int | list[int]:
+        """Token ids at which generation stops.
+
+        Args:
+            tokenizer: of the model.
+            own: the model's own end tokens: an id, a list, or None.
+        """
+        ids = own if isinstance(own, list) else [own]
+        end = tokenizer.convert_tokens_to_ids(self.end_token)
+        found = list(dict.fromkeys(int(id_) for id_ in (end, *ids) if isinstance(id_, int)))
+        return found if len(found) > 1 else found[0]
