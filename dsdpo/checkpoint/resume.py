@@ -151,9 +151,10 @@ def _earlier_reading(run: dict[str, Any], now: dict[str, Any]) -> str:
         )
     if run["fingerprints"].get("data") != now.get("earlier_fingerprint"):
         return " (other files or settings)"
-    if run["order"]["examples"] != now["examples"]:
+    made = run["order"].get("examples", run["order"].get("pairs"))
+    if made != now["examples"]:
         return (
-            f" (an earlier version made {run['order']['examples']} examples of the same files, this one makes "
+            f" (an earlier version made {made} examples of the same files, this one makes "
             f"{now['examples']}; dropped_rows.jsonl beside the prepared data says why. Finish the run with the version "
             "that began it)"
         )
