@@ -7,10 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from dsdpo.checkpoint.commit import RUN_FILE, none_usable, read_run, resume_candidates, verify
-from dsdpo.checkpoint.identity import config_diff, refusal
+from dsdpo.checkpoint.continuing import earlier_run_problem
 from dsdpo.config.accelerate import launch_problems
 from dsdpo.config.deepspeed import check_deepspeed
 from dsdpo.config.load import LoadResult, load
@@ -21,7 +18,6 @@ from dsdpo.data import registry
 from dsdpo.errors import CheckpointError, ConfigError, IOFailure, Problem
 from dsdpo.model import files
 from dsdpo.runtime.env import has_gpu_driver
-from dsdpo.runtime.rundir import RunDir
 
 
 @dataclass(frozen=True)
@@ -175,38 +171,7 @@ def _unwritable(folder: Path, option: str) -> str:
 
 
 def _earlier_run(loaded: LoadResult) -> str:
-    """Why the run in output_dir, or the checkpoint that is named, cannot be continued; no weights are read."""
     config = loaded.config
     if config is None or loaded.faulty & {"output_dir", "resume_from_checkpoint", "change_on_resume"}:
         return ""
-    if RunDir(Path(config.output_dir)).completed.exists():
-        return _finished_run(config)
-    faults = []
-    for checkpoint in resume_candidates(config):
-        if checkpoint.uncertain:  # the ranks look again, and tell
-            return ""
-        problem = verify(checkpoint, [RUN_FILE])
-        if not problem:
-            saved = read_run(checkpoint.path)["config"]
-            lines = config_diff(saved, config.model_dump(mode="json"), config.change_on_resume)
-            return refusal(str(checkpoint.path), lines) if lines else ""
-        faults.append(f"{checkpoint.path.name}: {problem}")
-    return str(none_usable(config, faults)) if faults else ""
-
-
-def _finished_run(config: RunConfig) -> str:
-    """Whether the finished run in output_dir is another one; where it is this one, there is nothing to do."""
-    try:
-        saved = yaml.safe_load(RunDir(Path(config.output_dir)).run_config.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return ""
-    if not isinstance(saved, dict):
-        return ""
-    lines = config_diff(saved, config.model_dump(mode="json"), [])
-    if not lines and not config.resume_from_checkpoint:
-        return ""
-    named = "resume_from_checkpoint is set" if config.resume_from_checkpoint else ""
-    return (
-        f"output_dir: {config.output_dir} holds a finished run, and this is another one: "
-        f"{'; '.join(filter(None, [*lines, named]))}. Choose another output_dir, or begin again with --fresh"
-    )
+    return earlier_run_problem(config)

@@ -88,7 +88,7 @@ def _run(
             start_over(run_dir, task.confirmed, job.job if job is not None else None)
         elif is_finished(task, config):  # by the attempt that was waited for
             return 0
-        clear_marks(run_dir)
+        clear_marks(task, config)
         prepare_data(config)
         try:
             launch = _launch(task, cluster, job, devices, run_dir, lock.token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsdpo.checkpoint import continuing
 from dsdpo.config.schema import RunConfig
 from dsdpo.runtime.env import launched
 from dsdpo.runtime.rundir import RunDir
@@ -39,15 +40,22 @@ def prepare_data(config: RunConfig) -> None:
             print(summary(prepared), flush=True)
 
 
-def clear_marks(run_dir: RunDir) -> None:
-    """Forget how an earlier attempt was stopped and ended."""
+def clear_marks(task: Task, config: RunConfig) -> None:
+    """Forget how an earlier attempt was stopped and ended; of training, also that it was finished, as it goes on.
+
+    Raises:
+        CheckpointError: another run has finished there.
+    """
+    run_dir = RunDir(Path(config.output_dir))
+    if task.name == "train":
+        continuing.reopen(config)
     for mark in (run_dir.stop, run_dir.exit, run_dir.peer_exit):
         mark.unlink(missing_ok=True)
 
 
 def is_finished(task: Task, config: RunConfig) -> bool:
     """Whether this training has ended well before; said once."""
-    if task.name != "train" or not RunDir(Path(config.output_dir)).completed.exists():
+    if task.name != "train" or not continuing.is_finished(config):
         return False
     mesh = launched()
     if mesh is None or mesh.is_main:

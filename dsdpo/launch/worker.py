@@ -38,8 +38,8 @@ def join(task: Task, mesh: Mesh, token: str | None) -> int:
         take_environment(run_dir, token)
     if config is not None and not supervised and is_finished(task, config):
         return 0
-    if run_dir is not None and not supervised and mesh.is_main:
-        token = _take_lock(task, run_dir)
+    if config is not None and not supervised and mesh.is_main:
+        token = _take_lock(task, config)
     try:
         with _no_garbage_collection():
             meeting = rendezvous(mesh, config, zero, trouble, token)
@@ -90,11 +90,11 @@ def _read(task: Task, mesh: Mesh, supervised: bool) -> tuple[RunConfig | None, Z
         return None, None, error
 
 
-def _take_lock(task: Task, run_dir: RunDir) -> str:
+def _take_lock(task: Task, config: RunConfig) -> str:
     """Without a supervisor the main rank holds the lock, until the process ends. Returns its token."""
-    lock = RunLock.acquire(run_dir, f"dsdpo {task.name}")
+    lock = RunLock.acquire(RunDir(Path(config.output_dir)), f"dsdpo {task.name}")
     atexit.register(lock.release)
-    clear_marks(run_dir)
+    clear_marks(task, config)
     return lock.token
 
 

@@ -18,6 +18,7 @@ import torch
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from dsdpo.config.load import load
+from dsdpo.config.schema import RunConfig
 from dsdpo.errors import HangError, IOFailure, StopRequested
 from dsdpo.launch.deepspeed import (
     Launch,
@@ -260,12 +261,19 @@ def test_that_a_peer_hangs_goes_before_what_its_loss_did(tmp_path: Path) -> None
 
 
 def test_marks_of_an_earlier_attempt_are_cleared(tmp_path: Path) -> None:
-    clear_marks(RunDir(tmp_path / "not_there"))
+    task = Task("train", "run.yaml", [])
+    clear_marks(task, config_in(tmp_path / "not_there"))
     run_dir = RunDir(tmp_path)
     for path in (run_dir.stop, run_dir.exit, run_dir.peer_exit, run_dir.completed):
         path.write_text("")
-    clear_marks(run_dir)
+    clear_marks(Task("eval", "run.yaml", []), config_in(tmp_path))
     assert list(tmp_path.iterdir()) == [run_dir.completed]
+    clear_marks(task, config_in(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def config_in(output_dir: Path) -> RunConfig:
+    return RunConfig(model_name_or_path="m", dataset=["d"], output_dir=str(output_dir))
 
 
 @pytest.mark.parametrize(
