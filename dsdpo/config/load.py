@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from dsdpo.config.aliases import suggest
+from dsdpo.config.earlier import earlier_values, remark
 from dsdpo.config.options import options, value_kinds
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import Problem
@@ -31,21 +32,27 @@ class LoadResult:
 
     `config` holds every sound value; a key in `faulty` (wrong or missing) stands at its default or empty
     there, so a check looks at `faulty` first. `config` is None when the file itself cannot be read. `origins`
-    tells where a given key was set: `run.yaml:3` or `command line`.
+    tells where a given key was set: `run.yaml:3` or `command line`. `remark` says which defaults of an earlier version
+    count on.
     """
 
     config: RunConfig | None
     problems: list[Problem]
     faulty: frozenset[str] = frozenset()
     origins: dict[str, str] = field(default_factory=dict)
+    remark: str = ""
 
     def where(self, key: str) -> str:
         """Where `key` got its value, for a message."""
         return self.origins.get(key, "default")
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadResult:
-    """Read `path`, apply `--key value` overrides and validate key by key; a user's mistake raises nothing."""
+def load(path: str | Path, overrides: Sequence[str] = (), fresh: bool = False) -> LoadResult:
+    """Read `path`, apply `--key value` overrides and validate key by key; a user's mistake raises nothing.
+
+    Args:
+        fresh: whether what output_dir holds will be moved aside.
+    """
     values, lines, problems = read_yaml(path)
     changes, command_problems = parse_overrides(overrides)
     problems += command_problems
@@ -55,12 +62,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadResult:
     origins |= dict.fromkeys(changes, COMMAND_LINE)
     values |= changes
     problems += _take_unknown(values, origins)
-    config, faulty, value_problems = _validate(values, origins, str(path))
+    kept = earlier_values(values, fresh)
+    config, faulty, value_problems = _validate(values | kept, origins, str(path))
     if config is not None and _is_recorded(path):
         origins = {
             key: place for key, place in origins.items() if place == COMMAND_LINE or not _is_default(config, key)
         }
-    return LoadResult(config, problems + value_problems, faulty, origins)
+    return LoadResult(config, problems + value_problems, faulty, origins, remark(kept, config) if kept else "")
 
 
 def _is_recorded(path: str | Path) -> bool:

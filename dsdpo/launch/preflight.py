@@ -17,7 +17,7 @@ from dsdpo.config.zero import ZeroConfig
 from dsdpo.data import registry
 from dsdpo.errors import CheckpointError, ConfigError, IOFailure, Problem
 from dsdpo.model import files
-from dsdpo.runtime.env import has_gpu_driver
+from dsdpo.runtime.env import has_gpu_driver, launched
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def preflight(
         IOFailure: all is well as far as files tell, but the hub gives no answer.
         CheckpointError: all is well but for an earlier run in output_dir that this one cannot go on with.
     """
-    loaded = load(path, overrides)
+    loaded = load(path, overrides, fresh)
     config = loaded.config
     zero, problems = check_deepspeed(loaded)
     problems = loaded.problems + check_rules(loaded) + problems
@@ -96,6 +96,9 @@ def preflight(
         raise CheckpointError(earlier)
     if failure is not None:
         raise failure
+    mesh = launched()
+    if loaded.remark and (mesh is None or mesh.is_main):
+        print(loaded.remark, flush=True)
     return config, zero
 
 

@@ -61,7 +61,7 @@ def test_every_option_is_in_the_help_with_group_type_and_default(name: str) -> N
 def test_the_help_tells_what_a_resumed_run_may_change() -> None:
     text = option_help()
     assert "  save_steps (a whole number, at least 1, or empty; default 500; may change on resume)\n" in text
-    assert "  learning_rate (a number, above 0; default 1e-06; with change_on_resume)\n" in text
+    assert "  learning_rate (a number, above 0; default 1e-05; with change_on_resume)\n" in text
     assert "  seed (a whole number, at least 0; default 42)\n" in text
     assert text.count("; may change on resume)\n") == len(options_with("free"))
     assert text.count("; with change_on_resume)\n") == len(options_with("consent"))
