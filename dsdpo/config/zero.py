@@ -99,7 +99,8 @@ def read_settings(deepspeed: str | dict[str, Any]) -> dict[str, Any]:
     """
     data = deepspeed if isinstance(deepspeed, dict) else _read_json(deepspeed)
     if found := foreign_settings(data):
-        raise _unreadable("accelerate-config", f"{named(deepspeed)} {found}")
+        name = f"deepspeed: {deepspeed}" if isinstance(deepspeed, str) else named(deepspeed)
+        raise _unreadable("accelerate-config", f"{name} {found}")
     return data
 
 

@@ -38,6 +38,19 @@ def prepare_data(config: RunConfig) -> None:
     for prepared in (prepare(config, "train"), prepare(config, "eval")):
         if prepared is not None:
             print(summary(prepared), flush=True)
+            remark = small_set_remark(len(prepared), config.train_batch_size) if prepared.split == "train" else ""
+            if remark:
+                print(remark, flush=True)
+
+
+def small_set_remark(examples: int, train_batch_size: int) -> str:
+    """What to say of a training set that does not fill a step; empty where it does."""
+    if examples >= train_batch_size:
+        return ""
+    return (
+        f"{examples} examples are fewer than train_batch_size ({train_batch_size}): each step is an epoch, and takes "
+        "all of them"
+    )
 
 
 def clear_marks(task: Task, config: RunConfig) -> None:

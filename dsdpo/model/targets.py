@@ -31,7 +31,7 @@ def target_problems(targets: Sequence[str], linear: Iterable[str], embeddings: I
     """
     linear = [name for name in linear if _last(name) not in HEAD_NAMES]
     known = [*linear, *embeddings]
-    if list(targets) == ["all"] or not linear:
+    if "all" in targets or not linear:
         return []
     lost = [
         target
