@@ -129,12 +129,14 @@ def check_device(config: RunConfig, cuda: bool, zero: ZeroConfig | None = None, 
     Args:
         ranks: how many will be started; None where that is not known yet.
     """
-    if problems := (zero.rank_problems(ranks) if zero is not None and ranks else []):
-        raise ConfigError(problems)
+    problems = zero.rank_problems(ranks) if zero is not None and ranks else []
+    problems += files.cuda_problems(config) if cuda else []
     wanted = config.attn_implementation
     if wanted not in ("auto", "sdpa") and not cuda:
         text = f"attn_implementation is {wanted}, but no CUDA device is visible here; set sdpa or auto"
-        raise ConfigError(Problem("no-cuda", "attn_implementation", text))
+        problems.append(Problem("no-cuda", "attn_implementation", text))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check_task(config: RunConfig, faulty: frozenset[str], task: str) -> list[Problem]:

@@ -139,6 +139,15 @@ def model_problems(folder: Path, config: RunConfig, faulty: frozenset[str]) -> l
     return found
 
 
+def cuda_problems(config: RunConfig) -> list[Problem]:
+    """What a model in a folder asks of the attention that `auto` means on a GPU."""
+    path = Path(config.model_name_or_path) / "config.json"
+    settings, fault = read_object(path) if path.is_file() else ({}, "missing")
+    if fault or config.attn_implementation != "auto" or config.precision == "fp32":
+        return []
+    return support.head_problems(Architecture.read(settings), "varlen")
+
+
 def _shapes(folder: Path) -> Shapes:
     """Name and shape of each tensor; empty where the files cannot tell."""
     files, lacks = weight_files(folder)

@@ -68,8 +68,18 @@ def problems(model: Architecture, max_length: int, disable_dropout: bool, backen
     return found
 
 
+# Kinds of problems that another option than the model's name can mend.
+_OPTIONS = {
+    "window": "max_length",
+    "positions": "max_length",
+    "dropout": "disable_dropout",
+    "heads": "attn_implementation",
+}
+
+
 def _problem(code: str, text: str) -> Problem:
-    return Problem(f"model-{code}", "model_name_or_path", f"{text} [model_name_or_path]")
+    option = _OPTIONS.get(code, "model_name_or_path")
+    return Problem(f"model-{code}", option, f"{text} [model_name_or_path]")
 
 
 def _attention_problems(model: Architecture, max_length: int) -> list[Problem]:

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from dsdpo.cli import main
 from dsdpo.errors import ConfigError
 from dsdpo.launch import supervisor
-from dsdpo.launch.preflight import ClusterRequest
+from dsdpo.launch.preflight import ClusterRequest, check_device, preflight
 from dsdpo.launch.task import Task
 from tests.helpers.fake_model import save_fake_model, tensors
 
@@ -147,8 +147,6 @@ def test_all_mistakes_come_in_one_report(
 
 def test_what_files_cannot_tell_passes(tmp_path: Path, run: dict[str, Any]) -> None:
     """A pickle has no header: the ranks look for the modules of lora_target."""
-    from dsdpo.launch.preflight import preflight
-
     bin_file(b"\x80\x02old")(tmp_path / "model")
     assert preflight(write(tmp_path, run | {"lora_target": "q_projj"}), [])
 
@@ -159,9 +157,23 @@ def test_what_files_cannot_tell_passes(tmp_path: Path, run: dict[str, Any]) -> N
     + [(name, [name]) for name in ("self_attn.q_proj", "layers.0.mlp.up_proj", "embed_tokens")],
 )
 def test_names_of_modules_pass(tmp_path: Path, run: dict[str, Any], given: str, targets: list[str]) -> None:
-    from dsdpo.launch.preflight import preflight
-
     assert preflight(write(tmp_path, run | {"lora_target": given}), [])[0].lora_target == targets
+
+
+@pytest.mark.parametrize(("size", "precision", "cuda", "found"), [
+    (100, "auto", True, ["model-heads"]), (100, "fp32", True, []), (100, "auto", False, []), (64, "bf16", True, []),
+])  # fmt: skip
+def test_heads_that_a_gpu_cannot_take_are_told_before_a_launch(
+    tmp_path: Path, run: dict[str, Any], size: int, precision: str, cuda: bool, found: list[str]
+) -> None:
+    save_fake_model(tmp_path / "model", head_dim=size)
+    config, zero = preflight(write(tmp_path, run | {"precision": precision}), [])
+    try:
+        check_device(config, cuda, zero, 1)
+        codes = []
+    except ConfigError as error:
+        codes = [problem.code for problem in error.problems]
+    assert codes == found
 
 
 def test_names_that_exist_are_listed(tmp_path: Path, run: dict[str, Any]) -> None:
