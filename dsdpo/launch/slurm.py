@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from dsdpo.checkpoint.commit import checkpoints
-from dsdpo.errors import ConfigError, DsdpoError, HangError, IOFailure, StopRequested
+from dsdpo.errors import ConfigError, DsdpoError, HangError, IOFailure, Problem, StopRequested
 from dsdpo.launch.preflight import ClusterRequest
 from dsdpo.runtime.env import Allocation
 from dsdpo.runtime.files import write_atomically
@@ -48,7 +48,8 @@ def ranks_per_node(wanted: int | None, gpus: int) -> int:
         ConfigError: more than there are GPUs.
     """
     if wanted and gpus and wanted > gpus:
-        raise ConfigError(f"--num_accelerators is {wanted}, but the job has {gpus} GPUs on each node")
+        text = f"--num_accelerators is {wanted}, but the job has {gpus} GPUs on each node"
+        raise ConfigError(Problem("too-few-devices", "num_accelerators", text))
     return wanted or gpus or 1
 
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsdpo.config.schema import RunConfig
-from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError
+from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError, Problem
 from dsdpo.launch.deepspeed import Launch, StopRequests, end_leftovers, launch_command, launch_environment, run_launcher
 from dsdpo.launch.preflight import ClusterRequest, check_device, preflight
 from dsdpo.launch.slurm import Attempts, let_earlier_attempt_end, ranks_per_node, srun_command
@@ -36,7 +36,8 @@ def supervise(task: Task, cluster: ClusterRequest) -> int:
     """Run `task` on the accelerators asked for and return its exit code. Raises DsdpoError."""
     job = None if cluster.hostfile or cluster.include or cluster.exclude else _allocation()
     if cluster.requeue and job is None:
-        raise ConfigError("--requeue works in a SLURM job that gives the nodes, such as that of slurm/train.sbatch")
+        text = "--requeue works in a SLURM job that gives the nodes, such as that of slurm/train.sbatch"
+        raise ConfigError(Problem("cluster", "requeue", text))
     ranks = _known_ranks(cluster, job)
     config, zero = preflight(task.path, task.overrides, task.name, cluster, task.model, task.fresh, ranks)
     run_dir = RunDir(Path(config.output_dir))
@@ -139,7 +140,8 @@ def _allocation() -> Allocation | None:
     if job is None or shutil.which("srun"):
         return job
     if job.nodes > 1:
-        raise ConfigError(f"job {job.job} has {job.nodes} nodes, but there is no srun on PATH to start ranks on them")
+        text = f"job {job.job} has {job.nodes} nodes, but there is no srun on PATH to start ranks on them"
+        raise ConfigError(Problem("cluster", "", text))
     return None
 
 
@@ -153,7 +155,8 @@ def _devices(cluster: ClusterRequest, job: Allocation | None) -> int:
     if not devices:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or importing it in this process warns of no GPU
     elif (cluster.num_accelerators or 1) > devices:
-        raise ConfigError(f"--num_accelerators is {cluster.num_accelerators}, but {devices} are visible here")
+        text = f"--num_accelerators is {cluster.num_accelerators}, but {devices} are visible here"
+        raise ConfigError(Problem("too-few-devices", "num_accelerators", text))
     return devices
 
 
