@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsdpo.config.load import LoadResult, load, parse_overrides
@@ -73,6 +74,15 @@ def test_text_options_hold_what_was_typed(tmp_path: Path, key: str, text: str) -
     if key == "dataset":
         assert sound(tmp_path, others + f"dataset: [a, {text}]\n").dataset == ["a", text]
         assert sound(tmp_path, MINIMAL, "--dataset", f"[a, {text}]").dataset == ["a", text]
+
+
+@settings(max_examples=30)
+@given(st.from_regex(r"[0-9a-fA-F][0-9a-fA-FxeE+_.-]{0,11}", fullmatch=True))
+def test_what_looks_like_a_number_in_part_is_text(text: str) -> None:
+    """Hashes, versions, names made of settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        assert sound(Path(folder), MINIMAL + f"run_name: {text}\n").run_name == text
+        assert sound(Path(folder), MINIMAL, "--run_name", text).run_name == text
 
 
 @pytest.mark.parametrize(
