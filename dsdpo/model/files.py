@@ -135,7 +135,7 @@ def model_problems(folder: Path, config: RunConfig, faulty: frozenset[str]) -> l
     found = support.problems(architecture, longest, config.disable_dropout, backend)
     makes_adapter = config.finetuning_type == "lora" and not config.adapter_name_or_path
     if makes_adapter and "lora_target" not in faulty:
-        found += target_problems(config.lora_target, *modules_of(_shapes(folder)))
+        found += target_problems(config.lora_target, *modules_of(_shapes(folder)), lack_prefix=True)
     return found
 
 

@@ -19,12 +19,15 @@ def modules_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], list[s
     return sorted(set(modules) - set(embeddings)), embeddings
 
 
-def target_problems(targets: Sequence[str], linear: Iterable[str], embeddings: Iterable[str]) -> list[Problem]:
+def target_problems(
+    targets: Sequence[str], linear: Iterable[str], embeddings: Iterable[str], lack_prefix: bool = False
+) -> list[Problem]:
     """Names of `lora_target` that match no module: PEFT would leave them out without a word, as long as others match.
 
     Args:
         targets: ends of module names, as PEFT takes them; `all` matches every linear layer.
         linear, embeddings: names of the model's modules; without linear ones nothing can be told.
+        lack_prefix: whether the names come from files, which may leave out `transformer.` and the like.
 
     Returns:
         One problem at most. The output head is the business of the rules.
@@ -36,7 +39,7 @@ def target_problems(targets: Sequence[str], linear: Iterable[str], embeddings: I
     lost = [
         target
         for target in targets
-        if _last(target) not in HEAD_NAMES and not any(_matches(target, name) for name in known)
+        if _last(target) not in HEAD_NAMES and not any(_matches(target, name, lack_prefix) for name in known)
     ]
     if not lost:
         return []
@@ -49,9 +52,8 @@ def target_problems(targets: Sequence[str], linear: Iterable[str], embeddings: I
     return [Problem("lora-target-unknown", "lora_target", text)]
 
 
-def _matches(target: str, name: str) -> bool:
-    """A file may name a module without the prefix that it has in the model, such as `transformer.`."""
-    return f".{name}".endswith(f".{target}") or f".{target}".endswith(f".{name}")
+def _matches(target: str, name: str, lacks_prefix: bool) -> bool:
+    return f".{name}".endswith(f".{target}") or (lacks_prefix and f".{target}".endswith(f".{name}"))
 
 
 def _last(name: str) -> str:
