@@ -96,7 +96,9 @@ def _export(args: argparse.Namespace, _: list[str]) -> None:
     if not source.is_dir():
         raise CheckpointError(f"there is no folder {source}; give the output_dir of a run")
     from dsdpo.export.huggingface import export
+    from dsdpo.runtime.progress import show_library_progress
 
+    show_library_progress()
     print(f"exported {export(source, target, args.merge, args.step)} to {target}")
 
 
@@ -111,7 +113,9 @@ def _import_checkpoint(args: argparse.Namespace, _: list[str]) -> None:
     if not source.is_dir():
         raise CheckpointError(f"there is no folder {source}; give a DeepSpeed checkpoint, such as out/checkpoint-500")
     from dsdpo.export.deepspeed_import import import_checkpoint
+    from dsdpo.runtime.progress import show_library_progress
 
+    show_library_progress()
     print(f"imported {import_checkpoint(source, target, args.tag, args.model)} to {target}")
 
 

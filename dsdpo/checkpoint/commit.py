@@ -23,6 +23,7 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, IOFailure
 from dsdpo.runtime.faults import fault_point
 from dsdpo.runtime.files import fsync_path, write_atomically
+from dsdpo.runtime.progress import Progress
 from dsdpo.runtime.rundir import RunDir
 
 MANIFEST = "MANIFEST.json"
@@ -204,9 +205,11 @@ def verify(checkpoint: Checkpoint, files: Iterable[str] | None = None) -> str:
     for name in recorded if files is None else files:
         digest = hashlib.sha256()
         try:
-            with (checkpoint.path / name).open("rb") as stream:
+            shown = Progress(f"reading {name}", recorded[name]["size"], "MB", 10**6)
+            with (checkpoint.path / name).open("rb") as stream, shown:
                 while block := stream.read(_BLOCK):
                     digest.update(block)
+                    shown.advance(len(block))
         except OSError as error:
             return f"{name} cannot be read: {error.strerror or error}"
         if digest.hexdigest() != recorded[name]["sha256"]:

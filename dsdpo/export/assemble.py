@@ -17,6 +17,7 @@ from dsdpo.data.exported import ExportedTemplate
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.engine.zero_state import WEIGHTS
 from dsdpo.errors import CheckpointError
+from dsdpo.runtime.progress import Progress
 
 SHARD_BYTES = 5 * 2**30
 
@@ -105,7 +106,13 @@ def _shards(fragments: Fragments, itemsize: int) -> Iterator[list[str]]:
 def _write_weights(path: Path, fragments: Fragments, stored: dict[str, str], dtype: str) -> None:
     """stored: name in the file -> name in the checkpoint."""
     shapes = {key: (_dtype(dtype), list(fragments.index[name]["shape"])) for key, name in stored.items()}
-    write_stream(path, shapes, lambda key: fragments.read(stored[key], WEIGHTS).to(_dtype(dtype)))
+    with Progress(f"writing {path.name}", len(shapes), "tensors") as progress:
+
+        def tensor_of(key: str) -> torch.Tensor:
+            progress.advance()
+            return fragments.read(stored[key], WEIGHTS).to(_dtype(dtype))
+
+        write_stream(path, shapes, tensor_of)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -21,6 +21,7 @@ from dsdpo.data.templates import load_tokenizer
 from dsdpo.errors import CheckpointError, IOFailure
 from dsdpo.export.assemble import assemble
 from dsdpo.runtime.files import follow_umask, fsync_path, fsync_tree
+from dsdpo.runtime.progress import track
 from dsdpo.runtime.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def _whole_state(model: nn.Module, trainable_only: bool, keep: bool) -> dict[str
     from deepspeed.runtime.zero import GatheredParameters  # here, since exporting a folder needs no deepspeed
 
     state: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
+    parameters = list(model.named_parameters())
+    for name, parameter in track(parameters, "gathering weights", len(parameters), "tensors"):
         if trainable_only and not parameter.requires_grad:
             continue
         with GatheredParameters([parameter], enabled=is_partitioned(parameter)):

@@ -21,6 +21,7 @@ from dsdpo.objectives.sums import completion_sums
 from dsdpo.reference.store import ReferenceStore, store_key
 from dsdpo.runtime.collectives import any_rank
 from dsdpo.runtime.env import Mesh
+from dsdpo.runtime.progress import Progress
 from dsdpo.runtime.stop import StopFlag
 
 _EXAMPLES_PER_PASS = 64  # per rank, between two looks at the micro-batches' balance
@@ -154,7 +155,8 @@ def _fill(
 
     engine.eval()
     per_pass = _EXAMPLES_PER_PASS * loader.mesh.dp_size
-    with torch.no_grad(), reference_weights(engine.module.model):
+    progress = Progress("reference", len(ids), "examples")
+    with torch.no_grad(), reference_weights(engine.module.model), progress:
         for number, batch in enumerate(loader.in_order(ids, per_pass)):
             for micro_batch in batch.micro_batches:
                 output = engine(PackedInputs.of(micro_batch, device))
@@ -162,6 +164,7 @@ def _fill(
                     done.append(number * per_pass + micro_batch.examples)
                     counts.append(batch.lengths.counts[micro_batch.examples])
                     values.append(completion_sums(output, micro_batch.completions)[:, :2])
+            progress.advance(len(batch.example_ids))
             if (number + 1) % _PASSES_PER_CHUNK == 0:
                 flush()
             if any_rank(bool(stop), device):

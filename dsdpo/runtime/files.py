@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.errors import IOFailure
+from dsdpo.runtime.progress import Progress
 
 _HASH_BLOCK = 1 << 24
 _SETTLED_NS = 2_000_000_000  # a file changed less than this ago could change again within the clock's grain
@@ -100,9 +101,10 @@ def file_digest(path: Path, stamps: Path) -> str:
         if all(known.get(key) == value for key, value in state.items()):
             return str(known["sha256"])
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with path.open("rb") as stream, Progress(f"reading {path.name}", state["size"], "MB", 10**6) as progress:
         while block := stream.read(_HASH_BLOCK):
             digest.update(block)
+            progress.advance(len(block))
     if is_settled(state):
         write_atomically(stamp, json.dumps({**state, "sha256": digest.hexdigest()}))
     return digest.hexdigest()

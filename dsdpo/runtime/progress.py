@@ -40,6 +40,7 @@ class Progress:
         what: name of the work, such as `reference`.
         total: number of items.
         unit: name of the items, in the plural.
+        scale: items in a unit: 10**6 for bytes that are shown in MB.
         shows: whether this process shows it. None: where it is the main rank, or no rank.
         bar: whether it is a bar. None: on a terminal, unless `no_bars` was called.
         clock: seconds; only differences count.
@@ -51,12 +52,14 @@ class Progress:
         what: str,
         total: int,
         unit: str = "",
+        scale: int = 1,
         shows: bool | None = None,
         bar: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
         write: Callable[[str], None] | None = None,
     ) -> None:
-        self._what, self._total, self._unit = what, max(total, 1), f" {unit}" if unit else ""
+        self._what, self._total, self._scale = what, max(total, 1), scale
+        self._unit = f" {unit}" if unit else ""
         self._shows = _is_main() if shows is None else shows
         self._clock, self._write = clock, write or _to_stderr
         self._done = 0
@@ -66,7 +69,8 @@ class Progress:
         if self._shows and (_bars and sys.stderr.isatty() if bar is None else bar):
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=what, unit=self._unit or "it", leave=False, dynamic_ncols=True)
+            unit = self._unit or "it"
+            self._bar = tqdm(total=total, desc=what, unit=unit, unit_scale=1 / scale, leave=False, dynamic_ncols=True)
 
     def advance(self, count: int = 1) -> None:
         """So many more items are done."""
@@ -76,10 +80,9 @@ class Progress:
         elif self._shows and self._done < self._total and self._is_due():
             seconds = self._clock() - self._began
             left = seconds / max(self._done, 1) * (self._total - self._done)
-            self._line(
-                f"{self._done} of {self._total}{self._unit} ({100 * self._done // self._total} %), "
-                f"left {format_interval(left)}"
-            )
+            done, total = self._done // self._scale, self._total // self._scale
+            percent = 100 * self._done // self._total
+            self._line(f"{done} of {total}{self._unit} ({percent} %), left {format_interval(left)}")
 
     def _is_due(self) -> bool:
         waited = self._clock() - self._shown
@@ -95,7 +98,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         elif self._shown_done is not None:
-            self._line(f"{self._done}{self._unit} in {format_interval(self._clock() - self._began)}")
+            self._line(f"{self._done // self._scale}{self._unit} in {format_interval(self._clock() - self._began)}")
 
     def __enter__(self) -> Progress:
         return self

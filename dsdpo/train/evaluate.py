@@ -13,6 +13,7 @@ from dsdpo.data.packing import MicroBatch
 from dsdpo.model.packed import ModelOutput, PackedInputs
 from dsdpo.objectives.base import Objective
 from dsdpo.reference.source import Reference
+from dsdpo.runtime.progress import Progress
 from dsdpo.train.metrics import MetricSums
 
 
@@ -42,13 +43,14 @@ def evaluate(
     ids = np.arange(len(loader.source))
     left = False
     engine.eval()
-    with torch.no_grad():
+    with torch.no_grad(), Progress("held-out", len(ids), "examples") as progress:
         for batch in loader.in_order(ids, batch_size, mean_over=loader.source.lengths(ids)):
             if left := not goes_on():
                 break
             loss_of = objective.bind(batch, reference.logps(batch), forward)
             for micro_batch in batch.micro_batches:
                 sums.add(loss_of(micro_batch, forward(micro_batch)))
+            progress.advance(len(batch.example_ids))
     engine.train()
     if left:
         return None

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from deepspeed import DeepSpeedEngine, comm
-from transformers.utils.logging import disable_progress_bar
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
@@ -28,6 +27,7 @@ from dsdpo.reference.source import NoReference, Reference, StoredReference
 from dsdpo.runtime.collectives import all_gather_object, any_rank
 from dsdpo.runtime.env import Mesh, launched
 from dsdpo.runtime.lock import holder
+from dsdpo.runtime.progress import no_bars, show_library_progress
 from dsdpo.runtime.rundir import RunDir
 from dsdpo.runtime.stop import (
     ExitRecord,
@@ -62,7 +62,9 @@ def run_task(
         DsdpoError: with the exit code; said in output_dir/EXIT too, for the supervisor.
     """
     mesh = launched() or Mesh(0, 1, 0)
-    disable_progress_bar()  # transformers' bars for loading and saving, one per rank
+    if config.disable_tqdm:
+        no_bars()
+    show_library_progress()
     run_dir = RunDir(Path(config.output_dir))
     stop_flag = StopFlag(run_dir, mesh.is_main, _deadline(config, run_dir) if mesh.is_main else None)
     stop_flag.install()

@@ -58,6 +58,16 @@ def test_a_line_says_what_is_done_and_the_time_left() -> None:
     assert lines[-1] == (100.0, "work: 100 items in 01:40")
 
 
+def test_bytes_are_shown_in_a_larger_unit() -> None:
+    log = Log()
+    with log.progress(40_000_000, scale=10**6) as shown:
+        for _ in range(4):
+            log.now += 6
+            shown.advance(10_000_000)
+    assert log.lines[0] == (6.0, "work: 10 of 40 items (25 %), left 00:18")
+    assert log.lines[-1] == (24.0, "work: 40 items in 00:24")
+
+
 def test_short_work_writes_nothing() -> None:
     assert Log().work(1000, 0.004) == []
 
