@@ -146,7 +146,7 @@ def test_plain_text_is_one_record_a_line_and_no_pair(tmp_path, model_folder, nam
 
 def test_the_command_line_names_the_splits_and_reads_one(tmp_path, model_folder, capsys) -> None:  # noqa: F811
     saved(tmp_path / "data/saved", train=3, test=4)
-    save_model(model_folder, tiny_llama_config(vocab_size=512))
+    save_model(model_folder, tiny_llama_config(vocab_size=512, max_position_embeddings=2048))
     run = tmp_path / "run.yaml"
     settings = {"model_name_or_path": model_folder, "dataset_dir": tmp_path / "data", "output_dir": tmp_path / "out"}
     run.write_text("dataset: saved\n" + "".join(f"{key}: {value}\n" for key, value in settings.items()))

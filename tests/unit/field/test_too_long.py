@@ -118,7 +118,7 @@ def test_dpo_en_demo_prepares_with_the_defaults(tmp_path, model_folder) -> None:
 
 
 def test_the_command_line_tells_the_remedy(tmp_path, model_folder, capsys) -> None:  # noqa: F811
-    save_model(model_folder, tiny_llama_config(vocab_size=512))
+    save_model(model_folder, tiny_llama_config(vocab_size=512, max_position_embeddings=2048))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [GOOD, LONG_PROMPT]))
     settings = {"model_name_or_path": model_folder, "dataset_dir": tmp_path, "output_dir": tmp_path / "runs/out"}
     run = tmp_path / "run.yaml"
