@@ -259,9 +259,7 @@ def _check_keys(where: str, described: dict[str, Any]) -> None:
         raise EntryProblem(f"{where}: ignore_columns must be a list of column names, not {ignored!r}")
     for inner, value in (described.get("columns") or {}).items():
         if value in ignored:
-            raise EntryProblem(
-                f"{where}: {value} is named by columns.{inner} and by ignore_columns; take out one of them"
-            )
+            raise EntryProblem(f"{where}: {value} stands in columns.{inner} and in ignore_columns; take one out")
 
 
 def _source(where: str, described: dict[str, Any], root: Path, name: str) -> tuple[tuple[Path, ...], str | None, bool]:
