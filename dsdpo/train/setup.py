@@ -70,8 +70,7 @@ def set_up(
     loader, reference = load(train_set, used)
     held_out = None if eval_set is None else load(eval_set, np.arange(len(eval_set)))
     watchdog = watchdog or Watch(RunDir(Path(config.output_dir)), mesh, config.hang_timeout, None)
-    tokenizer, exported = _prepare_export(config, engine, train_set)
-    metadata = {**run_metadata(config, mesh, engine, train_set, load.row_tokens), "exported": asdict(exported)}
+    tokenizer, metadata = _metadata(config, mesh, engine, train_set, load.row_tokens)
     saver = _saver(config, mesh, engine, point, metadata, reporter.say, watchdog.token)
     if trains and config.save_steps is not None and point.step < schedule.total_steps:
         saver.check_room()
@@ -97,16 +96,19 @@ def set_up(
     )
 
 
-def _prepare_export(
-    config: RunConfig, engine: DeepSpeedEngine, train_set: ExampleSource
-) -> tuple[PreTrainedTokenizerBase, ExportedTemplate]:
-    """The tokenizer to export, and what it says; the model's generation config gets the end tokens as well."""
+def _metadata(
+    config: RunConfig, mesh: Mesh, engine: DeepSpeedEngine, train_set: ExampleSource, row_tokens: int
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """The tokenizer to export, and what checkpoints say of the run.
+
+    The tokenizer gets the chat template and the end token of the run; so does the model's generation config.
+    """
     tokenizer = load_tokenizer(config.model_name_or_path)
     exported = ExportedTemplate.of(tokenizer, config, train_set.end_token, train_set.template_date)
     settings = engine.module.model.generation_config
     settings.eos_token_id = exported.end_ids(tokenizer, settings.eos_token_id)
     exported.put_into(tokenizer)
-    return tokenizer, exported
+    return tokenizer, {**run_metadata(config, mesh, engine, train_set, row_tokens), "exported": asdict(exported)}
 
 
 class _Loaders:
