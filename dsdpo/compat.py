@@ -255,3 +255,9 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None)
         return template.render(messages=messages, tools=tools, add_generation_prompt=for_reply, **given)
 
     return render
+
+
+def set_end_ids(model: Any, ids: int | list[int]) -> None:
+    """Give a model's generation config its end tokens, also where transformers would make it anew of the config."""
+    model.generation_config.eos_token_id = ids
+    model.generation_config._from_model_config = False

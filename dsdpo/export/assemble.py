@@ -44,7 +44,7 @@ def assemble(checkpoint: Checkpoint, folder: Path) -> None:
     exported = _exported(run, tokenizer)
     exported.put_into(tokenizer)
     own = run["generation_config"].get("eos_token_id", run["model_config"].get("eos_token_id"))
-    run["generation_config"]["eos_token_id"] = exported.end_ids(tokenizer, own)
+    run["generation_config"] |= {"eos_token_id": exported.end_ids(tokenizer, own), "_from_model_config": False}
     manifest = checkpoint.manifest
     with Fragments(checkpoint.path, manifest["parameters"], manifest["world_size"]) as fragments:
         if run["adapter_config"]:

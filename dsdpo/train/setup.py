@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dsdpo.checkpoint.resume import NO_RESUME_POINT, ResumePoint, find_resume_point, restore
 from dsdpo.checkpoint.run_metadata import identity, run_metadata
 from dsdpo.checkpoint.saver import Saver
+from dsdpo.compat import set_end_ids
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.exported import ExportedTemplate
@@ -105,8 +106,8 @@ def _metadata(
     """
     tokenizer = load_tokenizer(config.model_name_or_path)
     exported = ExportedTemplate.of(tokenizer, config, train_set.end_token, train_set.template_date)
-    settings = engine.module.model.generation_config
-    settings.eos_token_id = exported.end_ids(tokenizer, settings.eos_token_id)
+    model = engine.module.model
+    set_end_ids(model, exported.end_ids(tokenizer, model.generation_config.eos_token_id))
     exported.put_into(tokenizer)
     return tokenizer, {**run_metadata(config, mesh, engine, train_set, row_tokens), "exported": asdict(exported)}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from dsdpo.compat import set_end_ids
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.templates import NAMES
 from dsdpo.data.exported import ExportedTemplate
@@ -58,7 +59,7 @@ def saved(template: str, folder: Path, family: str = "llama") -> tuple[list[int]
     model = AutoModelForCausalLM.from_config(config)
     run = RunConfig(model_name_or_path="m", dataset=["d"], output_dir="o", template=template)
     exported = ExportedTemplate.of(tokenizer, run, end, None)
-    model.generation_config.eos_token_id = exported.end_ids(tokenizer, tokenizer.eos_token_id)
+    set_end_ids(model, exported.end_ids(tokenizer, tokenizer.eos_token_id))
     exported.put_into(tokenizer)
     _write_folder(folder, model, tokenizer, None)
     return encoded.prompt_ids, encoded.completion_ids[0], encoder.end_id
