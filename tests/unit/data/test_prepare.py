@@ -24,6 +24,7 @@ from dsdpo.data.example import DIGEST_BYTES
 from dsdpo.data.fingerprint import known_tokenizer, tokenizer_digest
 from dsdpo.data.prepare import open_prepared, prepare, summary, wait_prepared
 from dsdpo.data.shards import BATCH_ROWS, DROPPED_ROWS, MANIFEST, SCHEMA, PreparedSet, write_shards
+from dsdpo.data.tally import Tally
 from dsdpo.data.templates import EncodedExample, load_tokenizer
 from dsdpo.errors import ConfigError, DataError, HangError, IOFailure
 from tests.helpers.real import shared_file
@@ -213,6 +214,28 @@ def test_workers_do_not_change_the_set(settings):
     assert texts(one) == texts(two) and one.fingerprint == two.fingerprint
     assert [one.where(i) for i in range(20)] == [two.where(i) for i in range(20)]
     assert os.environ.get("TOKENIZERS_PARALLELISM") == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_memory_does_not_grow_with_the_number_of_records(settings, tmp_path, monkeypatch, workers):
+    """What Arrow holds while the last batches are counted is what it held for the first ones."""
+    monkeypatch.setattr("dsdpo.data.pipeline._BATCH_RECORDS", 32)
+    monkeypatch.setattr("dsdpo.data.shards.BATCH_ROWS", 64)
+    held: list[int] = []
+
+    def add(tally: Tally, batch: pa.RecordBatch) -> None:
+        held.append(pa.total_allocated_bytes())
+        counted(tally, batch)
+
+    counted = Tally.add
+    monkeypatch.setattr(Tally, "add", add)
+    long = [{**row, "prompt": f"{row['prompt']} {'why? ' * 8}"} for row in rows(1200)]
+    write(tmp_path / "data/pairs.jsonl", long)
+    before = pa.total_allocated_bytes()
+    pairs = prepared(settings, preprocessing_num_workers=workers)
+    assert len(pairs) == 1200 and len(held) == 38
+    late, early = (max(part) - before for part in (held[19:], held[:19]))
+    assert late < 1.3 * early + 50_000, (early, late)
 
 
 # --- held-out pairs ---

@@ -228,6 +228,15 @@ def test_large_arrays_are_read_in_pieces_to_the_same_records(tmp_path, monkeypat
         assert found == [(f"a.json:{i}", record) for i, record in enumerate(records, 1)]
 
 
+def test_no_record_is_lost_behind_a_broken_first_line(tmp_path) -> None:
+    good = [{"prompt": f"{i}", "chosen": "x" * 1000, "rejected": "n"} for i in range(1500)]
+    (tmp_path / "a.jsonl").write_text('{"prompt": \n' + lines(good))
+    entries, _ = resolve(["a.jsonl"], tmp_path)
+    found = list(iter_rows(entries[0]))
+    assert [place for place, _ in found] == [f"a.jsonl:{i}" for i in range(1, 1502)]
+    assert [parse_row(row) for _, row in found[1:]] == good
+
+
 def _folder(folder: Path, content: str) -> Path:
     (folder / "a.json").write_text(content)
     return folder

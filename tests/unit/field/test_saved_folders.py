@@ -35,6 +35,14 @@ def shards(folder: Path) -> None:
     Dataset.from_list(records(10)).save_to_disk(folder, num_shards=3)
 
 
+def reversed_state(folder: Path) -> None:
+    """As after concatenating: the order of the records is that of state.json, not that of the names."""
+    Dataset.from_list(records(4)).save_to_disk(folder, num_shards=2)
+    state = json.loads((folder / "state.json").read_text())
+    state["_data_files"].reverse()
+    (folder / "state.json").write_text(json.dumps(state))
+
+
 def with_cache(folder: Path) -> None:
     Dataset.from_list(records(10)).save_to_disk(folder)
     Dataset.from_list(records(5, "cache")).save_to_disk(folder.parent / "other")
@@ -73,6 +81,7 @@ CASES: list[tuple[Callable[[Path], object], str, dict[str, Any] | None, int, lis
     (lambda p: Dataset.from_list(records(10)).save_to_disk(p), "saved", None, 0, TREES),
     (shards, "saved", None, 0, TREES),
     (with_cache, "saved", None, 0, TREES),
+    (reversed_state, "saved", None, 0, [*TREES[2:4], *TREES[:2]]),
     (selection, "saved", None, 0, TREES[::2] + [f"tree {i}?" for i in range(10, 20, 2)]),
     (gap, "saved", None, 64, []),
     (lambda p: saved(p, train=3, test=4), "saved", None, 64, []),
