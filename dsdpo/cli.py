@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(arguments)
     if overrides and args.command not in _TAKES_OVERRIDES:
         parser.error(f"{args.command} does not know {' '.join(overrides)}; see dsdpo {args.command} --help")
+    args.typed = arguments
     try:
         return int(args.function(args, overrides) or 0)
     except DsdpoError as error:
@@ -52,7 +53,7 @@ def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
     from dsdpo.launch.worker import join
 
     more = {name: getattr(args, name) for name in ("model", "fresh", "confirmed") if hasattr(args, name)}
-    task = Task(args.command, args.config, overrides, **more)
+    task = Task(args.command, args.config, overrides, typed=tuple(args.typed), **more)
     if args.command == "eval":
         task = _evaluation(args, task)
     mesh = launched()

@@ -17,12 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsdpo.config.schema import RunConfig
-from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError, Problem
+from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError, Problem, StopRequested
 from dsdpo.launch.deepspeed import Launch, StopRequests, end_leftovers, launch_command, launch_environment, run_launcher
 from dsdpo.launch.preflight import ClusterRequest, check_device, preflight
 from dsdpo.launch.slurm import Attempts, let_earlier_attempt_end, ranks_per_node, srun_command
 from dsdpo.launch.ssh import check_hosts, forget_environment, leave_environment, slots, without_secrets
-from dsdpo.launch.task import Task, clear_marks, finish, is_finished, prepare_data
+from dsdpo.launch.task import Task, clear_marks, finish, is_finished, prepare_data, resume_command
 from dsdpo.runtime.env import Allocation, allocation, has_gpu_driver
 from dsdpo.runtime.files import write_atomically
 from dsdpo.runtime.lock import RunLock
@@ -65,6 +65,8 @@ def supervise(task: Task, cluster: ClusterRequest) -> int:
             attempts.end(code, requests.received)
     if code == 0:
         finish(task, config)
+    elif code == StopRequested.exit_code and task.name == "train":
+        print(f"to go on:\n  {resume_command(task)}", flush=True)
     return code
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dsdpo.checkpoint import continuing
 from dsdpo.config.schema import RunConfig
+from dsdpo.runtime.command import command_line
 from dsdpo.runtime.env import launched
 from dsdpo.runtime.rundir import RunDir
 
@@ -15,7 +16,8 @@ from dsdpo.runtime.rundir import RunDir
 class Task:
     """What to do (`train`, `reference` or `eval`), on which YAML, with which overrides and `--model`.
 
-    `fresh` trains from the beginning though output_dir holds a run, which `confirmed` says without asking.
+    `fresh` trains from the beginning though output_dir holds a run, which `confirmed` says without asking. `typed` are
+    the arguments of the command as a user has typed them.
     """
 
     name: str
@@ -24,11 +26,17 @@ class Task:
     model: str | None = None
     fresh: bool = False
     confirmed: bool = False
+    typed: tuple[str, ...] = ()
 
     def argv(self, token: str) -> list[str]:
         """The arguments that make a rank do this under a supervisor that holds the lock `token`."""
         model = ["--model", self.model] if self.model else []
         return [self.name, self.path, *model, "--supervised", token, *self.overrides]
+
+
+def resume_command(task: Task) -> str:
+    """What goes on with a training that was stopped: the same command, but for what would begin it again."""
+    return command_line([argument for argument in task.typed if argument not in ("--fresh", "--yes")])
 
 
 def prepare_data(config: RunConfig) -> None:

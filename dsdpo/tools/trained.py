@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from dsdpo.checkpoint.commit import checkpoints
 from dsdpo.config.load import read_yaml
 from dsdpo.errors import CheckpointError
+from dsdpo.runtime.command import command_line
 from dsdpo.runtime.rundir import RunDir
 
 # options of a run config that name files or folders, relative to where the run was started
@@ -80,13 +80,13 @@ class TrainedRun:
                 f"{self.run_dir} holds no weights yet: the run has not ended, and there is no checkpoint ({first})"
             )
         target = f"{self.run_dir}-step-{steps[0]}"
-        export = shlex.join(["dsdpo", "export", str(self.run_dir), "--step", str(steps[0]), "--to", target])
-        then = ["dsdpo", "eval", str(self.run_dir), "--model", target]
+        export = command_line(["export", str(self.run_dir), "--step", str(steps[0]), "--to", target])
+        then = ["eval", str(self.run_dir), "--model", target]
         if command == "chat":
-            then = ["dsdpo", "chat", target, *self._chat_flags()]
+            then = ["chat", target, *self._chat_flags()]
         raise CheckpointError(
             f"{self.run_dir} holds no weights yet: the run has not ended. For those of its newest checkpoint, run "
-            f"`{export}` and then `{shlex.join(then)}`"
+            f"`{export}` and then `{command_line(then)}`"
         )
 
     def _chat_flags(self) -> list[str]:

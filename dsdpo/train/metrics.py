@@ -131,7 +131,8 @@ def memory_peak_gb(device: torch.device) -> float:
 _BRIEF = {"loss": ("loss", ".4f"), "rewards/accuracies": ("accuracy", ".3f"), "rewards/margins": ("margin", ".3f")}
 
 
-def _brief(record: Mapping[str, float]) -> dict[str, str]:
+def brief(record: Mapping[str, float]) -> dict[str, str]:
+    """Loss, accuracy and margin as text, by their short names; those that a record has."""
     return {short: format(record[name], form) for name, (short, form) in _BRIEF.items() if name in record}
 
 
@@ -218,8 +219,8 @@ class Reporter:
             return
         self._write(record)
         step = int(record["step"])
-        brief = _brief(record) | {"tok/s": f"{record['logical_tokens_per_second']:.0f}"}
-        self._bar.set_postfix(brief, refresh=False)
+        figures = brief(record) | {"tok/s": f"{record['logical_tokens_per_second']:.0f}"}
+        self._bar.set_postfix(figures, refresh=False)
         self._bar.update(step - self._bar.n)
         if step % self.config.logging_steps and step != self.total_steps:
             return
@@ -227,7 +228,7 @@ class Reporter:
         if self._bar.disable:
             per_step = (time.perf_counter() - self._started) / (step - self._first_step)
             left = per_step * (self.total_steps - step)
-            words = "  ".join(f"{key} {value}" for key, value in brief.items())
+            words = "  ".join(f"{key} {value}" for key, value in figures.items())
             print(f"step {step}/{self.total_steps}  {words}  left {tqdm.format_interval(left)}", flush=True)
 
     def evaluation(self, step: int, means: dict[str, float]) -> None:
@@ -237,7 +238,7 @@ class Reporter:
         record = {"step": float(step), **{f"eval_{name}": value for name, value in means.items()}}
         self._write(record)
         self._track(record, "eval")
-        words = "  ".join(f"{key} {value}" for key, value in _brief(means).items())
+        words = "  ".join(f"{key} {value}" for key, value in brief(means).items())
         self.say(f"held-out after step {step}: {words}")
 
     def has_evaluation(self, step: int) -> bool:

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import yaml
 from deepspeed import DeepSpeedEngine, comm
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +26,7 @@ from dsdpo.export.huggingface import export_engine, set_aside
 from dsdpo.model.packed import ModelOutput, PackedInputs
 from dsdpo.objectives.base import Objective
 from dsdpo.reference.source import Reference
-from dsdpo.runtime.collectives import all_gather_object, any_rank, run_on_main
+from dsdpo.runtime.collectives import any_rank, run_on_main
 from dsdpo.runtime.env import Mesh
 from dsdpo.runtime.faults import fault_point
 from dsdpo.runtime.files import write_atomically
@@ -36,9 +35,8 @@ from dsdpo.runtime.stop import StopFlag
 from dsdpo.runtime.watchdog import Watch
 from dsdpo.train.evaluate import evaluate
 from dsdpo.train.metrics import MetricSums, Reporter, memory_peak_gb
+from dsdpo.train.report import not_finite, summary
 from dsdpo.train.schedule import Schedule
-
-_NAMED = 8  # examples that an error about numbers names
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,7 @@ class Run:
     stopping: bool = field(init=False, default=False)
     _queued: _Step | None = field(init=False, default=None)
     _since: float = field(init=False, default=0.0)
+    _began: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         self.done = self.first_step
@@ -116,6 +115,7 @@ class Run:
                 set_aside(self.run_dir)  # of a run that was to end before, and was given more steps
         comm.barrier()
         self.reporter.start()
+        self._began = time.perf_counter()
         if self._evaluation_is_missing():
             self.stopping = not self.evaluate(self.done)
         self.engine.train()
@@ -174,6 +174,7 @@ class Run:
         total = self.schedule.total_steps
         self._save_last(needed=self.done < total)
         if self.done < total:
+            self._summarize()
             raise StopRequested(
                 f"stopped on request after step {self.done} of {total}, with a checkpoint; the same command resumes "
                 "from there"
@@ -188,6 +189,14 @@ class Run:
             )
         if self.mesh.is_main:
             write_atomically(self.run_dir.completed, "")
+        self._summarize()
+
+    def _summarize(self) -> None:
+        """Say how the run went and what comes next."""
+        if self.mesh.is_main:
+            seconds = time.perf_counter() - self._began
+            for line in summary(self.run_dir, self.first_step, self.done, self.schedule.total_steps, seconds):
+                self.reporter.say(line)
 
     # --- reports ---
 
@@ -206,7 +215,7 @@ class Run:
         if totals.bad_losses or not math.isfinite(totals.grad_norm):
             with self.watchdog.slow("the checkpoint before"), suppress(IOFailure):  # it is finite, and not to be lost
                 self.saver.finish()
-            raise NumericError(self._diagnose(step, totals.bad_losses, totals.grad_norm))
+            raise NumericError(not_finite(step.done, step.batch, step.sums, totals, self.loader.source))
         self.stopping = self.stopping or totals.stop
         with self.watchdog.slow("a checkpoint"):
             if self.saver.poll(step.done, totals.written, totals.failed):
@@ -225,27 +234,6 @@ class Run:
                 "step_time": step.seconds,
                 "memory_peak_gb": memory_peak_gb(self.hardware.device),
             }
-        )
-
-    def _diagnose(self, step: _Step, bad_losses: int, grad_norm: float) -> str:
-        """Name the step and the examples. A collective call: every rank knows only its own losses."""
-        mine: list[int] = []
-        for micro_batch, losses in zip(step.batch.micro_batches, step.sums.per_example):
-            bad = micro_batch.examples[(~torch.isfinite(losses)).cpu().numpy()]
-            mine += step.batch.example_ids[bad].tolist()
-        everyone = all_gather_object(mine)
-        if bad_losses:
-            found = f"the loss of {bad_losses} examples is not finite"
-            ids = sorted(i for part in everyone for i in part)
-        else:
-            found = f"the gradient norm is {grad_norm}, every loss is finite"
-            ids = sorted(step.batch.example_ids.tolist())
-        source = self.loader.source
-        named = ", ".join(f"{i} ({source.where(i)})" for i in ids[:_NAMED])
-        more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
-        return (
-            f"step {step.done}: {found}; example ids {named}{more}. Nothing was saved after it. "
-            "A lower learning_rate, a longer warmup_ratio or fp32 may help; so may a look at these examples"
         )
 
     # --- saves ---
