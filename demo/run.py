@@ -124,7 +124,7 @@ def main() -> None:
     )
     print(
         "Next:\n"
-        f"  .venv/bin/dsdpo chat {ADAPTER} --compare {MODEL}\n"
+        f"  .venv/bin/dsdpo chat {RUN} --compare\n"
         f"  .venv/bin/dsdpo eval {CONFIG} --model {ADAPTER} --eval_dataset {HELD_OUT.stem} --output_dir outputs/eval\n"
         f"  .venv/bin/dsdpo export {RUN} --to outputs/demo-merged --merge\n"
         f"  .venv/bin/dsdpo train {CONFIG} --output_dir outputs/mine --beta 0.3   # reuses the reference log-probs\n"
