@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from dsdpo.config.aliases import suggest
 from dsdpo.config.earlier import earlier_values, remark
 from dsdpo.config.options import options, value_kinds
-from dsdpo.config.schema import RunConfig
+from dsdpo.config.schema import Checked, RunConfig
 from dsdpo.errors import Problem
 from dsdpo.runtime.rundir import RunDir
 
@@ -304,7 +304,9 @@ def _is_no_number(key: str, item: Any) -> bool:
 
 def _wrong(key: str, value: Any, origins: dict[str, str]) -> Problem:
     found = "empty" if value is None else json.dumps(value, default=str, ensure_ascii=False)
-    return Problem("value", key, f"{origins[key]}: {key} is {found}; allowed: {options()[key].allowed}")
+    marks = (mark for mark in options()[key].field.metadata if isinstance(mark, Checked) and isinstance(value, str))
+    hint = "".join(mark.hint(value) for mark in marks)
+    return Problem("value", key, f"{origins[key]}: {key} is {found}; {hint}allowed: {options()[key].allowed}")
 
 
 def _placeholders(faulty: dict[str, Problem]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from dsdpo.config.schema import OneOf, ResumePolicy, RunConfig, resume_policy
+from dsdpo.config.schema import Checked, OneOf, ResumePolicy, RunConfig, resume_policy
 
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -62,6 +62,7 @@ def allowed(field: FieldInfo) -> str:
     named = [kind for kind in kinds if kind is not type(None)]
     marks = [mark for mark in field.metadata if isinstance(mark, OneOf)]
     text = _values_text(marks[0].names()) if marks else " or ".join(_kind_text(kind) for kind in named)
+    text = next((mark.words for mark in field.metadata if isinstance(mark, Checked)), text)
     if len(named) > 1:
         text = text.replace("only ", "")
     for bound in field.metadata:

@@ -13,22 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator, model_validator
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 from dsdpo.config.losses import LOSSES
 from dsdpo.config.stages import STAGES
-from dsdpo.config.templates import check_date, check_template
+from dsdpo.config.templates import DATE_WORDS, TEMPLATE_WORDS, check_date, check_template, template_hint
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,19 @@ class OneOf:
         if value not in self.names():
             raise ValueError(f"must be one of {', '.join(self.names())}")
         return value
+
+
+@dataclass(frozen=True)
+class Checked:
+    """In `Annotated[str, Checked(check, words)]`: `check` raises ValueError where a value is wrong, `words` say what is
+    allowed, and `hint` what a wrong text was probably meant to be."""
+
+    check: Callable[[Any], Any]
+    words: str
+    hint: Callable[[str], str] = lambda text: ""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
 LossType = Annotated[str, OneOf(LOSSES.keys)]
@@ -154,12 +159,12 @@ class RunConfig(BaseModel):
     A column that looks like a part of the prompt or the reply, and that nothing reads, is an error unless
     it stands here."""
 
-    template: Annotated[str, AfterValidator(check_template)] = "default"
+    template: Annotated[str, Checked(check_template, TEMPLATE_WORDS, template_hint)] = "default"
     """Chat template. `default`: the tokenizer's own. A name such as `chatml`, `llama3` or `gemma` (docs/formats.md has
     the list), the path of a .jinja file, or a model folder or id whose chat template is taken. `none` (or `gpt2`):
     prompt and completion as they stand."""
 
-    template_date: Annotated[str | None, AfterValidator(check_date)] = Field(None, json_schema_extra=FREE)
+    template_date: Annotated[str | None, Checked(check_date, DATE_WORDS)] = Field(None, json_schema_extra=FREE)
     """Day that a template writes as today's, as YYYY-MM-DD, where it writes one. Empty: the day of the first prepare in
     cache_dir, which a run keeps in its checkpoints."""
 

@@ -27,6 +27,12 @@ NAMES = (
     "yi",
     "zephyr",
 )
+_KNOWN = (OWN, *PLAIN, *NAMES)
+TEMPLATE_WORDS = (
+    f"one of {', '.join(_KNOWN)}, the path of a .jinja file, or a model folder (./folder) or model id (org/name) whose "
+    "chat template is taken"
+)
+DATE_WORDS = "a day such as 2026-11-26 (YYYY-MM-DD)"
 
 
 def is_path(template: str) -> bool:
@@ -36,15 +42,15 @@ def is_path(template: str) -> bool:
 
 def check_template(template: str) -> str:
     """The same text, if it can be a template. Raises ValueError. Whether a file is there is seen when it is read."""
-    known = (OWN, *PLAIN, *NAMES)
-    if template in known or is_path(template):
+    if template in _KNOWN or is_path(template):
         return template
-    close = difflib.get_close_matches(template, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise ValueError(
-        f"{hint}It must be one of {', '.join(known)}, the path of a .jinja file, a model folder (with a / in it: "
-        "./folder), or a model id such as org/name whose chat template is taken"
-    )
+    raise ValueError(f"{template_hint(template)}must be {TEMPLATE_WORDS}")
+
+
+def template_hint(template: str) -> str:
+    """`did you mean x? ` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(template, _KNOWN, n=1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def check_date(text: str | None) -> str | None:
@@ -54,4 +60,4 @@ def check_date(text: str | None) -> str | None:
     try:
         return date.fromisoformat(text).isoformat()
     except ValueError:
-        raise ValueError("must be a day such as 2026-11-26 (YYYY-MM-DD), or empty") from None
+        raise ValueError(f"must be {DATE_WORDS}, or empty") from None

@@ -29,7 +29,8 @@ def rate(loaded: LoadResult) -> float:
 
 def begun(folder: Path, where: str, **options: Any) -> Path:
     """What an earlier version left: run_config.yaml, or run.json of a checkpoint."""
-    saved = {"finetuning_type": "lora", "learning_rate": 1e-6, **options}
+    others = {"truncation_mode": "keep_end", "val_split": "prompt"}  # these tests are about the learning rate alone
+    saved = {"finetuning_type": "lora", "learning_rate": 1e-6, **others, **options}
     path = folder / where
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"config": saved}) if path.suffix == ".json" else yaml.safe_dump(saved))
