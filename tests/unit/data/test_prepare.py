@@ -221,10 +221,11 @@ def test_memory_does_not_grow_with_the_number_of_records(settings, tmp_path, mon
     """What Arrow holds while the last batches are counted is what it held for the first ones."""
     monkeypatch.setattr("dsdpo.data.pipeline._BATCH_RECORDS", 32)
     monkeypatch.setattr("dsdpo.data.shards.BATCH_ROWS", 64)
-    held: list[int] = []
+    held, sizes = [], []
 
     def add(tally: Tally, batch: pa.RecordBatch) -> None:
         held.append(pa.total_allocated_bytes())
+        sizes.append(batch.nbytes)
         counted(tally, batch)
 
     counted = Tally.add
@@ -235,7 +236,7 @@ def test_memory_does_not_grow_with_the_number_of_records(settings, tmp_path, mon
     pairs = prepared(settings, preprocessing_num_workers=workers)
     assert len(pairs) == 1200 and len(held) == 38
     late, early = (max(part) - before for part in (held[19:], held[:19]))
-    assert late < 1.3 * early + 50_000, (early, late)
+    assert late < 1.3 * early + 50_000 and max(early, late) < sum(sizes) / 2, (early, late, sum(sizes))
 
 
 # --- held-out pairs ---
