@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -100,6 +101,7 @@ def _export(args: argparse.Namespace, _: list[str]) -> None:
     from dsdpo.runtime.progress import show_library_progress
 
     show_library_progress()
+    warnings.simplefilter("ignore", FutureWarning)  # of peft, to peft
     print(f"exported {export(source, target, args.merge, args.step)} to {target}")
 
 
