@@ -183,7 +183,7 @@ def test_column_cannot_be_named_and_ignored(tmp_path, model):
 def test_through_the_command_line(tmp_path, model, monkeypatch, capsys):
     """The message goes to stderr with exit code 65; its entry, or ignore_columns, makes the same command work."""
     monkeypatch.chdir(tmp_path)
-    save_model(tmp_path / "model", tiny_llama_config(vocab_size=512))
+    save_model(tmp_path / "model", tiny_llama_config(vocab_size=512, max_position_embeddings=2048))
     for path in model.iterdir():
         (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
     settings = {"model_name_or_path": "model", "dataset": "rows.jsonl", "dataset_dir": ".", "output_dir": "out"}
