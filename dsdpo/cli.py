@@ -128,7 +128,7 @@ def _chat(args: argparse.Namespace, _: list[str]) -> None:
     from dsdpo.tools.answers import AnswerSettings
     from dsdpo.tools.chat import chat
 
-    names = [field.name for field in dataclasses.fields(AnswerSettings)]
+    names = [field.name for field in dataclasses.fields(AnswerSettings) if hasattr(args, field.name)]
     chat(args.model, args.compare, args.prompts, AnswerSettings(**{name: getattr(args, name) for name in names}))
 
 

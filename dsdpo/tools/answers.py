@@ -41,6 +41,7 @@ class AnswerSettings:
         temperature: 0 takes the likeliest token each time; else logits are divided by it, and tokens drawn.
         top_p: tokens are drawn from the likeliest ones, as few as have this probability together.
         seed: of the draws. None: others each time.
+        date: day that the template writes as today's. None: the run's, or today.
     """
 
     max_new_tokens: int | None = None
@@ -50,6 +51,7 @@ class AnswerSettings:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    date: str | None = None
 
     def problems(self) -> list[str]:
         """Values that cannot be, as the command line names them."""
@@ -78,6 +80,7 @@ class AnswerSettings:
             template=self.template or run.config.get("template"),
             system=run.config.get("default_system") if self.system is None else self.system,
             max_length=self.max_length or run.config.get("max_length"),
+            date=self.date or run.template_date,
         )
 
 

@@ -11,11 +11,12 @@ from transformers import TextStreamer
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.formats.preference import SQL_PROMPT
 from dsdpo.data.messages import Message, check_prompt, read_message
-from dsdpo.errors import ConfigError, DataError
+from dsdpo.errors import ConfigError, DataError, OutOfMemory
 from dsdpo.runtime.progress import show_library_progress
 from dsdpo.tools.answers import AnswerSettings, CommandLineError
 from dsdpo.tools.chat_model import BATCH_SIZE, ChatModel, as_messages, base_of, load_both
 from dsdpo.tools.screen import Screen
+from dsdpo.train.out_of_memory import is_out_of_memory
 
 _ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 
@@ -81,11 +82,24 @@ def chat(model: str, compare: str | None, prompts: str | None, settings: AnswerS
     Raises:
         ConfigError, CheckpointError: a setting, model, template or file that is not there or does not fit.
         DataError: prompts that cannot be read, or are too long.
+        OutOfMemory: a GPU has no memory left.
     """
     if problems := settings.problems():
         raise CommandLineError(problems)
     asked = read_prompts(Path(prompts)) if prompts is not None else None
     show_library_progress()
+    try:
+        _answer(model, compare, asked, settings)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                "the GPUs have no memory left for this model and its answers: lower --max_new_tokens or --max_length, "
+                "leave --compare away, or take GPUs with more memory"
+            ) from error
+        raise
+
+
+def _answer(model: str, compare: str | None, asked: list[list[Message]] | None, settings: AnswerSettings) -> None:
     base = base_of(model) if compare == "" else compare
     models = [ChatModel.load(model, settings)] if base is None else load_both(model, base, settings)
     screen = Screen([model] if base is None else [base, model])

@@ -188,7 +188,7 @@ def _encoder(folder: str, settings: AnswerSettings) -> ExampleEncoder:
         raise ConfigError(
             f"{folder}: no folder with a tokenizer here, and no model of the hub within reach: {error}"
         ) from error
-    return ExampleEncoder(tokenizer, settings.template or "default", settings.system)
+    return ExampleEncoder(tokenizer, settings.template or "default", settings.system, settings.date)
 
 
 def _base_of(folder: str) -> str | None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.checkpoint.commit import checkpoints
+from dsdpo.config.earlier import EARLIER_DEFAULTS
 from dsdpo.config.load import read_yaml
+from dsdpo.data.template_date import date_of_run
 from dsdpo.errors import CheckpointError
 from dsdpo.runtime.command import command_line
 from dsdpo.runtime.rundir import RunDir
@@ -60,6 +62,11 @@ class TrainedRun:
         """The model that the run began with, or the adapter over it that it trained further."""
         return str(self.config.get("adapter_name_or_path") or self.config.get("model_name_or_path") or "")
 
+    @property
+    def template_date(self) -> str | None:
+        """The day that the run's chat template wrote as today's, by its config or its newest checkpoint."""
+        return self.config.get("template_date") or date_of_run(self.run_dir.path)
+
     def weights(self, command: str) -> Path:
         """The folder of the trained weights.
 
@@ -101,7 +108,9 @@ class TrainedRun:
         """
         given = {token[2:].partition("=")[0] for token in overrides if token.startswith("--")}
         cache = self.config.get("cache_dir") or str(self.run_dir.path.parent / ".dsdpo_cache")
-        values = {**self.moved, "output_dir": str(self.run_dir.evaluation), "cache_dir": cache}
+        earlier = {key: str(value) for key, value in EARLIER_DEFAULTS.items() if key not in self.config}
+        date = {"template_date": self.template_date} if self.template_date else {}
+        values = {**self.moved, **earlier, **date, "output_dir": str(self.run_dir.evaluation), "cache_dir": cache}
         return [*(f"--{key}={value}" for key, value in values.items() if key not in given), *overrides]
 
 

@@ -371,6 +371,27 @@ def test_nothing_but_answers_is_on_the_terminal(
     assert not [str(warning.message) for warning in caught if not issubclass(warning.category, DeprecationWarning)]
 
 
+def test_a_run_answers_with_the_day_of_its_template(run: Path) -> None:
+    checkpoint = RunDir(run).checkpoints / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "run.json").write_text('{"template_date": "2024-07-26"}')
+    assert ChatModel.load(str(run)).settings.date == "2024-07-26"
+    found = TrainedRun.find(str(run))
+    assert found is not None and "--template_date=2024-07-26" in found.evaluation([])
+
+
+def test_a_full_gpu_ends_with_a_sentence(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(ChatModel, "answer", full)
+    typed(monkeypatch, "hello")
+    assert cli.main(["chat", str(run)]) == 72
+    assert "Traceback" not in capsys.readouterr().err
+
+
 # --- prompts from a file ---
 
 
