@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dsdpo.config.earlier import EARLIER_DEFAULTS
 from dsdpo.config.schema import RunConfig, options_with
 
 
 def config_diff(saved: dict[str, Any], now: dict[str, Any], consented: Sequence[str]) -> list[str]:
     """Settings of a saved run that another run config changes and may not, a line each.
 
-    An option that is newer than the saved run had its default's meaning then.
+    An option that is newer than the saved run had its earlier default's meaning then, or its default's.
 
     Args:
         saved, now: option -> value.
         consented: names of `change_on_resume`.
     """
     lines = []
-    saved = {**_defaults(), **saved}
+    saved = {**_defaults(), **EARLIER_DEFAULTS, **saved}
     may_change, with_consent = {*options_with("free"), *consented}, options_with("consent")
     for option in sorted(saved.keys() | now.keys()):
         if option in may_change or saved.get(option) == now.get(option):

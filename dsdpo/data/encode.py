@@ -24,7 +24,7 @@ from dsdpo.data.templates import EncodedExample, ExampleEncoder, has_equal
 
 _EXCERPT = 200  # characters of a dropped record that are shown
 _PROMPT_SHARE = 8  # of max_length, keep_end leaves at least one part in so many to the prompt
-_CUT_BOTH = "with a completion cut at its end, too"
+CUT_BOTH = "with a completion cut at its end, too"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def fit(example: EncodedExample, limits: Limits, bos_id: int | None) -> tuple[En
             raise Dropped("prompt_too_long", f"{len(prompt)} tokens, max_length is {limits.max_length}")
         if max(map(len, completions)) > room:
             completions = [ids[:room] for ids in completions]
-            notes = notes if limits.truncation_mode == "keep_start" else (*notes, _CUT_BOTH)
+            notes = notes if limits.truncation_mode == "keep_start" else (*notes, CUT_BOTH)
         if has_equal(completions):
             raise Dropped("same_once_cut", size)
     _check_micro_batch(len(prompt), [len(ids) for ids in completions], limits)

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.account import LOOKED_AT, check_fatal, check_first_records, note_missing
 from dsdpo.data.dropped import Dropped
-from dsdpo.data.encode import Limits, RowEncoder
+from dsdpo.data.encode import CUT_BOTH, Limits, RowEncoder
 from dsdpo.data.folders import INFO_FILE
 from dsdpo.data.formats.detect import READS, detect, unread
 from dsdpo.data.pipeline import encode
@@ -75,6 +75,8 @@ def make_set(
         if counts["rows"] == 0:
             raise DataError(f"{', '.join(config.dataset)}: there is no record at all")
         _check_refused(config, counts, temporary / DROPPED_ROWS, path.with_suffix(".dropped_rows.jsonl"))
+        if CUT_BOTH in counts["notes"]:  # an earlier version dropped such records
+            identity = replace(identity, earlier_fingerprint=None)
         described = [f"{entry.name} ({entry.formatting})" for entry in rows.entries]
         end = next((end for end in ends if end is not None), None)
         manifest = {**asdict(identity), "end_token": end, "datasets": described, **_settings(config), **counts}

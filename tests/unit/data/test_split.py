@@ -39,6 +39,8 @@ def test_keys_follow_what_is_asked_and_not_how_it_is_written() -> None:
     assert prompt_key("Hi") == prompt_key(" Hi\n") == prompt_key(turns)
     others = [
         "Ho",
+        "x" * 9999 + "y",
+        "x" * 9999 + "z",
         [{"role": "system", "content": "Hi"}, *turns],
         [*turns, {"role": "assistant", "content": None, "tool_calls": [{}]}, {"role": "tool", "content": "1"}],
         "\ud83d",
