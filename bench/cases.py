@@ -69,11 +69,12 @@ class Case:
 
 
 SHARED = ROOT / ".." / "shared" / "data"
+KEEP_START = ("truncation_mode", "keep_start")  # TRL's default
 # Short answers behind long shared prompts; long answers; a prompt and an empty answer. The longest pair rules what TRL
 # pads: at 512 its batch of 16 hh sequences outgrows 24 GiB of memory. Longer pairs are left out on both sides.
 HH = Pairs("hh_harmless_base_test.jsonl.gz", SHARED, 320, (("max_refused", 0.4), ("truncation_mode", "refuse")))
-LONG = Pairs("dpo_en_demo.json", SHARED, 512, (("max_refused", 0.5),))
-SQL = Pairs("text_to_sql", ROOT / "data", 320)
+LONG = Pairs("dpo_en_demo.json", SHARED, 512, (("max_refused", 0.5), KEEP_START))
+SQL = Pairs("text_to_sql", ROOT / "data", 320, (KEEP_START,))
 
 CPU_CASES = [
     Case("hh-lora-live", HH, "lora", "live", target=3.0),
