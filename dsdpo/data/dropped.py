@@ -106,6 +106,10 @@ REASONS = {
         "{what} is a list or object as Python prints it (str(), pandas' to_csv), not JSON",
         "write the column with json.dumps, or the set as Parquet or JSON lines",
     ),
+    "messages_not_json": Reason(
+        "{what} begins like JSON of messages and is not valid JSON",
+        "write the column with json.dumps, or the set as Parquet or JSON lines",
+    ),
     "bad_template_kwargs": Reason("chat_template_kwargs is no object of template variables"),
     "calls_not_list": Reason("tool_calls is no list of objects"),
     # template and tokens

@@ -52,6 +52,8 @@ def text(value):
             id="sharegpt-sides",
         ),
         pytest.param({"instruction": "What's up?", "output": text(["The sun.", "Nothing."])}, id="output-list"),
+        pytest.param({"prompt": text(text(ASK)), "chosen": text(text(YES)), "rejected": text(text(NO))}, id="twice"),
+        pytest.param({"conversations": text(text(DICTS)), "chosen": "The sun.", "rejected": "Nothing."}, id="dicts-2"),
         pytest.param(
             {"messages": text([*ASK, {"role": "assistant", "chosen_value": "The sun.", "rejected_value": "Nothing."}])},
             id="cvalues",
@@ -102,12 +104,37 @@ def test_python_repr_is_refused(tmp_path, model, record):
 @pytest.mark.parametrize(
     "chosen",
     [
+        pytest.param('[{"role": "assistant", "content": "Yes."},]', id="comma"),
+        pytest.param('[{"role": "assistant", "content": "Yes."}, {"ro', id="cut"),
+        pytest.param('[{"role": "assistant", "content": "Yes."}', id="cut-after-an-object"),
+        pytest.param('[{"content": "She said "yes"", "role": "assistant"}]', id="quotes"),
+        pytest.param('{"role": "assistant", "content": "Yes.", "train": True}', id="python-true"),
+        pytest.param(text(ASK[0]) + "\n" + text(YES[0]), id="lines"),
+    ],
+)
+def test_damaged_json_of_messages_is_refused(tmp_path, model, chosen):
+    result = read(tmp_path, model, [{"prompt": "What's up?", "chosen": chosen, "rejected": "No."}])
+    assert (result.exit_code, result.dropped) == (65, {"messages_not_json": 1}), result.said
+
+
+def test_line_ends_inside_json_text_are_read(tmp_path, model):
+    chosen = '[{"role": "assistant", "content": "The\nsun."}]'
+    result = read(tmp_path, model, [{"prompt": "What's up?", "chosen": chosen, "rejected": "Nothing."}])
+    assert result.texts == [[PROMPT, "The\nsun.<|im_end|>", "Nothing.<|im_end|>"]]
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
         "[1] Smith, 2020.",
         "[{",
         "[]",
         '["a", "b"]',
         '[{"city": "Rome"}]',
         '{"answer": 4}',
+        '{"from": "USD", "value": 3}',
+        '"[1] Smith, 2020."',
+        '"{}"',
         "{'answer': 4}",
         "['a', 'b'] is a list.",
         '[{"role": "user"}]',
