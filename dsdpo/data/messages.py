@@ -40,7 +40,7 @@ def read_message(raw: Any, role_key: str, content_key: str, roles: Mapping[str, 
     if isinstance(content, list):
         content = text_of_parts(content)
     message: Message = {"role": role, "content": content}
-    if len(raw) > 2:
+    if len(raw) > 2 or content_key not in raw:
         _add_keys(message, raw, role_key, content_key, roles)
     if content is None and "tool_calls" in message:
         return message
@@ -60,6 +60,11 @@ def _add_keys(
         if key == "tool_calls":
             if calls := read_calls(value):
                 message[key] = calls
+        elif key == "function_call":  # OpenAI's form before there were tool_calls
+            if calls := read_calls(value):
+                if not is_empty(raw.get("tool_calls")):
+                    raise Dropped("message_says_two", f"{key} and tool_calls", "calls")
+                message["tool_calls"] = calls
         elif key in message:
             ours = message[key]
             if value not in ("", ours) and not (key == "role" and roles.get(str(value)) == ours):
@@ -68,6 +73,9 @@ def _add_keys(
             raise Dropped("message_with_media", key, key)
         else:
             message[key] = value
+
+
+_TEXT_PARTS = frozenset(["text", "input_text", "output_text"])  # the last two in OpenAI's responses
 
 
 def text_of_parts(parts: Sequence[Any]) -> str:
@@ -80,9 +88,11 @@ def text_of_parts(parts: Sequence[Any]) -> str:
         if not isinstance(part, dict):
             raise Dropped("not_text", f"a list of {type(part).__name__}", "message content")
         kind = part.get("type") or "text"
-        held = [key for key, value in part.items() if key not in ("type", "text") and value is not None]
-        if kind != "text" or not isinstance(part.get("text"), str) or any(key in _MEDIA for key in held):
-            raise Dropped("message_with_media", ", ".join(held), str(kind if kind != "text" else "part without text"))
+        held = [key for key, value in part.items() if key not in ("type", "text") and not is_empty(value)]
+        if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str) or any(key in _MEDIA for key in held):
+            raise Dropped(
+                "message_with_media", ", ".join(held), str(kind if kind not in _TEXT_PARTS else "part without text")
+            )
         if held:
             raise Dropped("part_with_key", ", ".join(held))
         texts.append(part["text"])

@@ -23,7 +23,7 @@ from dsdpo.data.formats.names import is_empty
 from dsdpo.data.formats.written import read_written
 from dsdpo.data.messages import assistant, read_message, reply, text_of, user
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
 LOOSE_ROLES = ROLES | {"human": "user", "gpt": "assistant", "bot": "assistant"}
 _SHAREGPT_ROLES = LOOSE_ROLES | {"observation": "tool", "function_call": "function_call"}
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -71,6 +71,8 @@ def _messages(value: Any, side: str) -> list[Message]:
     if isinstance(value, str):
         return assistant(value)
     if isinstance(value, dict):
+        if value.get("role") is None and value.get("from") is None:
+            raise Dropped("not_text_or_messages", f"an object with {', '.join(map(str, value))}", side)
         value = [value]
     if not isinstance(value, list):
         raise Dropped("not_text_or_messages", type(value).__name__, side)
@@ -87,6 +89,8 @@ def _beside_text(
         return user(prompt), chosen, rejected
     shared, better, worse = split_dialogues(chosen, rejected)
     if not any(says(message, prompt) for message in shared if message["role"] == "user"):
+        if any(says(message, prompt) for message in (*better, *worse) if message["role"] == "user"):
+            return shared, better, worse  # the dialogues part too early, which is told there
         raise Dropped("text_beside_messages", repr(prompt[:60]))
     return shared, better, worse
 

@@ -127,6 +127,28 @@ def test_pairs_that_differ_in_their_reasoning_alone_are_pairs(tmp_path, model):
     assert "By the moon." in read(tmp_path, model, [pair]).texts[0][1]
 
 
+OLD_CALL = {"name": "tide", "arguments": '{"at": "noon"}'}
+
+
+@pytest.mark.parametrize(
+    ("reply", "calls"),
+    [
+        pytest.param(bot(None, function_call=OLD_CALL), 1, id="old-form"),
+        pytest.param(bot("Let me see.", function_call=OLD_CALL), 1, id="old-form-beside-text"),
+        pytest.param(bot("", function_call=json.dumps(OLD_CALL), tool_calls=[]), 1, id="old-form-as-text"),
+        pytest.param({"role": "assistant", "tool_calls": [{"function": OLD_CALL}]}, 1, id="no-content"),
+        pytest.param(bot("Yes.", function_call=None, tool_calls=None), 0, id="null"),
+        pytest.param(bot("Yes.", function_call={"name": None, "arguments": None}), 0, id="filled-in"),
+    ],
+)
+def test_calls_in_every_form(reply, calls):
+    turns = [user(), bot("", function_call=OLD_CALL), {"role": "function", "name": "tide", "content": "2 m"}]
+    made = to_example({"prompt": turns, "chosen": [reply], "rejected": [bot("No.")]}, "trl", {}, {}, False)
+    assert [call["function"] for call in made.completions[0][0].get("tool_calls", [])] == [OLD_CALL] * calls
+    assert made.prompt[1]["tool_calls"][0]["function"] == OLD_CALL and made.prompt[2]["role"] == "tool"
+    assert not any("function_call" in message for message in (*made.prompt, *made.completions[0]))
+
+
 def test_content_stays_none_beside_calls():
     turns = [
         user(),
@@ -146,6 +168,13 @@ def test_content_stays_none_beside_calls():
             id="parts",
         ),
         pytest.param(user(["Is it ", "high?"]), None, id="texts"),
+        pytest.param(
+            user(
+                [{"type": "input_text", "text": "Is it "}, {"type": "output_text", "text": "high?", "annotations": []}]
+            ),
+            None,
+            id="parts-of-responses",
+        ),
         pytest.param(
             user([{"type": "image", "url": "sea.jpg"}, {"type": "text", "text": "?"}]), "message_with_media", id="image"
         ),

@@ -125,6 +125,14 @@ def test_messages_stand_once(tmp_path, model, record, prompt):
         ),
         pytest.param(pair([user()], [user(), bot("Blue.")], [bot("Dry.")]), "several_replies", id="one-dialogue"),
         pytest.param(
+            pair("Describe the sea.", [system("A"), user(), bot("Blue.")], [system("B"), user(), bot("Dry.")]),
+            "several_replies",
+            id="systems-differ",
+        ),
+        pytest.param(
+            pair({"messages": [user()]}, [bot("Blue.")], [bot("Dry.")]), "not_text_or_messages", id="object-around"
+        ),
+        pytest.param(
             pair([user("Else.")], [user(), bot("A")], [user(), bot("B")]), "several_replies", id="other-prompt"
         ),
         pytest.param(pair([user()], [user()], [user(), bot("Dry.")]), "one_begins_the_other", id="no-reply"),
@@ -133,3 +141,26 @@ def test_messages_stand_once(tmp_path, model, record, prompt):
 def test_other_meanings_are_refused_by_name(tmp_path, model, record, code):
     result = read(tmp_path, model, [record])
     assert (result.exit_code, result.dropped) == (65, {code: 1}), result.said
+
+
+@pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        pytest.param({"input": "Describe the sea."}, {"prompt": "input"}, id="input-as-prompt"),
+        pytest.param(
+            {"instruction": "In rhyme.", "input": "Describe the sea."},
+            {"prompt": "input", "system": "instruction"},
+            id="instruction-as-system",
+        ),
+        pytest.param(
+            {"prompt": "In rhyme.", "question": "Describe the sea."},
+            {"prompt": "question", "system": "prompt"},
+            id="prompt-as-system",
+        ),
+    ],
+)
+def test_a_named_column_is_read_once(tmp_path, model, record, columns):
+    entry = {"columns": {**columns, "chosen": "chosen", "rejected": "rejected"}}
+    result = read(tmp_path, model, [{**record, "chosen": "Blue.", "rejected": "Dry."}], entry=entry)
+    prompt = RHYME + ASKED if "system" in columns else ASKED
+    assert result.texts == [[prompt, "Blue." + END, "Dry." + END]], result.said
