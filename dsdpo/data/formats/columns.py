@@ -54,6 +54,7 @@ class Columns:
             self.row = {str(key): value for key, value in self.row.items()}
         self.reads = reads
         self.columns = columns
+        self._named = frozenset(columns.values())
         self.used: dict[str, str] = {}
         self.prompt_is_guessed = False
 
@@ -76,7 +77,7 @@ class Columns:
             if column.optional:
                 return None
             raise Dropped("named_column_missing", f"{named} (columns.{key})")
-        there = [name for name in column.usual if self.row.get(name) is not None]
+        there = [name for name in column.usual if self.row.get(name) is not None and name not in self._named]
         if not there:
             return None
         name = there[0] if len(there) == 1 else next((n for n in there if not is_empty(self.row[n])), there[0])
@@ -115,6 +116,9 @@ class Columns:
         if example is None:
             unread = [name for name in unread if name not in self._could_be_read()]
         said = _Said(example)
+        if self.prompt_is_guessed:
+            asks = [name for name in unread if not is_label(name, self.row[name]) and part_of(name) == "prompt"]
+            self.prompt_is_guessed = not asks  # what may be the prompt by its name comes before what may be anything
         missed = [name for name in unread if (part := self._part(name)) and not said.contains(part, self.row[name])]
         if missed:
             raise NotRead(missed)

@@ -49,6 +49,12 @@ REFUSED = [
     pytest.param({**SQL, "问题": "多少船"}, ["问题"], "多少船", id="chinese"),
     pytest.param({**SQL, "user_input": "How many boats?"}, ["user_input"], "How many boats?", id="user-input"),
     pytest.param({**SQL, "question": "boats"}, ["question"], "boats<", id="stands-in-the-answers-alone"),
+    pytest.param(
+        {**SQL, "input": "How many boats?", "rationale": "The first one counts them."},
+        ["input; this"],
+        "user\nHow many boats?<",
+        id="a-name-before-a-guess",
+    ),
     pytest.param({**TEXT, "system": "Answer in rhyme."}, ["system"], "Answer in rhyme.", id="system-text"),
     pytest.param({**TEXT, "system_prompt": "In rhyme."}, ["system_prompt"], "In rhyme.", id="system-prompt"),
     pytest.param({**TEXT, "input": "At noon."}, ["input"], "At noon.", id="input"),
