@@ -70,7 +70,7 @@ def find_template(template: str) -> TemplateText:
     assert is_path(template), "the run config has been checked"
     if template.endswith((".jinja", ".jinja2")):
         try:
-            return TemplateText(Path(template).read_text(encoding="utf-8"))
+            return TemplateText(Path(template).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"template: {template} cannot be read: {error}; give the path of a .jinja file"
@@ -81,7 +81,10 @@ def find_template(template: str) -> TemplateText:
 def _template_of_model(model: str) -> str:
     """The chat template of a folder, read without transformers, or of a hub id."""
     if Path(model).is_dir():
-        text = _template_of_folder(Path(model))
+        try:
+            text = _template_of_folder(Path(model))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"template: the files of {model} cannot be read: {error}") from error
     else:
         from transformers import AutoTokenizer
 
@@ -99,12 +102,14 @@ def _template_of_model(model: str) -> str:
 def _template_of_folder(folder: Path) -> str | None:
     file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     if not settings.is_file():
         return None
-    found = json.loads(settings.read_bytes()).get("chat_template")
+    read = json.loads(settings.read_bytes())
+    found = read.get("chat_template") if isinstance(read, dict) else None
     if isinstance(found, list):
-        found = next((one["template"] for one in found if one.get("name") == "default"), None)
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
     return found if isinstance(found, str) else None
 
 
@@ -178,8 +183,11 @@ class ChatTemplate:
                 other = self._once_or_none(emptied, tools, for_reply, more)
                 if other is not None and text.count("None") > other.count("None"):
                     text = other  # the template writes the null out
-        if not as_text and any(written in text for written in map(str, _objects(shown))):
-            raise Dropped("template_error", "it writes a call's arguments as a Python dict, not as JSON")
+        printed = [] if as_text else [str(arguments) for arguments in _objects(shown)]
+        if any(written in text for written in printed):
+            bare = self._once_or_none(_without_quotes(shown), tools, for_reply, more)
+            if bare is None or any(written in bare for written in printed):
+                raise Dropped("template_error", "it writes a call's arguments as a Python dict, not as JSON")
         return text
 
     def _once_or_none(self, messages: Sequence[Message], tools: Any, for_reply: bool, more: Any) -> str | None:
@@ -303,3 +311,11 @@ def _objects(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Arguments that are objects and not empty."""
     found = (call.get("arguments") for message in messages for call in calls_of(message))
     return [arguments for arguments in found if isinstance(arguments, dict) and arguments]
+
+
+def _without_quotes(messages: Sequence[Message]) -> list[Message]:
+    """The messages without single quotes in their texts, so that only the template can print Python; calls stay."""
+    return [
+        {key: value.replace("'", "") if isinstance(value, str) else value for key, value in message.items()}
+        for message in messages
+    ]

@@ -143,7 +143,9 @@ class ExampleEncoder:
         for completion, text in zip(completions, texts.replied):
             if text is not None and completion == [end_id]:
                 raise Dropped("template_leaves_out", "nothing but the end of the turn is left", "a reply")
-            if completion.count(end_id) != 1 or completion[-1] != end_id:
+            if completion[-1:] != [end_id]:
+                raise Dropped("own_end", repr(self.tokenizer.decode(completion[-3:])))
+            if completion.count(end_id) != 1:
                 raise Dropped("end_inside")
         if has_equal(completions):
             raise Dropped("same_tokens")

@@ -68,7 +68,8 @@ class ExampleTexts:
 
     def check_supports(self, example: Example) -> None:
         """Raises ConfigError where the run's own options keep the example from being rendered."""
-        if isinstance(example.prompt, str):
+        prompt = [] if isinstance(example.prompt, str) else example.prompt
+        if not prompt and self.found.text is None:
             return
         if self.chat is None:
             if not self.found.is_plain:
@@ -77,7 +78,7 @@ class ExampleTexts:
                     f"template to {', '.join(NAMES)}, a .jinja file, or none for the bare text of the messages"
                 )
             return
-        if self.with_system(example.prompt) is example.prompt:
+        if not self.default_system or (prompt and self.with_system(prompt) is prompt):
             return
         try:
             self.of(example)

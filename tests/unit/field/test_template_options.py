@@ -81,3 +81,29 @@ def test_a_model_folder_without_a_template(tmp_path, model_of):
     (tmp_path / "other").mkdir()
     found = read(tmp_path / "run", model_of(CHATML), [RECORD], template=str(tmp_path / "other"))
     assert found.exit_code == 64 and "chat template" in found.said
+
+
+@pytest.mark.parametrize("name", ["mine.jinja", "chat_template.jinja"])
+def test_a_byte_order_mark_is_no_part_of_a_template(name, tmp_path, model_of):
+    (tmp_path / "other").mkdir()
+    file = tmp_path / "other" / name
+    file.write_bytes(b"\xef\xbb\xbf" + CHATML.encode())
+    template = str(file if name == "mine.jinja" else file.parent)
+    found = read(tmp_path / "run", model_of(None), [RECORD], template=template)
+    assert found.exit_code == 0 and found.texts[0][0].startswith("<|im_start|>user\n"), found
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"chat_template": ["x"]}', b'{"a": "\xff"}'])
+def test_a_model_folder_whose_settings_are_broken(content, tmp_path, model_of):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/tokenizer_config.json").write_bytes(content)
+    found = read(tmp_path / "run", model_of(CHATML), [RECORD], template=str(tmp_path / "other"))
+    assert found.exit_code == 64 and str(tmp_path / "other") in found.said, found
+
+
+def test_a_default_system_that_a_template_for_text_cannot_take(tmp_path, model_of):
+    (tmp_path / "mine.jinja").write_text(REFUSES)
+    text = {"prompt": "Describe the boats.", "chosen": "Small.", "rejected": "No."}
+    options = {"template": str(tmp_path / "mine.jinja"), "default_system": "Be kind."}
+    found = read(tmp_path / "run", model_of(None), [text], **options)
+    assert found.exit_code == 64 and "default_system" in found.said, found

@@ -105,3 +105,18 @@ def test_calls_without_arguments(arguments, tmp_path, model_of):
 def test_a_named_template_knows_no_calls(tmp_path, model_of):
     found = read(tmp_path / "one", model_of(None), [record(OSLO)], template="chatml")
     assert (found.exit_code, found.dropped) == (65, {"no_tools_in_template": 1})
+
+
+@pytest.mark.parametrize(("jinja", "written"), WRITTEN)
+def test_a_text_that_quotes_the_arguments_as_python_prints_them(jinja, written, tmp_path, model_of):
+    quoted = record(OSLO, in_reply=True)
+    quoted["prompt"][0]["content"] = f"Call it with {OSLO}"
+    found = read(tmp_path / "run", model_of(jinja), [quoted])
+    assert found.exit_code == 0 and written in found.texts[0][1], found
+
+
+def test_a_call_with_an_end_of_its_own_says_so(tmp_path, model_of):
+    ends = EITHER.replace("<|im_end|>", "{{ '<|endoftext|>' if m.tool_calls else '<|im_end|>' }}")
+    ends = ends.replace("}}\n{% endfor %}", "}}{% endfor %}")
+    found = read(tmp_path / "run", model_of(ends), [record(OSLO, in_reply=True)])
+    assert (found.exit_code, found.dropped) == (65, {"own_end": 1}), found
