@@ -108,8 +108,7 @@ def _template_of_folder(folder: Path) -> str | None:
     read = json.loads(settings.read_bytes())
     found = read.get("chat_template") if isinstance(read, dict) else None
     if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        found = named.get("default")
+        found = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}.get("default")
     return found if isinstance(found, str) else None
 
 
