@@ -50,6 +50,7 @@ _SIDES = "both sides must continue the same turns with one assistant message eac
 REASONS = {
     # the record and its columns
     "not_json": Reason("not valid JSON"),
+    "key_twice": Reason("a key stands twice in one object, with two values", "take one of them out"),
     "not_object": Reason("the record is no JSON object"),
     "named_column_missing": Reason("a column named in columns is missing", "correct columns in the entry"),
     "column_missing": Reason("no {what}"),

@@ -17,7 +17,8 @@ DEFAULT_SPLIT = "train"
 _SAVED = "state.json"  # of a Dataset that save_to_disk wrote
 _SAVED_DICT = "dataset_dict.json"  # of a DatasetDict
 _TEXT_KINDS = (".txt", ".txt.gz")
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.\w+(?:\.gz)?")  # how the hub and `datasets` name the files of a split
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.\w+(?:\.gz)?")  # how the hub and `datasets` name splits
+_SPLIT_FILE = re.compile(r"((train|test|validation|valid|val|dev|eval)(?:_[A-Za-z]+)?)\.\w+(?:\.gz)?")
 
 
 class EntryProblem(Exception):
@@ -42,6 +43,8 @@ def data_files(path: Path, root: Path, where: str, split: str | None = None) -> 
     if not path.is_dir():
         if not path.name.endswith(FILE_KINDS):
             raise EntryProblem(f"{where}: {path.name} is none of the kinds {', '.join(FILE_KINDS)}")
+        if split not in (None, DEFAULT_SPLIT):
+            raise EntryProblem(f"{where}: {path.name} is one file and has no split {split}; take the split out")
         return (path,)
     if is_saved_dict(path):
         splits = [str(name) for name in _read(path / _SAVED_DICT, where).get("splits") or []]
@@ -69,7 +72,15 @@ def _of_folder(path: Path, split: str | None, where: str) -> tuple[Path, ...]:
         raise EntryProblem(f"{where}: the folder {path} holds no {', '.join(FILE_KINDS)} file{hint}")
     named = {file: match[1] for file in found if (match := _SHARD.fullmatch(file.name))}
     if len(named) < len(found):
-        return tuple(found)
+        matches = {file: match for file in found if (match := _SPLIT_FILE.fullmatch(file.name))}
+        named = {file: match[1] for file, match in matches.items()}
+        if len(named) < len(found) or len({match[2] for match in matches.values()}) < 2:
+            if split not in (None, DEFAULT_SPLIT):
+                raise EntryProblem(
+                    f"{where}: the files of {path.name} are not named like splits, so it has no split {split}; name a "
+                    "file, or take the split out"
+                )
+            return tuple(found)
     chosen = _chosen(path, list(dict.fromkeys(named.values())), split, where, inside=False)
     return tuple(file for file in found if named[file] == chosen)
 

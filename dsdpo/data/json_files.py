@@ -102,12 +102,12 @@ def _several_lines(source: Source, lines: list[Line], columns: Mapping[str, str]
             return _wrapper(source, lines[0], found[1])
     try:
         _, end = _DECODER.raw_decode(whole, len(whole) - len(whole.lstrip()))
-    except RecursionError:
-        return None
     except json.JSONDecodeError as error:
         if not (len(whole) >= _WHOLE_OBJECT // 2 and whole.lstrip().startswith("{") and _may_go_on(error, whole)):
             return None
         end = len(whole)
+    except (ValueError, RecursionError):  # such as a number of more digits than Python converts
+        return None
     if end <= len(text.rstrip()):
         return None
     what = "a JSON object over several lines, where each line is to be one record"
@@ -124,9 +124,13 @@ def _first_value(text: str, start: int) -> Any:
 def _not_json(source: Source, line: Line, error: Exception) -> DataError:
     number, byte, text = line
     if not isinstance(error, json.JSONDecodeError):
-        return source.error(number, byte, "JSON that is nested too deeply", "write flatter records")
+        if isinstance(error, RecursionError):
+            return source.error(number, byte, "JSON that is nested too deeply", "write flatter records")
+        return source.error(number, byte, f"not JSON: {error}", "write such numbers as text")
     byte += len(text[: error.pos].encode())
     if text.lstrip().startswith(("{'", '{"')) and error.msg == "Extra data":
+        if text[error.pos :].strip() == ",":
+            return source.error(number, byte, "a comma after the record", "take it out: each line is one record")
         return source.error(number, byte, "a second JSON value in the same line", "write one record in each line")
     remedy = "write each record as a JSON object in its own line"
     if text.lstrip().startswith("{'"):

@@ -172,7 +172,7 @@ def read_score(value: Any, what: str) -> float | None:
         return None
     try:
         score = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not math.isfinite(score):
         raise Dropped("bad_score", f"{what}: {value!r}")

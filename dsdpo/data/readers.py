@@ -42,13 +42,23 @@ def parse_row(row: RawRow) -> Any:
     if not isinstance(row, bytes):
         return row
     try:
-        return json.loads(row)
+        return json.loads(row, object_pairs_hook=_object)
     except RecursionError as error:
         raise Dropped("not_json", "nested too deeply") from error
     except json.JSONDecodeError as error:
         raise Dropped("not_json", f"{error.msg} at byte {len(error.doc[: error.pos].encode())} of the line") from error
     except ValueError as error:  # such as a number of more digits than Python converts
         raise Dropped("not_json", str(error)) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. A key that stands twice with two values would lose one; NaN, as pandas writes it, is no value."""
+    found = {key: None if value != value else value for key, value in pairs}
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if value == value and value != found[key]:
+                raise Dropped("key_twice", repr(key)[:100])
+    return found
 
 
 def _all_rows(entry: DatasetEntry) -> Iterator[tuple[str, RawRow]]:

@@ -48,6 +48,7 @@ _SIGNS: tuple[tuple[bytes, str, str], ...] = (
 _BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
 _PICKLE = re.compile(rb"\x80[\x02-\x05][\x95\}\]cq]")
 _HTML = re.compile(rb"(?is)\s*(?:<!--.*?-->\s*)?(?:<\?xml[^>]*>\s*)?<(?:!doctype|html|head|body|script)")
+_ISO_2022 = re.compile("\x1b[$(][@A-Z(]")  # how such text changes its character set
 _BOMS = (
     (codecs.BOM_UTF8, ""),
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -108,12 +109,16 @@ def iter_lines(source: Source, stream: BufferedReader) -> Iterator[tuple[int, in
     Raises:
         DataError: the file is not UTF-8 text to its end.
     """
-    byte = 0
+    byte, is_ascii = 0, True
     for number, line in enumerate(stream, 1):
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            raise _not_utf8(source, number, byte, line + stream.read(_SAMPLE), error) from None
+            raise _not_utf8(source, number, byte, line + stream.read(_SAMPLE), error, is_ascii) from None
+        is_ascii = is_ascii and line.isascii()
+        if found := _ISO_2022.search(text):
+            at = byte + len(text[: found.start()].encode())
+            raise source.error(number, at, "ISO-2022 text, and only UTF-8 is read", _iconv(source, "ISO-2022-JP"))
         if "\0" in text:
             raise _nul(source, number, byte + line.index(b"\0"))
         yield number, byte, text.removeprefix(BOM)
@@ -129,7 +134,7 @@ def iter_pieces(source: Source, stream: BufferedReader, size: int) -> Iterator[s
         DataError: as `iter_lines` does.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    line, byte = 1, 0
+    line, byte, is_ascii = 1, 0, True
     while True:
         piece = stream.read(size)
         pending = decoder.getstate()[0]
@@ -137,7 +142,10 @@ def iter_pieces(source: Source, stream: BufferedReader, size: int) -> Iterator[s
             text = decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
             line += error.object[: error.start].count(b"\n")
-            raise _not_utf8(source, line, byte - len(pending), error.object + stream.read(_SAMPLE), error) from None
+            raise _not_utf8(
+                source, line, byte - len(pending), error.object + stream.read(_SAMPLE), error, is_ascii
+            ) from None
+        is_ascii = is_ascii and piece.isascii()
         if "\0" in text:
             at = piece.index(b"\0")
             raise _nul(source, line + piece[:at].count(b"\n"), byte + at)
@@ -182,11 +190,16 @@ def _iconv(source: Source, encoding: str) -> str:
     return f"convert it: iconv -f {encoding} -t UTF-8 {name} > utf8.{name}"
 
 
-def _not_utf8(source: Source, line: int, byte: int, sample: bytes, error: UnicodeDecodeError) -> DataError:
+def _not_utf8(
+    source: Source, line: int, byte: int, sample: bytes, error: UnicodeDecodeError, was_ascii: bool
+) -> DataError:
     at = byte + error.start
     if error.reason == "unexpected end of data" and len(sample) == error.end:
         return source.error(line, at, "the file ends within a character", "it was cut off: fetch it again")
     found = f"byte 0x{sample[error.start]:02x} is not UTF-8"
+    # a two-byte character of another encoding may pass for UTF-8, three bytes hardly do
+    if not was_ascii or any(first >= 0xE0 for first in sample[: error.start]):
+        return source.error(line, at, f"{found}, and the text before it is", "repair the damaged place")
     if encoding := guess_encoding(sample):
         return source.error(line, at, f"{found}; the text looks like {encoding}", _iconv(source, encoding))
     remedy = "find the encoding that it was written in and convert it with iconv, or repair the damaged place"
@@ -214,6 +227,9 @@ _ENCODINGS: tuple[tuple[str, str, Callable[[str, bytes], bool]], ...] = (
 )
 
 
+_CYRILLIC = "оеаинтр"  # more than half of the letters of a text in Russian
+
+
 def guess_encoding(sample: bytes) -> str:
     """The encoding that some bytes are most likely written in, as iconv names it; "" when none is likely."""
     likely = {}
@@ -225,6 +241,9 @@ def guess_encoding(sample: bytes) -> str:
         foreign = [character for character in text if character > "\x7f"]
         if not foreign:
             continue
+        letters = [character for character in foreign if "\u0410" <= character <= "\u044f"]
+        if name == "CP1251" and sum(letter in _CYRILLIC for letter in letters) < 0.45 * len(letters):
+            continue  # Greek, Hebrew, Arabic and KOI8 have letters at the same bytes
         usual = sum(is_usual(character, character.encode(codec)) for character in foreign) / len(foreign)
         if name in ("CP1251", "CP1252"):  # accents stand alone between ASCII letters, other scripts in runs
             runs = re.findall(rb"[\x80-\xff]+", sample)

@@ -22,13 +22,20 @@ Convert = Callable[[Any], Any]
 def records(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
     """The rows of a batch as records. Raises ValueError where a text column is not UTF-8."""
     converts = [_convert(field.type) for field in batch.schema]
-    columns = [
-        values if convert is None else [convert(value) for value in values]
-        for values, convert in zip((column.to_pylist() for column in batch.columns), converts)
-    ]
+    columns = [_values(column, convert) for column, convert in zip(batch.columns, converts)]
     names = batch.schema.names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"the column {twice[0]!r} is there twice; rename one of them")
     for row in zip(*columns) if columns else [()] * batch.num_rows:
         yield dict(zip(names, row))
+
+
+def _values(column: pa.Array, convert: Convert | None) -> list[Any]:
+    try:
+        values = column.to_pylist()
+        return values if convert is None else [convert(value) for value in values]
+    except (OverflowError, pa.ArrowException):  # times beyond Python's, or in a zone that is not known here
+        return [{NOT_TEXT: f"a value of type {column.type}"}] * len(column)
 
 
 def _convert(kind: pa.DataType) -> Convert | None:
@@ -43,7 +50,9 @@ def _convert(kind: pa.DataType) -> Convert | None:
     if types.is_map(kind):
         key, item = (_convert(part) or _same for part in (kind.key_type, kind.item_type))
         return _optional(lambda pairs: {str(key(name)): item(value) for name, value in pairs})
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    if types.is_run_end_encoded(kind):
+        return _convert(kind.value_type)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or _is_list_view(kind):
         inner = _convert(kind.value_type)
         return None if inner is None else _optional(lambda values: [inner(value) for value in values])
     if types.is_dictionary(kind):
@@ -51,11 +60,21 @@ def _convert(kind: pa.DataType) -> Convert | None:
     if types.is_decimal(kind):
         return _optional(float)
     if types.is_temporal(kind):
-        return _optional((lambda v: v.total_seconds()) if types.is_duration(kind) else (lambda v: v.isoformat()))
+        return _optional(_time)
     is_plain = types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
     if is_plain or types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return None
     return _optional(_text_or_mark)
+
+
+def _is_list_view(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
+
+
+def _time(value: Any) -> Any:
+    if hasattr(value, "total_seconds"):
+        return value.total_seconds()
+    return value.isoformat() if hasattr(value, "isoformat") else list(value)  # months, days and nanoseconds
 
 
 def _struct(kind: pa.StructType) -> Convert:

@@ -61,6 +61,9 @@ REFUSED = [
     ("utf16be.json", json.dumps(PLAIN).encode("utf-16-be"), ":1, byte 0"),
     ("utf32.jsonl", lines(PLAIN).encode("utf-32"), ":1, byte 0"),
     ("utf32le.jsonl", lines(PLAIN).encode("utf-32-le"), ":1, byte 0"),
+    ("mail.csv", csv([{"p": "東京の天気は?", "c": "はれです。", "r": "いいえ"}]).encode("iso2022_jp"), ":2, byte 24"),
+    ("damaged.jsonl", lines(CHINESE).encode() + b'{"prompt": "caf\xe9"}\n', ":3, byte"),
+    ("commas.jsonl", lines(PLAIN).replace("\n", ",\n").encode(), f":1, byte {len(lines(PLAIN[:1])) - 1}"),
     ("cut.jsonl", lines(CHINESE).encode()[:-30], ":2, byte"),
     ("cesu.jsonl", lines(PLAIN).encode() + b'{"prompt": "\xed\xa0\xbd"}\n', ":4, byte"),
     ("nul.jsonl", lines(PLAIN[:1]).encode() + b"\0" * 40 + lines(PLAIN[1:]).encode(), ":2, byte"),
@@ -137,6 +140,9 @@ LINES = [
     (b'{"prompt": "tab\there", "chosen": "b", "rejected": "c"}', "not_json"),
     (b'{"prompt": "\\ud83d", "chosen": "b", "rejected": "c"}', "broken_unicode"),
     (b'["a", "b"]', "not_object"),
+    (b'{"prompt": "a", "prompt": "z", "chosen": "b", "rejected": "c"}', "key_twice"),
+    (b'{"prompt": "a", "chosen": "b", "rejected": "c", "id": ' + b"9" * 5000 + b"}", "not_json"),
+    (b'{"prompt": "a", "chosen": "b", "rejected": "c", "chosen_score": ' + b"9" * 400 + b"}", "bad_score"),
     (b"[" * 100_000, "not_json"),
 ]
 
@@ -205,6 +211,7 @@ def test_values_of_arrow_become_what_json_can_hold(tmp_path) -> None:
         (pa.array([86_400], pa.duration("s")), [86400.0]),
         (pa.array([0], pa.timestamp("s")), ["1970-01-01T00:00:00"]),
         (pa.array([1], pa.date32()), ["1970-01-02"]),
+        (pa.array([2**31 - 1], pa.date32()), [{"no text": "a value of type date32[day]"}]),
         (pa.array([[("k", None)]], pa.map_(pa.string(), pa.int32())), [{"k": None}]),
         (pa.array(['{"a": null}', None], pa.json_()), [{"a": None}, None]),
         (pa.array(["x", "x"]).dictionary_encode(), ["x", "x"]),
@@ -217,6 +224,12 @@ def test_values_of_arrow_become_what_json_can_hold(tmp_path) -> None:
     ]
     for number, (column, expected) in enumerate(table):
         assert values(column, tmp_path / str(number)) == expected
+
+
+def test_nan_of_pandas_is_a_missing_value(tmp_path, model_folder) -> None:  # noqa: F811
+    record = {"instruction": "a", "input": float("nan"), "output": ["b", "c"], "chosen_score": float("nan")}
+    found = read(tmp_path / "run", model_folder, [record])
+    assert (found.exit_code, len(found.texts)) == (0, 1) and "nan" not in found.texts[0][0], found.said
 
 
 def test_large_arrays_are_read_in_pieces_to_the_same_records(tmp_path, monkeypatch) -> None:
@@ -252,6 +265,9 @@ def _folder(folder: Path, content: str) -> Path:
         ("EUC-KR", "cp949", "서울의 날씨를 알려 주세요."),
         ("CP1251", "cp1251", "Скажите, какая сегодня погода?"),
         ("CP1252", "cp1252", "L'été à München"),
+        ("", "cp1253", "Ποια είναι η πρωτεύουσα της Ελλάδας;"),
+        ("", "cp1255", "מה בירת ישראל?"),
+        ("", "koi8-r", "Скажите, какая сегодня погода?"),
         ("", "ascii", "plain"),
     ],
 )

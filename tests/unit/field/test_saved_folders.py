@@ -138,6 +138,31 @@ def test_nulls_that_arrow_filled_in_are_left_out_and_json_stays(tmp_path) -> Non
     assert [parse_row(row) for _, row in iter_rows(entries[0])] == [{"chosen": turns, "extra": {"a": None}}]
 
 
+def test_files_named_like_splits_are_splits(tmp_path) -> None:
+    line = json.dumps(records(1)[0]) + "\n"
+    for name in (
+        "a/train.jsonl",
+        "a/test.jsonl",
+        "b/train_prefs.json",
+        "b/test_prefs.json",
+        "c/one.jsonl",
+        "c/two.jsonl",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(line)
+    read_files = {
+        "a:test": ["test.jsonl"],
+        "b:train_prefs": ["train_prefs.json"],
+        "c": ["one.jsonl", "two.jsonl"],
+        "c/one.jsonl:train": ["one.jsonl"],
+    }
+    for name, files in read_files.items():
+        entries, problems = resolve([name], tmp_path)
+        assert not problems and [file.name for file in entries[0].files] == files
+    for name in ("a", "b", "a:val", "c:test", "c/one.jsonl:test"):
+        assert [problem.code for problem in resolve([name], tmp_path)[1]] == ["dataset"], name
+
+
 @pytest.mark.parametrize("name", ["rows.txt", "rows.txt.gz"])
 def test_plain_text_is_one_record_a_line_and_no_pair(tmp_path, model_folder, name) -> None:  # noqa: F811
     import gzip
