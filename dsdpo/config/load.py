@@ -117,6 +117,7 @@ for _kind, _form, _first in _SCALARS:
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader._integer)
 _LIST = "tag:yaml.org,2002:seq"
 _NUMERIC = (int, float, bool)
+_NOT_FINITE = ("inf", "infinity", "nan")  # pydantic takes these texts for numbers
 _AS_TYPED = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "str"))
 
 
@@ -130,6 +131,8 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, int], 
     except (OSError, UnicodeDecodeError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
         text = f"{path}: {reason}; give the path of a YAML run config right after the command"
+        if isinstance(error, UnicodeDecodeError):
+            text = f"{path}: no UTF-8 text (byte {error.start + 1}); save it as UTF-8"
         return None, {}, [Problem("config-file", "", text)]
     try:
         loader = _Loader(text)
@@ -137,16 +140,15 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, int], 
         if node is None:
             return {}, {}, []
         if not isinstance(node, yaml.MappingNode):
-            return (
-                None,
-                {},
-                [Problem("config-file", "", f"{path}: found no keys; a run config is lines of `key: value`")],
-            )
+            text = f"{path}: found no keys; a run config is lines of `key: value`"
+            return None, {}, [Problem("config-file", "", text)]
         keys = [(key.value, key.start_mark.line + 1) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         problems = _duplicates(keys, path)
         values = _values_of(node, loader)
     except yaml.YAMLError as error:
         return None, {}, [Problem("yaml", "", f"{path}: not valid YAML: {_one_line(error)}")]
+    except RecursionError:
+        return None, {}, [Problem("yaml", "", f"{path}: blocks are nested too deeply, or contain themselves")]
     return values, dict(keys), problems
 
 
@@ -227,9 +229,10 @@ def _parse_value(key: str, text: str) -> Any:
         if _is_text_alone(key, node):
             return text
         value = _value_of(key, node, loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
-    return value if not is_text or value is None or isinstance(value, (list, dict)) else text
+    is_null = value is None and not text.startswith(("&", "!"))  # YAML's marks, of an empty value
+    return value if not is_text or is_null or isinstance(value, (list, dict)) else text
 
 
 def _is_text_alone(key: str, node: yaml.Node) -> bool:
@@ -275,11 +278,8 @@ def _validate(
     sound = {key: value for key, value in values.items() if key not in faulty}
     while True:
         try:
-            return (
-                RunConfig.model_validate(_placeholders(faulty) | sound),
-                frozenset(faulty),
-                list(faulty.values()),
-            )
+            config = RunConfig.model_validate(_placeholders(faulty) | sound)
+            return config, frozenset(faulty), list(faulty.values())
         except ValidationError as error:
             for key in dict.fromkeys(str(detail["loc"][0]) for detail in error.errors()):
                 faulty[key] = _wrong(key, sound.pop(key), origins)
@@ -299,6 +299,8 @@ def _look(key: str, values: dict[str, Any], origins: dict[str, str], path: str) 
 
 
 def _is_no_number(key: str, item: Any) -> bool:
+    if isinstance(item, str) and (_base(key) in _NUMERIC or _holds_numbers(key)):
+        return any(part.strip().lower().lstrip("+-") in _NOT_FINITE for part in item.split(","))
     return (isinstance(item, bool) and _base(key) is not bool) or (isinstance(item, float) and not math.isfinite(item))
 
 

@@ -95,6 +95,8 @@ def test_what_looks_like_a_number_in_part_is_text(text: str) -> None:
         ("learning_rate", "5e-6_beta0.1", None),
         ("learning_rate", "3e8f21b", None),
         ("learning_rate", ".inf", None),
+        ("learning_rate", "inf", None),
+        ("loss_weights", "1,nan", None),
         ("learning_rate", "1:30", None),
         ("seed", "1_000", 1000),
         ("seed", "0x1F", 31),
@@ -129,6 +131,18 @@ def test_a_comment_sign_on_the_command_line_is_text(tmp_path: Path) -> None:
     assert sound(tmp_path, MINIMAL, "--default_system", "# Rules").default_system == "# Rules"
     assert sound(tmp_path, MINIMAL, "--default_system", "[be short]").default_system == "[be short]"
     assert sound(tmp_path, MINIMAL, "--default_system", "").default_system is None
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_another_encoding_is_told(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "run.yaml").write_bytes((MINIMAL + "run_name: ü\n").encode(encoding))
+    (problem,) = load(tmp_path / "run.yaml").problems
+    assert "save it as UTF-8" in problem.text
+
+
+@pytest.mark.parametrize("text", ["&x", "!x", "*x"])
+def test_marks_of_yaml_on_the_command_line_are_text(tmp_path: Path, text: str) -> None:
+    assert sound(tmp_path, MINIMAL, "--run_name", text).run_name == text
 
 
 def test_a_date_is_text(tmp_path: Path) -> None:
@@ -255,6 +269,8 @@ def test_all_problems_come_together_and_the_rest_is_kept(tmp_path: Path) -> None
         ("- a\n- b\n", "a run config is lines of `key: value`"),
         ("[a, b]: 1\n", "not valid YAML"),
         ("a: \x07\n", "not valid YAML"),
+        ("a: " + "[" * 3000, "nested too deeply"),
+        ("lora_target: &a [*a]\n", "contain themselves"),
     ],
 )
 def test_a_broken_file_is_one_problem(tmp_path: Path, text: str, said: str) -> None:
