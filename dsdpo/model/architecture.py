@@ -58,6 +58,7 @@ class Architecture:
         positions: longest sequence that config.json names; None where it names none.
         ropes: settings of rotary positions, one for each kind of layer that has its own.
         head_size: dimensions of a head; None where config.json does not tell.
+        quantized: whether weights are stored in 8 bits or fewer.
     """
 
     model_type: str
@@ -76,6 +77,7 @@ class Architecture:
     positions: int | None
     ropes: tuple[dict[str, Any], ...]
     head_size: int | None
+    quantized: bool
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Architecture:
@@ -105,6 +107,7 @@ class Architecture:
             positions=getattr(config, "max_position_embeddings", None),
             ropes=_ropes(rope),
             head_size=getattr(config, "head_dim", None) or _quotient(config),
+            quantized=bool(getattr(config, "quantization_config", None)),
         )
 
     @classmethod
@@ -134,6 +137,7 @@ class Architecture:
             positions=_number(get("max_position_embeddings", _POSITIONS.get(kind))),
             ropes=() if learned else _ropes(_rope_of(kind, settings)),
             head_size=_number(size),
+            quantized=bool(get("quantization_config")),
         )
 
 
@@ -144,7 +148,7 @@ def _is_windowed(kind: str, settings: Mapping[str, Any]) -> bool:
     if kind in _WINDOWED_ABOVE and not settings.get("use_sliding_window"):
         return False
     if layers:
-        return "sliding_attention" in layers
+        return "sliding_attention" in str(layers)
     if kind in _WINDOWED_ABOVE:
         first, count = _number(settings.get("max_window_layers", 28)), _number(settings.get("num_hidden_layers", 32))
         return (first or 0) < (count or 0)
@@ -160,12 +164,15 @@ def _rope_of(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     found = settings.get("rope_parameters") or settings.get("rope_scaling") or _LLAMA3_ROPE.get(kind, {})
     if not isinstance(found, dict):
         return {}
+    if kind == "phi3" and (found.get("rope_type") or found.get("type")) in ("su", "yarn"):
+        found = {**found, "rope_type": "longrope"}  # as its class reads the names of its first versions
     original = settings.get("original_max_position_embeddings", _PHI3_ORIGINAL if kind == "phi3" else None)
     return {"original_max_position_embeddings": original, **found} if original else found
 
 
 def _others(layers: Any) -> tuple[str, ...]:
-    return tuple(sorted(set(layers or ()) - {"full_attention", "sliding_attention"}))
+    names = layers if isinstance(layers, (list, tuple)) else filter(None, [layers])
+    return tuple(sorted(set(map(str, names)) - {"full_attention", "sliding_attention"}))
 
 
 def _ropes(settings: Any) -> tuple[dict[str, Any], ...]:

@@ -57,6 +57,9 @@ def problems(model: Architecture, max_length: int, disable_dropout: bool, backen
     if model.experts:
         text = "the model is a mixture of experts, whose balancing loss is not computed: train a dense model"
         found.append(_problem("experts", text))
+    if model.quantized:
+        text = "the model's weights are quantized (quantization_config), which cannot be trained: name its full model"
+        found.append(_problem("quantized", text))
     if model.model_type in COMPARED:
         found += head_problems(model, backend)
     elif not found:
