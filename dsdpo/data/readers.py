@@ -42,7 +42,7 @@ def parse_row(row: RawRow) -> Any:
     if not isinstance(row, bytes):
         return row
     try:
-        return json.loads(row, object_pairs_hook=_object)
+        return _DECODER.decode(row.decode(json.detect_encoding(row), "surrogatepass"))
     except RecursionError as error:
         raise Dropped("not_json", "nested too deeply") from error
     except json.JSONDecodeError as error:
@@ -59,6 +59,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             if value == value and value != found[key]:
                 raise Dropped("key_twice", repr(key)[:100])
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for each record
 
 
 def _all_rows(entry: DatasetEntry) -> Iterator[tuple[str, RawRow]]:
