@@ -86,8 +86,9 @@ def fit(example: EncodedExample, limits: Limits, bos_id: int | None) -> tuple[En
             notes = notes if limits.truncation_mode == "keep_start" else (*notes, CUT_BOTH)
         if has_equal(completions):
             raise Dropped("same_once_cut", size)
+        example = replace(example, prompt_ids=prompt, completion_ids=completions, notes=notes)
     _check_micro_batch(len(prompt), [len(ids) for ids in completions], limits)
-    return replace(example, prompt_ids=prompt, completion_ids=completions, notes=notes), over > 0
+    return example, over > 0
 
 
 def _prompt_end(prompt: list[int], over: int, max_length: int, bos_id: int | None) -> list[int]:

@@ -271,13 +271,15 @@ def _checked(example: Example, allow_empty_rejected: bool) -> Example:
             raise Dropped("empty_rejected")
         if not isinstance(rejected, str) and leaves(rejected, _NO_WORDS):
             raise Dropped("empty_with_keys", ", ".join(rejected[0]))
-        rejected = "" if isinstance(rejected, str) else assistant("")
-        example = replace(example, completions=(chosen, rejected))
+        if rejected not in ("", _NOTHING):
+            rejected = "" if isinstance(rejected, str) else assistant("")
+            example = replace(example, completions=(chosen, rejected))
     if chosen == rejected:
         raise Dropped("same")
     return example
 
 
+_NOTHING = assistant("")
 _NO_WORDS = frozenset(["role", "content", "name"])
 
 
