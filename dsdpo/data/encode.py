@@ -141,6 +141,8 @@ class RowEncoder:
             result["source"] = source
             result["has"] = [f"{number}:{name}" for name in has]
             result["excerpt"] = _excerpt(raw) if result["reason"] else ""
+            result["detail"] = _writable(result["detail"])
+            result["notes"] = list(map(_writable, result["notes"]))
         return {key: [result[key] for result in results] for key in results[0]}
 
     def example(self, raw: RawRow, entry: DatasetEntry) -> Example | Dropped:
@@ -239,6 +241,11 @@ def _dropped(dropped: Dropped) -> dict[str, Any]:
         "notes": [],
         "prompt_key": 0,
     }
+
+
+def _writable(text: str) -> str:
+    """Text that can be written as UTF-8: names of columns may hold lone surrogates."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _excerpt(raw: RawRow) -> str:

@@ -110,6 +110,7 @@ def test_column_that_nothing_reads_must_be_ignored(tmp_path, model, record, name
         pytest.param({**TURNS, "system": "In rhyme."}, "system\nIn rhyme.", [], id="system-beside-messages"),
         pytest.param({**TURNS, "prompt_id": "8f3", "source": "us"}, "sea", ["prompt_id", "source"], id="ids"),
         pytest.param({**TEXT, "question": None, "input": "", "images": [], "tools": "[]"}, "sea", [], id="empty"),
+        pytest.param({**TEXT, "\udc80": "1"}, "sea", ["?"], id="surrogate-in-a-name"),
         pytest.param({**TEXT, "question": "Describe  the sea."}, "sea", ["question"], id="says-the-same"),
         pytest.param(
             {**TURNS, "messages": TURNS["prompt"] + TURNS["chosen"]}, "sea", ["messages"], id="messages-say-the-same"

@@ -77,13 +77,16 @@ def compare(config: PretrainedConfig, settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("model_type", sorted(COMPARED))
 def test_a_config_file_tells_what_the_config_object_tells(tmp_path: Path, model_type: str) -> None:
+    compared = 0
     for changes in CHANGES:
         try:
             config = AutoConfig.for_model(model_type, **changes)
-        except Exception:  # the type has no such setting
+        except Exception:  # transformers refuses some settings of some types, each in its own way
             continue
         compare(config, written(config, tmp_path))
         compare(config, {"model_type": model_type, **changes})
+        compared += 1
+    assert compared >= len(CHANGES) - 3
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
