@@ -109,6 +109,8 @@ def _lacks(folder: Path, adapter_allowed: bool, reads_headers: bool) -> list[tup
     lacks += [("weights-missing", fault) for fault in faults]
     if reads_headers:
         lacks += [("weights-damaged", f"has a {file.name} that {fault}") for file in files if (fault := damage(file))]
+    own = [folder / name for name in (*_TOKENIZER_FILES, "tokenizer_config.json") if (folder / name).is_file()]
+    lacks += [("tokenizer-damaged", f"has a {file.name} that {fault}") for file in own if (fault := damage(file))]
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         lacks.append(("model-folder", f"has no tokenizer ({' or '.join(_TOKENIZER_FILES)})"))
     return lacks

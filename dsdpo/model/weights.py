@@ -6,6 +6,7 @@ No tensor is read and torch is not imported.
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -44,14 +45,19 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def damage(path: Path) -> str:
-    """Why a weight file is not whole, as far as its header and its length tell; else an empty string."""
+    """Why a file of weights or of a tokenizer is not whole, as far as its ends tell; else an empty string."""
     try:
         with path.open("rb") as stream:
             head = stream.read(64)
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
     if head.startswith(_LFS_POINTER):
-        return "is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"
+        return "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
+    if path.suffix == ".json":
+        with path.open("rb") as stream:
+            stream.seek(-min(64, path.stat().st_size), os.SEEK_END)
+            whole = head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and stream.read().rstrip().endswith(b"}")
+        return "" if whole else "is truncated or no JSON object: download it again"
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="np") as file:

@@ -33,6 +33,10 @@ def truncate(model: Path) -> None:
     (model / "model.safetensors").write_bytes(data[: len(data) - 20])
 
 
+def tokenizer_file(content: bytes) -> Callable[[Path], object]:
+    return lambda model: (model / "tokenizer.json").write_bytes(content)
+
+
 def lfs_pointer(model: Path) -> None:
     (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
 
@@ -95,6 +99,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, list[
     "truncated weights": ({}, truncate, [], "weights-damaged"),
     "a pointer to weights": ({}, lfs_pointer, [], "weights-damaged"),
     "a missing shard": ({}, shards("model-1-of-2.safetensors"), [], "weights-missing"),
+    "a pointer to a tokenizer": ({}, tokenizer_file(b"version https://git-lfs.github.com\n"), [], "tokenizer-damaged"),
+    "truncated tokenizer": ({}, tokenizer_file(b'{"version": "1.0", "tru'), [], "tokenizer-damaged"),
+    "empty tokenizer": ({}, tokenizer_file(b""), [], "tokenizer-damaged"),
     "truncated bin": ({}, bin_file(b"PK\x03\x04" + bytes(500)), [], "weights-damaged"),
     "empty bin": ({}, bin_file(b""), [], "weights-damaged"),
     "accelerate config": ({"deepspeed": "accelerate.yaml"}, None, [], "accelerate-config"),
