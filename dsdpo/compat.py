@@ -243,16 +243,20 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None)
                 messages, tools, chat_template=chat_template, add_generation_prompt=for_reply, tokenize=False, **more
             )
         )
-    special = tokenizer.special_tokens_map
+    special = {"documents": None, **tokenizer.special_tokens_map}
+    compiled: dict[str, Any] = {}
     # newer versions of transformers give a message's reasoning under each name that templates read
     with_aliases = getattr(chat_template_utils, "_alias_reasoning_fields", list)
 
     def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, for_reply: bool, **more: Any) -> str:
-        template = chat_template_utils._compile_jinja_template(tokenizer.get_chat_template(chat_template, tools))
-        given = {"documents": None, **special, **more}
+        text = tokenizer.get_chat_template(chat_template, tools)
+        template = compiled.get(text)
+        if template is None:
+            template = compiled[text] = chat_template_utils._compile_jinja_template(text)
+            template.globals = dict(template.globals)  # it was a chain of two, which Jinja walks for each conversation
         if any(len(message) > 2 for message in messages):
             messages = with_aliases(messages)
-        return template.render(messages=messages, tools=tools, add_generation_prompt=for_reply, **given)
+        return template.render({**special, **more}, messages=messages, tools=tools, add_generation_prompt=for_reply)
 
     return render
 
