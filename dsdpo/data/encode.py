@@ -208,7 +208,8 @@ def shard_row(
 ) -> dict[str, Any]:
     """An example in the columns of a shard, but for its source."""
     masks = None if loss_mask is None else tuple(np.asarray(mask, dtype=bool) for mask in loss_mask)
-    example = TokenizedExample(np.asarray(prompt_ids), tuple(map(np.asarray, completion_ids)), masks)
+    prompt, *completions = (np.asarray(ids, dtype=np.int64) for ids in (prompt_ids, *completion_ids))
+    example = TokenizedExample(prompt, tuple(completions), masks)
     return {
         "prompt_ids": prompt_ids,
         "completion_ids": completion_ids,
@@ -216,7 +217,7 @@ def shard_row(
         "prompt_length": len(prompt_ids),
         "completion_lengths": [len(ids) for ids in completion_ids],
         "loss_tokens": example.loss_tokens,
-        "digest": example_digest(prompt_ids, completion_ids, loss_mask),
+        "digest": example_digest(prompt, completions, loss_mask),
         "scores": [math.nan if score is None else score for score in scores],
         "weight": weight,
     }
