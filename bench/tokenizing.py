@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from demo.fetch_model import fetch_model  # noqa: E402
 from dsdpo.data.encode import Limits, RowEncoder  # noqa: E402
+from dsdpo.data.pipeline import frozen  # noqa: E402
 from dsdpo.data.readers import iter_rows  # noqa: E402
 from dsdpo.data.registry import DatasetEntry, resolve  # noqa: E402
 from dsdpo.data.templates import ExampleEncoder, load_tokenizer  # noqa: E402
@@ -75,7 +76,8 @@ def measure(entry: DatasetEntry, encoder: ExampleEncoder, rounds: int, profile: 
         for batch in texts:
             tokenizer(batch, add_special_tokens=False)
 
-    times = [(seconds(ours), seconds(raw)) for _ in range(rounds)]
+    with frozen():  # as in prepare
+        times = [(seconds(ours), seconds(raw)) for _ in range(rounds)]
     if profile:
         profiler = cProfile.Profile()
         profiler.runcall(ours)
