@@ -71,6 +71,7 @@ def test_a_forked_rank_finds_what_a_new_interpreter_finds(monkeypatch: pytest.Mo
     assert forked[0]["threads"] == 1 and forked[0]["folder"] == ROOT and forked[0]["OF_THIS_TEST"] == "1"
 
 
+@pytest.mark.start
 def test_ranks_draw_numbers_of_their_own() -> None:
     one, other = run_ranks(f"{HERE}:draw", 2)
     assert all(a != b for a, b in zip(one, other, strict=True))
@@ -95,6 +96,7 @@ def test_a_thread_that_imports_fails_the_rank() -> None:
         run_ranks(f"{HERE}:import_beside", 1)
 
 
+@pytest.mark.start
 def test_a_command_ends_with_its_code_and_output(tmp_path: Path) -> None:
     """And its peers are ended with it: they would wait for the main rank."""
     code, output = run_as_ranks(2, "train", str(tmp_path / "none.yaml"))

@@ -233,6 +233,7 @@ def test_a_peer_file_of_an_earlier_version_is_printed_once(tmp_path: Path, capsy
     assert capsys.readouterr().err == "rank 3: disk full\n"
 
 
+@pytest.mark.start
 def test_a_hang_is_not_waited_for(tmp_path: Path) -> None:
     """A launcher waits for the rank that hangs; the supervisor does not."""
     rank = """
@@ -391,6 +392,7 @@ def launched(tmp_path: Path, rank: str, ranks: int) -> int:
     return run(command, tmp_path, environment)
 
 
+@pytest.mark.start
 def test_a_killed_rank_under_the_real_launcher(tmp_path: Path) -> None:
     rank = (
         "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(100)\n"
@@ -399,6 +401,7 @@ def test_a_killed_rank_under_the_real_launcher(tmp_path: Path) -> None:
         exit_code_from("train", RunDir(tmp_path), launched(tmp_path, rank, 2))
 
 
+@pytest.mark.start
 def test_the_real_launcher_places_ranks_and_stays_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rank = (
         "import json, pathlib, sys\n"

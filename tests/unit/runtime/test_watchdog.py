@@ -128,6 +128,7 @@ def test_what_is_slow_may_take_any_time_as_long_as_it_goes_on(tmp_path: Path) ->
     process.communicate()
 
 
+@pytest.mark.start
 def test_the_time_of_a_job_that_is_suspended_does_not_count(tmp_path: Path) -> None:
     process = start(tmp_path, "3.0", "", "5")
     process.send_signal(signal.SIGSTOP)
@@ -137,6 +138,7 @@ def test_the_time_of_a_job_that_is_suspended_does_not_count(tmp_path: Path) -> N
     assert process.returncode == 71 and "No progress for 3 s" in said, said
 
 
+@pytest.mark.start
 def test_a_rank_ends_when_the_holder_of_the_lock_is_gone(tmp_path: Path) -> None:
     holder = (
         "import sys, time, pathlib; from dsdpo.runtime.lock import RunLock; from dsdpo.runtime.rundir import RunDir;"
@@ -161,6 +163,7 @@ def test_a_rank_ends_when_another_job_has_the_lock(tmp_path: Path) -> None:
         process.communicate()
 
 
+@pytest.mark.start
 def test_a_rank_ends_when_the_lock_is_given_back(tmp_path: Path) -> None:
     """A supervisor on another host that is interrupted does so, and cannot kill the ranks here."""
     with RunLock.acquire(RunDir(tmp_path), "test") as lock:
