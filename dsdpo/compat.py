@@ -221,14 +221,15 @@ def is_partitioned(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> Callable[..., str]:
+def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | dict[str, str] | None) -> Callable[..., str]:
     """`tokenizer.apply_chat_template(…, tokenize=False)` for messages and tools of plain JSON values.
 
     Half of that method's time goes into copying each message value by value, to take rich objects out of a template's
     reach. A tokenizer with a method of its own keeps it.
 
     Args:
-        chat_template: instead of the tokenizer's own.
+        chat_template: instead of the tokenizer's own; of several by name, that is taken which apply_chat_template would
+            take: `tool_use` where there are tools, else `default`.
 
     Returns:
         (messages, tools or None, add_generation_prompt, **variables of the template) -> text. It raises what the
@@ -237,10 +238,15 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None)
     from transformers import PreTrainedTokenizerBase
     from transformers.utils import chat_template_utils
 
+    def template_for(tools: list[dict[str, Any]] | None) -> str | None:
+        if not isinstance(chat_template, dict):
+            return chat_template
+        return chat_template["tool_use" if tools is not None and "tool_use" in chat_template else "default"]
+
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return lambda messages, tools, for_reply, strftime_now=None, **more: str(
             tokenizer.apply_chat_template(
-                messages, tools, chat_template=chat_template, add_generation_prompt=for_reply, tokenize=False, **more
+                messages, tools, chat_template=template_for(tools), add_generation_prompt=for_reply, tokenize=False, **more
             )
         )
     special = {"documents": None, **tokenizer.special_tokens_map}
@@ -249,7 +255,7 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None)
     with_aliases = getattr(chat_template_utils, "_alias_reasoning_fields", list)
 
     def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, for_reply: bool, **more: Any) -> str:
-        text = tokenizer.get_chat_template(chat_template, tools)
+        text = tokenizer.get_chat_template(template_for(tools), tools)
         template = compiled.get(text)
         if template is None:
             template = compiled[text] = chat_template_utils._compile_jinja_template(text)

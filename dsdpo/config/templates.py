@@ -27,6 +27,7 @@ NAMES = (
     "yi",
     "zephyr",
 )
+_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt", ".json")
 _KNOWN = (OWN, *PLAIN, *NAMES)
 TEMPLATE_WORDS = (
     f"one of {', '.join(_KNOWN)}, the path of a .jinja file, or a model folder (./folder) or model id (org/name) whose "
@@ -36,8 +37,8 @@ DATE_WORDS = "a day such as 2026-11-26 (YYYY-MM-DD)"
 
 
 def is_path(template: str) -> bool:
-    """Whether the text is a path of a .jinja file, a model folder or a model id, and no name."""
-    return template.endswith((".jinja", ".jinja2")) or "/" in template or "\\" in template
+    """Whether the text is a path of a file, a model folder or a model id, and no name."""
+    return template.endswith(_SUFFIXES) or "/" in template or "\\" in template
 
 
 def check_template(template: str) -> str:

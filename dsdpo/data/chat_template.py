@@ -1,29 +1,32 @@
-"""A run's chat template: where its text comes from, how it is rendered, and what begins and ends a turn in it."""
+"""A run's chat template: how it is rendered, and what begins and ends a turn in it."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
 from dsdpo.compat import chat_renderer
-from dsdpo.config.templates import OWN, PLAIN, is_path
+from dsdpo.data.calls import arguments_of, with_arguments, without_quotes
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Message
-from dsdpo.data.named_templates import NAMED
 from dsdpo.data.template_date import DATE_STRING, STRFTIME_NOW
-from dsdpo.errors import ConfigError
+from dsdpo.data.template_files import Text
+from dsdpo.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SENTINEL = "words of the reply"
+_QUESTION = {"role": "user", "content": "question"}
+_TURNS: list[Message] = [_QUESTION, {"role": "assistant", "content": _SENTINEL}]
+_TOOL: dict[str, Any] = {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
+_TOOL["parameters"] |= {"properties": {"key": {"type": "string", "description": "A key."}}, "required": ["key"]}
+_TOOL = {"type": "function", "function": _TOOL}
 # What a record's chat_template_kwargs may not set: the record's own parts, and what apply_chat_template does itself.
 _NOT_FOR_RECORDS = frozenset(
     ("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message")
@@ -40,76 +43,16 @@ _KNOWN_START = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class TemplateText:
-    """What `template` of a run config names.
+class TurnEnd(NamedTuple):
+    """How the replies of a kind end.
 
     Attributes:
-        text: of the template; None: the tokenizer's own, or none at all.
-        is_named: it is one of ours, which knows roles and contents alone.
-        is_plain: no template: prompt and completion as they stand.
+        token: ends a reply; None where the template writes none.
+        tail: what the template writes after it.
     """
 
-    text: str | None
-    is_named: bool = False
-    is_plain: bool = False
-
-
-def find_template(template: str) -> TemplateText:
-    """The text behind a template's name, path or model id.
-
-    Raises:
-        ConfigError: there is no such file, or no chat template in the folder or model.
-    """
-    if template == OWN:
-        return TemplateText(None)
-    if template in PLAIN:
-        return TemplateText(None, is_plain=True)
-    if template in NAMED:
-        return TemplateText(NAMED[template].jinja, is_named=True)
-    assert is_path(template), "the run config has been checked"
-    if template.endswith((".jinja", ".jinja2")):
-        try:
-            return TemplateText(Path(template).read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"template: {template} cannot be read: {error}; give the path of a .jinja file"
-            ) from error
-    return TemplateText(_template_of_model(template))
-
-
-def _template_of_model(model: str) -> str:
-    """The chat template of a folder, read without transformers, or of a hub id."""
-    if Path(model).is_dir():
-        try:
-            text = _template_of_folder(Path(model))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"template: the files of {model} cannot be read: {error}") from error
-    else:
-        from transformers import AutoTokenizer
-
-        try:
-            text = AutoTokenizer.from_pretrained(model).get_chat_template()
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"template: {model} is no folder, and no model with a chat template could be loaded: {error}"
-            ) from error
-    if not text:
-        raise ConfigError(f"template: {model} has no chat template; name another one, or a .jinja file")
-    return text
-
-
-def _template_of_folder(folder: Path) -> str | None:
-    file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8-sig")
-    if not settings.is_file():
-        return None
-    read = json.loads(settings.read_bytes())
-    found = read.get("chat_template") if isinstance(read, dict) else None
-    if isinstance(found, list):
-        found = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}.get("default")
-    return found if isinstance(found, str) else None
+    token: str | None
+    tail: str
 
 
 class ChatTemplate:
@@ -117,24 +60,25 @@ class ChatTemplate:
 
     Args:
         tokenizer: of the model to train.
-        text: of the template; None: the tokenizer's own.
+        text: of the template, or of several by name; None: the tokenizer's own.
         name: for messages.
         date: YYYY-MM-DD that counts as today, or None: today.
 
     Attributes:
-        end: the token that ends a reply; None where the template writes none.
-        tail: what the template writes after it.
+        end: how a reply ends that calls nothing, in a conversation without tools.
         openers: markers that open a turn.
 
     Raises:
         ConfigError: it cannot render a small conversation.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None, name: str, date: str | None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: Text | None, name: str, date: str | None) -> None:
+        self._special = special_tokens(tokenizer)
         self._renderer = chat_renderer(tokenizer, text)
         self._name = name
         self._more = _date_variables(date, str(text or tokenizer.chat_template))
-        self.end, self.tail = self._learn_end(tokenizer)
+        self.end = self._learn_end()
+        self._ends: dict[tuple[bool, bool], TurnEnd] = {(False, False): self.end}
         self.openers = self._learn_openers(tokenizer)
 
     # --- rendering ---
@@ -169,7 +113,7 @@ class ChatTemplate:
         raise refusal
 
     def _with_calls(self, messages: Sequence[Message], tools: Any, for_reply: bool, more: Any, as_text: bool) -> str:
-        shown = [_with_arguments(message, as_text) for message in messages]
+        shown = [with_arguments(message, as_text) for message in messages]
         emptied = [{**m, "content": ""} if m.get("content", "") is None else m for m in shown]
         if emptied == shown:
             text = self._once(shown, tools, for_reply, more)
@@ -182,9 +126,9 @@ class ChatTemplate:
                 other = self._once_or_none(emptied, tools, for_reply, more)
                 if other is not None and text.count("None") > other.count("None"):
                     text = other  # the template writes the null out
-        printed = [] if as_text else [str(arguments) for arguments in _objects(shown)]
+        printed = [] if as_text else [str(arguments) for arguments in arguments_of(shown)]
         if any(written in text for written in printed):
-            bare = self._once_or_none(_without_quotes(shown), tools, for_reply, more)
+            bare = self._once_or_none(without_quotes(shown), tools, for_reply, more)
             if bare is None or any(written in bare for written in printed):
                 raise Dropped("template_error", "it writes a call's arguments as a Python dict, not as JSON")
         return text
@@ -205,21 +149,75 @@ class ChatTemplate:
 
     # --- what it writes around a turn ---
 
-    def _learn_end(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, str]:
-        """The token that ends a reply, and what the template writes after it, on a small conversation."""
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _SENTINEL}]
+    def end_of(self, reply: Message, tools: Sequence[Any] | None) -> TurnEnd:
+        """How a reply ends: calls may end with another token than texts, and tools may have their own template."""
+        has_tools, calls = kind = bool(tools), bool(reply.get("tool_calls"))
+        if kind not in self._ends:
+            self._ends[kind] = self._learn_end_of_calls(has_tools) if calls else self._learn_end_beside_tools()
+        return self._ends[kind]
+
+    @cached_property
+    def end_tokens(self) -> tuple[str, ...]:
+        """The tokens that end replies of all kinds, the one that ends a text without tools first."""
+        replies: list[Message] = [{}, {"tool_calls": [{}]}]
+        beside: list[list[Any] | None] = [None, [{}]]
+        ends = [self.end, *(self.end_of(reply, tools) for tools in beside for reply in replies)]
+        return tuple(dict.fromkeys(end.token for end in ends if end.token is not None))
+
+    def _learn_end(self) -> TurnEnd:
+        """How the reply of a small conversation ends."""
         try:
-            text = self.render(turns, None, for_reply=False)
+            text = self.render(_TURNS, None, for_reply=False)
         except Dropped as dropped:
-            raise ConfigError(f"template {self._name} cannot render a conversation: {dropped.detail}") from dropped
+            raise self._unusable("cannot render a conversation", f": {dropped.detail}") from dropped
         if _SENTINEL not in text:
-            raise ConfigError(f"template {self._name} leaves the assistant's words out; choose another template")
-        after = text[text.rindex(_SENTINEL) + len(_SENTINEL) :]
-        ends = [(after.index(token), -len(token), token) for token in special_tokens(tokenizer) if token in after]
+            raise self._unusable("leaves the assistant's words out", "")
+        return self._first_end(text)
+
+    def _unusable(self, what: str, detail: str) -> ConfigError:
+        text = f"template {self._name} {what}{detail}; choose another template"
+        return ConfigError(Problem("template-renders-nothing", "template", text))
+
+    def _first_end(self, text: str) -> TurnEnd:
+        """The first special token after the sentinel."""
+        after = text.rpartition(_SENTINEL)[2]
+        ends = [(after.index(token), -len(token), token) for token in self._special if token in after]
         if not ends:
-            return None, after[len(after.rstrip()) :]
+            return TurnEnd(None, after[len(after.rstrip()) :])
         start, _, token = min(ends)
-        return token, after[start + len(token) :]
+        return TurnEnd(token, after[start + len(token) :])
+
+    def _learn_end_beside_tools(self) -> TurnEnd:
+        """As without tools where it cannot be learned."""
+        text = self._once_or_none(_TURNS, [_TOOL], False, self._more)
+        found = self._first_end(text) if text is not None and _SENTINEL in text else self.end
+        return found if found.token is not None else self.end
+
+    def _learn_end_of_calls(self, has_tools: bool) -> TurnEnd:
+        """As of a text where it cannot be learned."""
+        tools = [_TOOL] if has_tools else None
+        other = self.end_of({}, tools)
+        one, two = (self._render_calls(number, tools) for number in (1, 2))
+        if one is None or _SENTINEL not in one:
+            return other
+        after = one.rpartition(_SENTINEL)[2]
+        closing = after.rstrip()
+        token = max((some for some in self._special if closing.endswith(some)), key=len, default=None)
+        if token is None or token.startswith(("</", "[/")) or (other.token is not None and other.token in after):
+            return other
+        between = "".join(two.split(_SENTINEL)[1:-1]) if two is not None else ""
+        return other if token in between else TurnEnd(token, after[len(closing) :])  # else it closes a call
+
+    def _render_calls(self, number: int, tools: list[dict[str, Any]] | None) -> str | None:
+        """A conversation whose reply has so many calls; None where the template refuses it."""
+        calls = [
+            {"id": f"call0000{n}", "type": "function", "function": {"name": "look", "arguments": {"key": _SENTINEL}}}
+            for n in range(number)
+        ]
+        try:
+            return self.render([_QUESTION, {"role": "assistant", "content": "", "tool_calls": calls}], tools, False)
+        except Dropped:
+            return None
 
     def _learn_openers(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
         """Markers before the contents of a conversation, less those that end a turn."""
@@ -266,55 +264,3 @@ def _date_variables(date: str | None, text: str) -> dict[str, Any]:
     if STRFTIME_NOW in text:
         return {STRFTIME_NOW: day.strftime}
     return {DATE_STRING: day.strftime("%d %b %Y")} if DATE_STRING in text else {}
-
-
-def calls_of(message: Message) -> list[dict[str, Any]]:
-    """The functions that a message calls: {"name", "arguments"}."""
-    calls = message.get("tool_calls") or []
-    functions = (call.get("function", call) if isinstance(call, dict) else {} for call in calls)
-    return [function if isinstance(function, dict) else {} for function in functions]
-
-
-def parsed_arguments(arguments: Any) -> Any:
-    """Arguments in JSON text as the object that they are; anything else as it stands."""
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        value = json.loads(arguments)
-    except ValueError:
-        return arguments
-    return value if isinstance(value, dict) else arguments
-
-
-def _with_arguments(message: Message, as_text: bool) -> Message:
-    """A message whose calls have their arguments as objects, or as JSON text."""
-    if not message.get("tool_calls"):
-        return message
-    return {**message, "tool_calls": [_call_with_arguments(call, as_text) for call in message["tool_calls"]]}
-
-
-def _call_with_arguments(call: Any, as_text: bool) -> Any:
-    if not isinstance(call, dict):
-        return call
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _call_with_arguments(call["function"], as_text)}
-    if "arguments" not in call:
-        return call
-    value = call["arguments"]
-    if as_text:
-        return {**call, "arguments": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
-    return {**call, "arguments": parsed_arguments(value)}
-
-
-def _objects(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Arguments that are objects and not empty."""
-    found = (call.get("arguments") for message in messages for call in calls_of(message))
-    return [arguments for arguments in found if isinstance(arguments, dict) and arguments]
-
-
-def _without_quotes(messages: Sequence[Message]) -> list[Message]:
-    """The messages without single quotes in their texts, so that only the template can print Python; calls stay."""
-    return [
-        {key: value.replace("'", "") if isinstance(value, str) else value for key, value in message.items()}
-        for message in messages
-    ]

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from dsdpo.data.chat_template import calls_of, parsed_arguments
+from dsdpo.data.calls import calls_of, parsed_arguments
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Message
 from dsdpo.data.shapes import REASONING, Conversation, Shape, after_shared, shape_of, words_left_out

@@ -128,7 +128,10 @@ REASONS = {
     "already_rendered": Reason(
         "a text holds markers that open a turn: it was rendered before", "set template: none for rendered texts"
     ),
-    "own_end": Reason("the chat template ends this reply in its own way"),
+    "own_end": Reason(
+        "the chat template ends this reply with another token than others of its kind",
+        "set template to a .jinja file that ends each reply, and each reply with calls, with one token",
+    ),
     "no_shared_token": Reason("prompt and completion share no token"),
     "end_inside": Reason("the end-of-turn token stands inside a completion"),
     "broken_unicode": Reason("broken Unicode"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,12 @@ class ExportedTemplate:
     Attributes:
         chat_template: with which `apply_chat_template` gives the ids that were trained; None: there is none.
         end_token: ends the completions that were trained.
+        call_ends: tokens that end replies with calls, or beside tools, where the template writes others.
     """
 
     chat_template: str | dict[str, str] | None
     end_token: str
+    call_ends: Sequence[str] = ()
 
     @classmethod
     def of(
@@ -40,7 +43,7 @@ class ExportedTemplate:
         """
         encoder = ExampleEncoder(tokenizer, config.template, config.default_system, date)
         end = str(tokenizer.convert_ids_to_tokens(encoder.end_id))
-        return cls(encoder.chat_template or tokenizer.chat_template, end_token or end)
+        return cls(encoder.chat_template or tokenizer.chat_template, end_token or end, encoder.end_tokens[1:])
 
     def put_into(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give a tokenizer the chat template and the end token, where that changes nothing that the template writes."""
@@ -56,6 +59,6 @@ class ExportedTemplate:
             own: the model's own end tokens: an id, a list, or None.
         """
         ids = own if isinstance(own, list) else [own]
-        end = tokenizer.convert_tokens_to_ids(self.end_token)
-        found = list(dict.fromkeys(int(id_) for id_ in (end, *ids) if isinstance(id_, int)))
+        ends = map(tokenizer.convert_tokens_to_ids, (self.end_token, *self.call_ends))
+        found = list(dict.fromkeys(int(id_) for id_ in (*ends, *ids) if isinstance(id_, int)))
         return found if len(found) > 1 else found[0]

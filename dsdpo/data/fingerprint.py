@@ -109,7 +109,7 @@ def set_fingerprint(
     entries: list[DatasetEntry],
     tokenizer: str,
     sources: list[str],
-    template: str | None,
+    template: str | dict[str, str] | None,
     date: str | None,
 ) -> str:
     """What a prepared set holds, as one hash.
@@ -119,7 +119,7 @@ def set_fingerprint(
         entries: the sets in order.
         tokenizer: digest of the tokenizer.
         sources: digest of each entry's content.
-        template: text of the chat template; None: the tokenizer's own, or none.
+        template: text of the chat template, or of several by name; None: the tokenizer's own, or none.
         date: the day that the template writes, or None.
     """
     described = []

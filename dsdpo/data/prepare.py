@@ -13,13 +13,13 @@ import numpy as np
 
 from dsdpo.config.losses import LOSSES
 from dsdpo.config.schema import RunConfig
-from dsdpo.data.chat_template import find_template
 from dsdpo.data.fingerprint import earlier_fingerprint, known_tokenizer, set_fingerprint, source_digest
 from dsdpo.data.registry import DatasetEntry, resolve
 from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SHARD_FORMAT, PreparedSet, SetIdentity
 from dsdpo.data.split import is_split, split_folder, write_split
 from dsdpo.data.tally import reason_texts
 from dsdpo.data.template_date import date_for, date_uses
+from dsdpo.data.template_files import find_template
 from dsdpo.data.vocabulary import embedding_rows
 from dsdpo.errors import ConfigError, DataError, HangError, IOFailure
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from dsdpo.data.chat_template import calls_of, parsed_arguments
+from dsdpo.data.calls import calls_of, parsed_arguments
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Message
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example, Message
 from dsdpo.data.texts import ExampleTexts, Texts, plain_prompt
 from dsdpo.data.tokens import Tokens
-from dsdpo.errors import ConfigError
+from dsdpo.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,8 @@ class ExampleEncoder:
         date: str | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise ConfigError("model_name_or_path: the tokenizer has no eos_token; set one in tokenizer_config.json")
+            text = "model_name_or_path: the tokenizer has no eos_token; set one in tokenizer_config.json"
+            raise ConfigError(Problem("tokenizer-eos", "model_name_or_path", text))
         self.tokenizer = tokenizer
         self.tokens = Tokens(tokenizer)
         self.eos_id: int = tokenizer.eos_token_id
@@ -74,6 +76,7 @@ class ExampleEncoder:
         self._chat = self._texts.chat
         self.end_id: int = cast(int, tokenizer.convert_tokens_to_ids(self._texts.end))
         self._bos = _implied_bos(tokenizer)
+        self._ids: dict[str, int] = {}
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
@@ -81,6 +84,8 @@ class ExampleEncoder:
         text = self._texts.found.text
         if self._chat is None or text is None:
             return self.tokenizer.chat_template if self._chat is not None else None
+        if isinstance(text, dict):
+            return text
         question = self._chat.render([{"role": "user", "content": "question"}], None, for_reply=True)
         bos = str(self.tokenizer.bos_token)
         begins = self._bos is None or not self._texts.found.is_named or question.startswith(bos)
@@ -90,6 +95,11 @@ class ExampleEncoder:
         """The token that ends the completions of such examples."""
         wrapped = self._chat is not None and (self._texts.found.text is not None or not isinstance(example.prompt, str))
         return self._texts.end if wrapped else str(self.tokenizer.eos_token)
+
+    @property
+    def end_tokens(self) -> tuple[str, ...]:
+        """The tokens that end replies of all kinds, those with calls too; that of a text without tools first."""
+        return tuple(dict.fromkeys([self._texts.end, *(self._chat.end_tokens if self._chat is not None else ())]))
 
     def check_supports(self, example: Example) -> None:
         """Raises ConfigError where the run's own options keep the example from being rendered."""
@@ -129,27 +139,42 @@ class ExampleEncoder:
 
     def _encoded(self, texts: Texts, ids: list[list[int]]) -> EncodedExample:
         """ids: of the prompt, then of each text with a completion that is not empty."""
-        ends_itself = texts.as_chat and self._chat is not None and self._chat.end is not None
         prompt, *given = [self._with_bos(some, texts.as_chat) for some in ids]
-        end_id = self.end_id if texts.as_chat else self.eos_id
-        if not ends_itself:
-            given = [some + [end_id] for some in given]
+        end_ids = [self.eos_id if end is None else self._id_of(end) for end in texts.ends]
         rest = iter(given)
-        whole = [prompt + [end_id] if text is None else next(rest) for text in texts.replied]
+        whole = []
+        for text, end, end_id in zip(texts.replied, texts.ends, end_ids):
+            replied = prompt if text is None else next(rest)
+            whole.append(replied if text is not None and end is not None else [*replied, end_id])
         shared = min(_shared_length(prompt, some) for some in whole)
         if shared == 0:
             raise Dropped("no_shared_token", "an empty prompt, or one that merges with the reply")
         completions = [some[shared:] for some in whole]
-        for completion, text in zip(completions, texts.replied):
+        for completion, text, end_id in zip(completions, texts.replied, end_ids):
             if text is not None and completion == [end_id]:
                 raise Dropped("template_leaves_out", "nothing but the end of the turn is left", "a reply")
             if completion[-1:] != [end_id]:
-                raise Dropped("own_end", repr(self.tokenizer.decode(completion[-3:])))
-            if completion.count(end_id) != 1:
+                found, wanted = (self.tokenizer.decode(some) for some in (completion[-3:], [end_id]))
+                raise Dropped("own_end", f"it ends with {found!r}, others with {wanted}")
+            if sum(map(completion.count, self._all_end_ids if texts.as_chat else (end_id,))) != 1:
                 raise Dropped("end_inside")
         if has_equal(completions):
             raise Dropped("same_tokens")
         return EncodedExample(prompt[:shared], completions, shared < len(prompt), texts.notes)
+
+    def _id_of(self, token: str) -> int:
+        if token not in self._ids:
+            self._ids[token] = cast(int, self.tokenizer.convert_tokens_to_ids(token))
+        return self._ids[token]
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Token ids at which an answer ends."""
+        return list(dict.fromkeys([*self._all_end_ids, self.eos_id]))
+
+    @cached_property
+    def _all_end_ids(self) -> tuple[int, ...]:
+        return tuple(map(self._id_of, self.end_tokens))
 
     def _with_bos(self, ids: list[int], as_chat: bool) -> list[int]:
         """Put BOS in front where the tokenizer would, unless it is there; a tokenizer's own template is trusted."""

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dsdpo.config.templates import NAMES
-from dsdpo.data.chat_template import ChatTemplate, find_template
+from dsdpo.data.chat_template import ChatTemplate
 from dsdpo.data.contained import EARLIER_THOUGHTS, Containment
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example, Message
 from dsdpo.data.messages import assistant
 from dsdpo.data.named_templates import NAMED
 from dsdpo.data.shapes import REASONING, Conversation, shared_length
-from dsdpo.errors import ConfigError
+from dsdpo.data.template_files import find_template, template_beside
+from dsdpo.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,10 +25,19 @@ _BOS_OPTIONAL = ("llama3",)  # was written for tokenizers without one, too
 
 @dataclass(frozen=True)
 class Texts:
-    """What gets tokenized for an example: the prompt, and the prompt with each completion (None: an empty one)."""
+    """What gets tokenized for an example.
+
+    Attributes:
+        prompt: alone.
+        replied: the prompt with each completion; None: an empty one.
+        ends: the token at the end of each completion, where a chat template writes it; None: it is to be put there.
+        as_chat: whether a chat template wrote them.
+        notes: what it did that is no reason to drop the record.
+    """
 
     prompt: str
     replied: tuple[str | None, ...]
+    ends: tuple[str | None, ...]
     as_chat: bool
     notes: tuple[str, ...] = ()
 
@@ -55,7 +65,7 @@ class ExampleTexts:
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        self.default_system = default_system
+        self.default_system = default_system if default_system and not default_system.isspace() else None
         self.found = find_template(template)
         self.chat: ChatTemplate | None = None
         self.end = str(tokenizer.eos_token)
@@ -64,7 +74,7 @@ class ExampleTexts:
             _check_tokens(tokenizer, template)
         if self.found.text is not None or (tokenizer.chat_template is not None and not self.found.is_plain):
             self.chat = ChatTemplate(tokenizer, self.found.text, template, date)
-            self.end = self.chat.end or self.end
+            self.end = self.chat.end.token or self.end
 
     def check_supports(self, example: Example) -> None:
         """Raises ConfigError where the run's own options keep the example from being rendered."""
@@ -73,10 +83,7 @@ class ExampleTexts:
             return
         if self.chat is None:
             if not self.found.is_plain:
-                raise ConfigError(
-                    "template is default, but the tokenizer has no chat template and the data are conversations; set "
-                    f"template to {', '.join(NAMES)}, a .jinja file, or none for the bare text of the messages"
-                )
+                raise ConfigError(Problem("no-template", "template", self._no_template()))
             return
         if not self.default_system or (prompt and self.with_system(prompt) is prompt):
             return
@@ -87,10 +94,20 @@ class ExampleTexts:
                 self.of(example, with_system=False)
             except Dropped:
                 return  # it is not default_system
-            raise ConfigError(
+            text = (
                 f"default_system: the template cannot take this system message ({dropped}); without default_system "
                 "such records are rendered. Unset it, or set another template"
-            ) from dropped
+            )
+            raise ConfigError(Problem("default-system", "default_system", text)) from dropped
+
+    def _no_template(self) -> str:
+        names = f"{', '.join(NAMES)}, a .jinja file, or none for the bare text of the messages"
+        if file := template_beside(str(self.tokenizer.name_or_path)):
+            names = f"{file}, which holds the one of the model's processor, or to {names}"
+        return (
+            "template is default, but the tokenizer has no chat template and the data are conversations; set template "
+            f"to {names}"
+        )
 
     def of(self, example: Example, with_system: bool = True) -> Texts:
         """The texts of an example. Raises Dropped where the template cannot hold it."""
@@ -115,7 +132,7 @@ class ExampleTexts:
     def _plain_texts(self, prompt: str, completions: Sequence[str], notes: tuple[str, ...] = ()) -> Texts:
         end = self.tokenizer.eos_token
         replied = tuple(prompt + _without_end(text, end) if text else None for text in completions)
-        return Texts(prompt, replied, as_chat=False, notes=notes)
+        return Texts(prompt, replied, (None,) * len(replied), as_chat=False, notes=notes)
 
     def _bare_texts(self, prompt: Sequence[Message], answers: Sequence[Message]) -> Texts:
         """Without a template, contents alone are written."""
@@ -141,24 +158,22 @@ class ExampleTexts:
         conversation = Conversation(prompt, example.tools, example.template_kwargs, render)
         notes = self._containment.check_prompt(conversation, text)
         replied: list[str | None] = []
+        ends: list[str | None] = []
         for answer in answers:
+            end = chat.end_of(answer, example.tools)
+            ends.append(end.token)
             if _is_empty(answer):
                 replied.append(None)
                 continue
-            reply = self._without_end(answer)
+            reply = _less_end(answer, end.token or self.end)
             whole = render([*prompt, reply], example.tools, False)
             self._containment.check_reply(conversation, reply, text, whole)
             if not whole.startswith(text):
                 _check_shared(text, whole)
-            if not whole.endswith(chat.tail):
-                raise Dropped("own_end", repr(whole[-40:]))
-            replied.append(whole[: len(whole) - len(chat.tail)])
-        return Texts(text, tuple(replied), as_chat=True, notes=notes)
-
-    def _without_end(self, answer: Message) -> Message:
-        """A reply less the end-of-turn token that the data wrote out."""
-        content = answer.get("content")
-        return {**answer, "content": _without_end(content, self.end)} if isinstance(content, str) else answer
+            if not whole.endswith(end.tail):
+                raise Dropped("own_end", f"it ends with {whole[-40:]!r}, others with {end.token or self.end}")
+            replied.append(whole[: len(whole) - len(end.tail)])
+        return Texts(text, tuple(replied), tuple(ends), as_chat=True, notes=notes)
 
     def with_system(self, messages: list[Message]) -> list[Message]:
         """With default_system in front, where there is one and no system message."""
@@ -176,14 +191,11 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """A family's template on another family's tokenizer would cut its markers into pieces the model never saw."""
     for token in NAMED[template].tokens:
         if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
-            raise ConfigError(
-                f"template {template} needs the token {token}, which this model's tokenizer lacks; set template: "
-                "default, or none"
-            )
+            text = f"template {template} needs the token {token}, which this model's tokenizer lacks; set template: "
+            raise ConfigError(Problem("template-tokens", "template", text + "default, or none"))
     if template not in _BOS_OPTIONAL and "bos_token" in NAMED[template].jinja and tokenizer.bos_token is None:
-        raise ConfigError(
-            f"template {template} needs a bos_token, which this model's tokenizer lacks; set template: none"
-        )
+        text = f"template {template} needs a bos_token, which this model's tokenizer lacks; set template: none"
+        raise ConfigError(Problem("template-tokens", "template", text))
 
 
 def _check_shared(prompt: str, whole: str) -> None:
@@ -197,6 +209,12 @@ def _without_end(text: str, end: str) -> str:
     """Drop an end-of-turn token that the data wrote out, so that there is one and not two."""
     bare = text.rstrip()
     return bare.removesuffix(end) if bare.endswith(end) else text
+
+
+def _less_end(answer: Message, end: str) -> Message:
+    """A reply less the end-of-turn token that the data wrote out."""
+    content = answer.get("content")
+    return {**answer, "content": _without_end(content, end)} if isinstance(content, str) else answer
 
 
 def _is_empty(message: Message) -> bool:

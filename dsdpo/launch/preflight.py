@@ -14,7 +14,7 @@ from dsdpo.config.load import LoadResult, load
 from dsdpo.config.rules import check_rules
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.data import registry
+from dsdpo.data import registry, template_files
 from dsdpo.errors import CheckpointError, ConfigError, IOFailure, Problem
 from dsdpo.model import files
 from dsdpo.runtime.env import has_gpu_driver, launched
@@ -83,6 +83,7 @@ def preflight(
     problems += zero.rank_problems(ranks) if zero is not None and ranks else []
     if config is not None:
         problems += registry.problems(config, loaded.faulty) + files.problems(config, loaded.faulty)
+        problems += template_files.problems(config, loaded.faulty)
         problems += _check_folders(config, loaded.faulty) + _check_task(config, loaded.faulty, task)
         problems += files.folder_problems(model, "--model", adapter_allowed=True) if model else []
         if zero is not None and not loaded.faulty & {"precision", "max_grad_norm", "train_batch_size"}:

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from dsdpo.errors import ConfigError
+from dsdpo.errors import ConfigError, Problem
 from dsdpo.tools.trained import TrainedRun
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -53,23 +53,23 @@ class AnswerSettings:
     seed: int | None = None
     date: str | None = None
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Values that cannot be, as the command line names them."""
-        found = []
+        found: list[tuple[str, str]] = []
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            found.append(f"--max_new_tokens is {self.max_new_tokens}; allowed: at least 1")
+            found.append(("max_new_tokens", f"is {self.max_new_tokens}; allowed: at least 1"))
         if self.max_length is not None and self.max_length < _SHORTEST:
-            found.append(f"--max_length is {self.max_length}; allowed: at least {_SHORTEST}")
+            found.append(("max_length", f"is {self.max_length}; allowed: at least {_SHORTEST}"))
         if self.temperature != 0 and not _COLDEST <= self.temperature <= _HOTTEST:
             allowed = f"0 (the likeliest token each time), or {_COLDEST:g} to {_HOTTEST:g}"
-            found.append(f"--temperature is {self.temperature:g}; allowed: {allowed}")
+            found.append(("temperature", f"is {self.temperature:g}; allowed: {allowed}"))
         if not 0 < self.top_p <= 1:
-            found.append(f"--top_p is {self.top_p:g}; allowed: above 0, up to 1")
+            found.append(("top_p", f"is {self.top_p:g}; allowed: above 0, up to 1"))
         elif self.top_p < 1 and self.temperature == 0:
-            found.append(f"--top_p {self.top_p:g} has no effect with temperature 0; add --temperature 1, or another")
+            found.append(("top_p", f"{self.top_p:g} has no effect with temperature 0; add --temperature 1, or another"))
         if self.seed is not None and self.seed < 0:
-            found.append(f"--seed is {self.seed}; allowed: at least 0")
-        return found
+            found.append(("seed", f"is {self.seed}; allowed: at least 0"))
+        return [Problem("value", f"--{option}", f"--{option} {text}") for option, text in found]
 
     def of_run(self, run: TrainedRun | None) -> AnswerSettings:
         """With the options of a run in place of what is None."""

@@ -11,7 +11,7 @@ from transformers import TextStreamer
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.formats.preference import SQL_PROMPT
 from dsdpo.data.messages import Message, check_prompt, read_message
-from dsdpo.errors import ConfigError, DataError, OutOfMemory
+from dsdpo.errors import ConfigError, DataError, OutOfMemory, Problem
 from dsdpo.runtime.progress import show_library_progress
 from dsdpo.tools.answers import AnswerSettings, CommandLineError
 from dsdpo.tools.chat_model import BATCH_SIZE, ChatModel, as_messages, base_of, load_both
@@ -33,11 +33,11 @@ def read_prompts(path: Path) -> list[list[Message]]:
         DataError: a line that holds no prompt, by number; a file without any.
     """
     if path.suffix not in (".txt", ".jsonl"):
-        raise ConfigError(f"--prompts: {path} is neither .txt (a prompt a line) nor .jsonl")
+        raise _prompts_error(f"{path} is neither .txt (a prompt a line) nor .jsonl")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts: {path} cannot be read: {error}") from error
+        raise _prompts_error(f"{path} cannot be read: {error}") from error
     prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -49,6 +49,10 @@ def read_prompts(path: Path) -> list[list[Message]]:
     if not prompts:
         raise DataError(f"{path} holds no prompt")
     return prompts
+
+
+def _prompts_error(text: str) -> ConfigError:
+    return CommandLineError(Problem("prompts-file", "--prompts", f"--prompts: {text}"))
 
 
 def _row_messages(line: str) -> list[Message]:

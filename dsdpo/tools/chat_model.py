@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.messages import Message
 from dsdpo.data.templates import ExampleEncoder, load_tokenizer
-from dsdpo.errors import CheckpointError, ConfigError, DataError
+from dsdpo.errors import CheckpointError, DataError, Problem
 from dsdpo.export.huggingface import finished_weights
 from dsdpo.tools.answers import DEFAULT_MAX_NEW_TOKENS, GREEDY, AnswerSettings, CommandLineError, sampling
 from dsdpo.tools.trained import TrainedRun
@@ -39,7 +39,7 @@ class ChatModel:
         self.tokenizer = encoder.tokenizer
         self.adapter = adapter
         self.settings = settings
-        self.stop_ids = list(dict.fromkeys([encoder.end_id, encoder.eos_id]))
+        self.stop_ids = encoder.stop_ids
         self._encoder = encoder
 
     @classmethod
@@ -162,7 +162,8 @@ def base_of(name: str) -> str:
     run = TrainedRun.find(name)
     base = run.base if run is not None else _base_of(name)
     if not base:
-        raise CommandLineError(f"--compare: {name} does not tell its base model; name one: --compare BASE")
+        text = f"--compare: {name} does not tell its base model; name one: --compare BASE"
+        raise CommandLineError(Problem("compare-base", "--compare", text))
     return base
 
 
@@ -185,9 +186,8 @@ def _encoder(folder: str, settings: AnswerSettings) -> ExampleEncoder:
     try:
         tokenizer = load_tokenizer(folder)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{folder}: no folder with a tokenizer here, and no model of the hub within reach: {error}"
-        ) from error
+        text = f"{folder}: no folder with a tokenizer here, and no model of the hub within reach: {error}"
+        raise CommandLineError(Problem("tokenizer-missing", "model", text)) from error
     return ExampleEncoder(tokenizer, settings.template or "default", settings.system, settings.date)
 
 
@@ -197,7 +197,8 @@ def _base_of(folder: str) -> str | None:
         return None
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not base:
-        raise ConfigError(f"{folder}/adapter_config.json names no base_model_name_or_path; add it")
+        text = f"{folder}/adapter_config.json names no base_model_name_or_path; add it"
+        raise CommandLineError(Problem("adapter-base", "model", text))
     return str(base)
 
 
@@ -213,7 +214,8 @@ def _load(name: str) -> Any:
             name, dtype=torch.bfloat16 if on_gpu else torch.float32, device_map="auto" if on_gpu else "cpu"
         ).eval()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{name} cannot be loaded as a language model: {error}") from error
+        text = f"{name} cannot be loaded as a language model: {error}"
+        raise CommandLineError(Problem("model-load", "model", text)) from error
     # Else `generate` takes what its settings leave open, such as a repetition penalty, from the model's folder.
     model.generation_config = GenerationConfig()
     return model

@@ -6,7 +6,7 @@ import shutil
 import time
 
 from dsdpo.checkpoint.commit import MANIFEST, Checkpoint, checkpoints, leftovers, retain, verify
-from dsdpo.errors import CheckpointError, ConfigError
+from dsdpo.errors import CheckpointError, ConfigError, Problem
 from dsdpo.runtime.lock import RunLock
 from dsdpo.runtime.rundir import RunDir
 
@@ -28,7 +28,8 @@ def show(run_dir: RunDir, verify_all: bool, prune: int | None) -> int:
         IOFailure: a job uses the folder, when something is to be removed.
     """
     if prune is not None and prune < 2:
-        raise ConfigError(f"--prune is {prune}; allowed: at least 2, so that one damaged checkpoint ends no run")
+        text = f"--prune is {prune}; allowed: at least 2, so that one damaged checkpoint ends no run"
+        raise ConfigError(Problem("value", "--prune", text))
     if prune is not None:
         _prune(run_dir, prune)
     found = checkpoints(run_dir)

@@ -13,7 +13,7 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.data.prepare import prepare, summary
 from dsdpo.data.shards import DROPPED_ROWS
 from dsdpo.data.templates import load_tokenizer
-from dsdpo.errors import DsdpoError
+from dsdpo.errors import ConfigError, DsdpoError
 
 Content = Sequence[Any] | bytes | Callable[[Path], object]
 
@@ -28,6 +28,7 @@ class Read:
         texts: [prompt, completion, completion, ...] of each example, decoded with special tokens.
         notes: text -> records, as the summary counts them.
         said: the summary, or the error's message.
+        codes: of the problems of a ConfigError.
     """
 
     exit_code: int
@@ -35,6 +36,7 @@ class Read:
     texts: list[list[str]] = field(default_factory=list)
     notes: Mapping[str, int] = field(default_factory=dict)
     said: str = ""
+    codes: list[str] = field(default_factory=list)
 
 
 def read(
@@ -77,7 +79,8 @@ def read(
     try:
         prepared = prepare(config, "train")
     except DsdpoError as error:
-        return Read(error.exit_code, _dropped(config.cache_path, "*.dropped_rows.jsonl"), said=str(error))
+        codes = [problem.code for problem in error.problems] if isinstance(error, ConfigError) else []
+        return Read(error.exit_code, _dropped(config.cache_path, "*.dropped_rows.jsonl"), said=str(error), codes=codes)
     assert prepared is not None
     tokenizer = load_tokenizer(str(model))
     examples = [prepared.example(i) for i in range(len(prepared))]

@@ -23,7 +23,9 @@ from tests.unit.data.conftest import make_tokenizer
 
 FOLDER = Path(next(iter(importlib.util.find_spec("trl").submodule_search_locations)), "chat_templates")
 TEMPLATES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.jinja"))}
-_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|?>|<[a-z]+_of_[a-z]+>|<\uff5c[^\uff5c\s]{1,40}\uff5c>|\[/?INST\]")
+_TOKEN = re.compile(
+    r"<\|[^|<>\s]{1,40}\|?>|<[a-z_]{1,20}\|>|<[a-z]+_of_[a-z]+>|<\uff5c[^\uff5c\s]{1,40}\uff5c>|\[/?INST\]"
+)
 # They read contents as lists of parts and write nothing of a text.
 ONLY_PARTS = {"idefics3", "idefics3_training", "llava_next", "llava_next_training", "smolvlm", "smolvlm_training"}
 # They open the thoughts for a reply, and write an answered conversation without any.

@@ -79,7 +79,7 @@ def test_what_opens_a_turn_is_learned_of_every_template(name):
     conversation = [{"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}, *user("Three")]
     text = chat.render(conversation, None, for_reply=True)
     between = text.split("Two")[1].split("Three")[0]  # where one marker ends a reply and opens a turn, it is the end
-    assert any(marker in between for marker in {*chat.openers, chat.end} - {None}), chat.openers
+    assert any(marker in between for marker in {*chat.openers, chat.end.token} - {None}), chat.openers
     assert not {"<think>", "</think>", "<tool_call>", "<tool_response>", "<tools>"} & chat.openers
     assert chat.end not in chat.openers
 

@@ -38,6 +38,8 @@ def record(arguments, content="", in_reply=False):
     call["tool_calls"] = [
         {"id": "abcdefgh1", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
     ]
+    if arguments is ...:
+        del call["tool_calls"][0]["function"]["arguments"]
     other = {"role": "assistant", "content": "No idea."}
     prompt = [{"role": "user", "content": "Oslo?"}]
     if in_reply:
@@ -95,11 +97,16 @@ def test_arguments_with_letters_that_json_escapes(tmp_path, model_of):
         assert found.exit_code == 0, found
 
 
-@pytest.mark.parametrize("arguments", [{}, "{}"], ids=["object", "text"])
+@pytest.mark.parametrize("arguments", [{}, "{}", None, "", " \n", "null", ...], ids=str)
 def test_calls_without_arguments(arguments, tmp_path, model_of):
-    for name, jinja in (("items", ITEMS), ("tojson", TOJSON), ("joins", JOINS)):
-        found = read(tmp_path / name, model_of(jinja), [record(arguments, in_reply=True)])
+    """Null, no text and no key are written as an empty object is."""
+    for name, jinja in (("items", ITEMS), ("tojson", TOJSON), ("joins", JOINS), ("prints", PRINTS)):
+        found, empty = (
+            read(tmp_path / f"{name}{i}", model_of(jinja), [record(some, in_reply=True)])
+            for i, some in enumerate((arguments, {}))
+        )
         assert found.exit_code == 0 and "get_weather" in found.texts[0][1], found
+        assert found.texts == empty.texts and not any(word in found.texts[0][1] for word in ("None", "null"))
 
 
 def test_a_named_template_knows_no_calls(tmp_path, model_of):
@@ -115,8 +122,8 @@ def test_a_text_that_quotes_the_arguments_as_python_prints_them(jinja, written, 
     assert found.exit_code == 0 and written in found.texts[0][1], found
 
 
-def test_a_call_with_an_end_of_its_own_says_so(tmp_path, model_of):
+def test_a_call_with_an_end_of_its_own_is_trained_with_it(tmp_path, model_of):
     ends = EITHER.replace("<|im_end|>", "{{ '<|endoftext|>' if m.tool_calls else '<|im_end|>' }}")
     ends = ends.replace("}}\n{% endfor %}", "}}{% endfor %}")
     found = read(tmp_path / "run", model_of(ends), [record(OSLO, in_reply=True)])
-    assert (found.exit_code, found.dropped) == (65, {"own_end": 1}), found
+    assert found.exit_code == 0 and found.texts[0][1].endswith("</call><|endoftext|>"), found
