@@ -238,7 +238,7 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | dict[
     from transformers import PreTrainedTokenizerBase
     from transformers.utils import chat_template_utils
 
-    def template_for(tools: list[dict[str, Any]] | None) -> str | None:
+    def pick(tools: list[dict[str, Any]] | None) -> str | None:
         if not isinstance(chat_template, dict):
             return chat_template
         return chat_template["tool_use" if tools is not None and "tool_use" in chat_template else "default"]
@@ -246,7 +246,7 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | dict[
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return lambda messages, tools, for_reply, strftime_now=None, **more: str(
             tokenizer.apply_chat_template(
-                messages, tools, chat_template=template_for(tools), add_generation_prompt=for_reply, tokenize=False, **more
+                messages, tools, chat_template=pick(tools), add_generation_prompt=for_reply, tokenize=False, **more
             )
         )
     special = {"documents": None, **tokenizer.special_tokens_map}
@@ -255,7 +255,7 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | dict[
     with_aliases = getattr(chat_template_utils, "_alias_reasoning_fields", list)
 
     def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, for_reply: bool, **more: Any) -> str:
-        text = tokenizer.get_chat_template(template_for(tools), tools)
+        text = tokenizer.get_chat_template(pick(tools), tools)
         template = compiled.get(text)
         if template is None:
             template = compiled[text] = chat_template_utils._compile_jinja_template(text)
