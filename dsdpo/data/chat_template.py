@@ -76,7 +76,8 @@ class ChatTemplate:
         self._special = special_tokens(tokenizer)
         self._renderer = chat_renderer(tokenizer, text)
         self._name = name
-        self._more = _date_variables(date, str(text or tokenizer.chat_template))
+        self._source = str(text or tokenizer.chat_template)
+        self._more = _date_variables(date, self._source)
         self.end = self._learn_end()
         self._ends: dict[tuple[bool, bool], TurnEnd] = {(False, False): self.end}
         self.openers = self._learn_openers(tokenizer)
@@ -146,6 +147,10 @@ class ChatTemplate:
             raise Dropped("template_error", str(error)) from error
         except Exception as error:  # a template is a program of somebody else's: any exception can come out
             raise Dropped("template_error", f"{type(error).__name__}: {error}") from error
+
+    def names(self, variable: str) -> bool:
+        """Whether the template's text names a variable: else it does not matter what the variable is."""
+        return re.search(rf"(?<!\w){re.escape(variable)}(?!\w)", self._source) is not None
 
     # --- what it writes around a turn ---
 

@@ -126,7 +126,7 @@ class ExampleTexts:
         if self.chat is None:
             if not self.found.is_plain:
                 raise Dropped("no_template")
-            return self._bare_texts(prompt, answers)
+            return self._bare_texts(prompt, answers, _not_read(example.template_kwargs, None))
         return self._chat_texts(self.chat, prompt, answers, example)
 
     def _plain_texts(self, prompt: str, completions: Sequence[str], notes: tuple[str, ...] = ()) -> Texts:
@@ -134,13 +134,13 @@ class ExampleTexts:
         replied = tuple(prompt + _without_end(text, end) if text else None for text in completions)
         return Texts(prompt, replied, (None,) * len(replied), as_chat=False, notes=notes)
 
-    def _bare_texts(self, prompt: Sequence[Message], answers: Sequence[Message]) -> Texts:
+    def _bare_texts(self, prompt: Sequence[Message], answers: Sequence[Message], notes: tuple[str, ...]) -> Texts:
         """Without a template, contents alone are written."""
         for answer in answers:
             if any(answer.get(key) for key in REASONING):
                 raise Dropped("template_leaves_out", f"template {self.template}", "the reasoning of a reply")
         thoughts = any(message.get(key) for message in prompt for key in REASONING)
-        notes = (EARLIER_THOUGHTS,) if thoughts else ()
+        notes = (EARLIER_THOUGHTS, *notes) if thoughts else notes
         return self._plain_texts(plain_prompt(prompt), [answer["content"] for answer in answers], notes)
 
     def _chat_texts(
@@ -173,6 +173,7 @@ class ExampleTexts:
             if not whole.endswith(end.tail):
                 raise Dropped("own_end", f"it ends with {whole[-40:]!r}, others with {end.token or self.end}")
             replied.append(whole[: len(whole) - len(end.tail)])
+        notes += _not_read(example.template_kwargs, chat)
         return Texts(text, tuple(replied), tuple(ends), as_chat=True, notes=notes)
 
     def with_system(self, messages: list[Message]) -> list[Message]:
@@ -180,6 +181,12 @@ class ExampleTexts:
         if not self.default_system or messages[0]["role"] == "system":
             return messages
         return [{"role": "system", "content": self.default_system}, *messages]
+
+
+def _not_read(variables: dict[str, Any], chat: ChatTemplate | None) -> tuple[str, ...]:
+    """Notes on a record's chat_template_kwargs that change nothing, such as a name with a typing error."""
+    unread = [name for name in variables if chat is None or not chat.names(name)]
+    return tuple(f"with {name} in chat_template_kwargs, which the chat template does not read" for name in unread)
 
 
 def plain_prompt(messages: Sequence[Message]) -> str:
