@@ -15,6 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from dsdpo.config.templates import check_template
 from dsdpo.errors import ConfigError, Problem
 from dsdpo.tools.trained import TrainedRun
 
@@ -69,6 +70,11 @@ class AnswerSettings:
             found.append(("top_p", f"{self.top_p:g} has no effect with temperature 0; add --temperature 1, or another"))
         if self.seed is not None and self.seed < 0:
             found.append(("seed", f"is {self.seed}; allowed: at least 0"))
+        if self.template is not None:
+            try:
+                check_template(self.template)
+            except ValueError as error:
+                found.append(("template", f"is {self.template!r}: {error}"))
         return [Problem("value", f"--{option}", f"--{option} {text}") for option, text in found]
 
     def of_run(self, run: TrainedRun | None) -> AnswerSettings:

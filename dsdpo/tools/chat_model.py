@@ -13,11 +13,14 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from dsdpo.checkpoint.commit import MANIFEST
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.messages import Message
 from dsdpo.data.templates import ExampleEncoder, load_tokenizer
 from dsdpo.errors import CheckpointError, DataError, Problem
 from dsdpo.export.huggingface import finished_weights
+from dsdpo.model.files import folder_problems
+from dsdpo.runtime.command import command_line
 from dsdpo.tools.answers import DEFAULT_MAX_NEW_TOKENS, GREEDY, AnswerSettings, CommandLineError, sampling
 from dsdpo.tools.trained import TrainedRun
 
@@ -173,8 +176,14 @@ def _weights(name: str) -> str:
     if run is not None:
         return str(run.weights("chat"))
     if not Path(name).is_dir():
+        if problems := folder_problems(name, "MODEL"):
+            raise CommandLineError(problems)
         return name
     weights = finished_weights(Path(name))
+    if weights is None and (Path(name) / MANIFEST).is_file():
+        target = f"{Path(name)}-exported"
+        export = command_line(["export", str(Path(name)), "--to", target])
+        raise CheckpointError(f"{name} is a checkpoint: run `{export}` and then `{command_line(['chat', target])}`")
     if weights is None:
         raise CheckpointError(
             f"{name} holds no weights: give the output_dir of a run, or a folder with a model's or an adapter's files"

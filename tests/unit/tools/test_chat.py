@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dsdpo import cli
+from dsdpo.checkpoint.commit import MANIFEST
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.formats.preference import SQL_PROMPT
 from dsdpo.data.named_templates import NAMED
@@ -202,6 +203,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(temperature: float, top_p:
         ("--temperature 1 --top_p nan", "--top_p"),
         ("--top_p 0.9", "--top_p"),
         ("--seed -1", "--seed"),
+        ("--template chatmll", "--template"),
         ("--max_new_tokens 0", "--max_new_tokens"),
         ("--max_length 0", "--max_length"),
     ],
@@ -240,13 +242,30 @@ def test_a_conversation_too_long_for_the_model_is_refused(folders: dict[str, str
         ChatModel.load(folders["base"], FEW).answer("a b c d e f g h i j k l m n o p q r s t u v w x y z")
 
 
+def codes_of(name: Path | str, **settings: Any) -> list[str]:
+    """The codes of why a model cannot be loaded."""
+    with pytest.raises(ConfigError) as caught:
+        ChatModel.load(str(name), AnswerSettings(**settings))
+    return [problem.code for problem in caught.value.problems]
+
+
 def test_what_is_no_model_is_told(tmp_path: Path, folders: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="no folder with a tokenizer here"):
-        ChatModel.load(str(tmp_path / "missing"))
     with pytest.raises(CheckpointError, match="holds no weights"):
         ChatModel.load(str(tmp_path))
-    with pytest.raises(ConfigError, match="template chatml needs the token"):
-        ChatModel.load(folders["base"], AnswerSettings(template="chatml"))
+    (tmp_path / MANIFEST).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"dsdpo export {tmp_path} --to {tmp_path}-exported"):
+        ChatModel.load(str(tmp_path))
+    assert codes_of(tmp_path / "missing") == codes_of("some/where/else") == ["model-folder"]
+    assert codes_of("nobody/nothing") == ["tokenizer-missing"]
+    assert codes_of(folders["base"], template="chatml") == ["template-tokens"]
+    shutil.copytree(folders["base"], tmp_path / "no_weights")
+    (tmp_path / "no_weights/model.safetensors").unlink()
+    assert codes_of(tmp_path / "no_weights") == ["model-load"]
+    (tmp_path / "no_base").mkdir()
+    shutil.copy(Path(folders["base"], "tokenizer.json"), tmp_path / "no_base")
+    shutil.copy(Path(folders["base"], "tokenizer_config.json"), tmp_path / "no_base")
+    (tmp_path / "no_base/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert codes_of(tmp_path / "no_base") == ["adapter-base"]
 
 
 def test_a_system_message_enters_the_prompt(folders: dict[str, str]) -> None:
@@ -442,10 +461,10 @@ def test_unusable_prompt_files_are_told(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match="holds no prompt"):
         read_prompts(tmp_path / "empty.txt")
-    with pytest.raises(ConfigError, match=r"neither \.txt"):
-        read_prompts(tmp_path / "p.csv")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_prompts(tmp_path / "missing.txt")
+    for name in ("p.csv", "missing.txt"):
+        with pytest.raises(ConfigError) as caught:
+            read_prompts(tmp_path / name)
+        assert [problem.code for problem in caught.value.problems] == ["prompts-file"]
 
 
 # --- the command ---
