@@ -97,12 +97,14 @@ def _export(args: argparse.Namespace, _: list[str]) -> None:
     source, target = Path(args.output_dir), Path(args.to)
     if not source.is_dir():
         raise CheckpointError(f"there is no folder {source}; give the output_dir of a run")
-    from dsdpo.export.huggingface import export
+    from dsdpo.export.huggingface import adapter_remark, export
     from dsdpo.runtime.progress import show_library_progress
 
     show_library_progress()
     warnings.simplefilter("ignore", FutureWarning)  # of peft, to peft
     print(f"exported {export(source, target, args.merge, args.step)} to {target}")
+    if remark := adapter_remark(target):
+        print(remark)
 
 
 def _checkpoints(args: argparse.Namespace, _: list[str]) -> int:

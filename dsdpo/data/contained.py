@@ -215,7 +215,8 @@ def _is_found(some: Said, side: Side, said: Sequence[Said], lost: frozenset[tupl
 
 def _said_in(prompt: Sequence[Message]) -> Iterator[Said]:
     for number, message in enumerate(prompt):
-        yield from said_by(message, number, f"a {message['role']} message of the prompt", thoughts=False)
+        article = "an" if message["role"] == "assistant" else "a"
+        yield from said_by(message, number, f"{article} {message['role']} message of the prompt", thoughts=False)
 
 
 def _is_called(some: Said, prompt: Sequence[Message]) -> bool:

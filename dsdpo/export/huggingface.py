@@ -12,7 +12,7 @@ import peft
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dsdpo.checkpoint.commit import MANIFEST, RUN_FILE, Checkpoint, checkpoints, read, read_run, verify
@@ -118,6 +118,42 @@ def finished_weights(output_dir: Path) -> Path | None:
         if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
             return folder
     return None
+
+
+def adapter_remark(folder: Path) -> str:
+    """Where an adapter's base stops generating elsewhere: what to do about it. Empty for anything else.
+
+    transformers and PEFT take the generation config of the base, whatever stands beside the adapter.
+    """
+    if not (folder / "adapter_config.json").is_file() or not (folder / GENERATION_CONFIG_NAME).is_file():
+        return ""
+    try:
+        base = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        of_base = _end_ids(_generation_config(base))
+        missing = [end for end in _end_ids(GenerationConfig.from_pretrained(str(folder))) if end not in of_base]
+        names = ", ".join(map(str, load_tokenizer(str(folder)).convert_ids_to_tokens(missing)))
+    except Exception:  # a base that is not there any more must not end the run that wrote the adapter
+        return ""
+    if not missing:
+        return ""
+    return (
+        f"of an adapter, generation takes the end tokens of its base model, and {base} does not stop at {names}: pass "
+        f"generation_config=GenerationConfig.from_pretrained({str(folder)!r}) to generate, or merge the adapter "
+        "(`dsdpo export --merge`)"
+    )
+
+
+def _generation_config(model: str) -> GenerationConfig:
+    """What `generate` takes for a model: generation_config.json, or what config.json says."""
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+
+
+def _end_ids(config: GenerationConfig) -> list[int]:
+    ids = config.eos_token_id
+    return ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else []
 
 
 def export(output_dir: Path, to: Path, merge: bool, step: int | None = None) -> Path:

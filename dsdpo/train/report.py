@@ -10,6 +10,7 @@ import torch
 
 from dsdpo.checkpoint.commit import checkpoints
 from dsdpo.data.loader import Batch, ExampleSource
+from dsdpo.export.huggingface import adapter_remark
 from dsdpo.runtime.collectives import all_gather_object
 from dsdpo.runtime.command import command_line
 from dsdpo.runtime.progress import format_interval
@@ -36,7 +37,8 @@ def summary(run_dir: RunDir, first_step: int, done: int, total: int, seconds: fl
     if done < total:
         found = [checkpoint.path for checkpoint in checkpoints(run_dir) if not checkpoint.problem]
         return [*lines, *(f"checkpoint: {path}" for path in found[:1])]
-    return [*lines, f"weights: {run_dir.final}", "next:", *(f"  {command}" for command in next_commands(run_dir))]
+    lines += [f"weights: {run_dir.final}", *filter(None, [adapter_remark(run_dir.final)])]
+    return [*lines, "next:", *(f"  {command}" for command in next_commands(run_dir))]
 
 
 def _records(run_dir: RunDir) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from dsdpo.compat import set_end_ids
 from dsdpo.config.schema import RunConfig
@@ -18,7 +19,7 @@ from dsdpo.data.formats.preference import preference
 from dsdpo.data.messages import assistant
 from dsdpo.data.named_templates import NAMED
 from dsdpo.data.templates import ExampleEncoder
-from dsdpo.export.huggingface import _write_folder
+from dsdpo.export.huggingface import _write_folder, adapter_remark, merged
 from tests.unit.data.conftest import make_tokenizer
 
 TURNS = [
@@ -102,6 +103,38 @@ def test_a_template_that_writes_eos_keeps_it() -> None:
     exported.put_into(tokenizer)
     ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert tokenizer.eos_token == "<|endoftext|>" and exported.end_ids(tokenizer, ids[1]) == ids
+
+
+@pytest.mark.parametrize("in_generation_config", [True, False])
+def test_an_adapter_says_where_its_base_does_not_stop(in_generation_config: bool, tmp_path: Path) -> None:
+    """transformers takes the generation config of the base; the one beside the adapter stops at the trained end."""
+    saved("chatml", tmp_path / "base")
+    tokenizer = tokenizer_of("chatml")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    eos = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = eos  # as a base model comes
+    model.save_pretrained(tmp_path / "base")
+    if not in_generation_config:
+        (tmp_path / "base/generation_config.json").unlink()
+    adapter = get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"]))
+    exported = ExportedTemplate.of(
+        tokenizer, RunConfig(model_name_or_path="m", dataset=["d"], output_dir="o", template="chatml"), None, None
+    )
+    set_end_ids(adapter, exported.end_ids(tokenizer, eos))
+    exported.put_into(tokenizer)
+    _write_folder(tmp_path / "final", adapter, tokenizer, None)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in GenerationConfig.from_pretrained(tmp_path / "final").eos_token_id
+    ids = AutoModelForCausalLM.from_pretrained(tmp_path / "final").generation_config.eos_token_id
+    assert (end in (ids if isinstance(ids, list) else [ids])) == (
+        "<|im_end|>" not in adapter_remark(tmp_path / "final")
+    )
+    assert "<|im_end|>" in adapter_remark(tmp_path / "final") and adapter_remark(tmp_path / "base") == ""
+    _write_folder(tmp_path / "merged", merged(tmp_path / "final"), tokenizer, None)
+    assert end in AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config.eos_token_id
+    set_end_ids(model, [end, eos])
+    model.generation_config.save_pretrained(tmp_path / "base")
+    assert adapter_remark(tmp_path / "final") == ""
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o007])
