@@ -221,7 +221,10 @@ def _without_end(text: str, end: str) -> str:
 def _less_end(answer: Message, end: str) -> Message:
     """A reply less the end-of-turn token that the data wrote out."""
     content = answer.get("content")
-    return {**answer, "content": _without_end(content, end)} if isinstance(content, str) else answer
+    if not isinstance(content, str):
+        return answer
+    bare = _without_end(content, end)
+    return answer if bare is content else {**answer, "content": bare}
 
 
 def _is_empty(message: Message) -> bool:
