@@ -158,3 +158,23 @@ def test_codes_of_what_a_tokenizer_lacks(tmp_path, model_of):
 def test_a_default_system_of_white_space_is_none(system, tmp_path, model_of):
     found = read(tmp_path / "run", model_of(CHATML), [RECORD], default_system=system)
     assert found.exit_code == 0 and found.texts[0][0].startswith("<|im_start|>user\n"), found
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "starts", "code"),
+    [
+        (MINE, {}, "Mine:\n", None),
+        ({"default": MINE, "tool_use": TOOLS}, {}, "Mine:\n", None),
+        (None, {"chat_template.json": json.dumps({"chat_template": MINE})}, "Mine:\n", None),
+        (None, {}, "", "template-none"),
+    ],
+)
+def test_a_model_id_in_the_cache(own, files, starts, code, tmp_path, model_of, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, commit = tmp_path / "hub/models--org--name", "a" * 40
+    make_tokenizer("chatml", own).save_pretrained(model / "snapshots" / commit)
+    write(model, {"refs/main": commit, f"snapshots/{commit}/config.json": '{"model_type": "llama"}'})
+    write(model / "snapshots" / commit, files)
+    found = read(tmp_path / "run", model_of(None), [RECORD], template="org/name")
+    assert found.codes == ([code] if code else []), found
+    assert not found.texts or found.texts[0][0].startswith(starts)
