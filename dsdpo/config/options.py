@@ -12,9 +12,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from dsdpo.config.schema import Checked, OneOf, ResumePolicy, RunConfig, resume_policy
+from dsdpo.config.fields import Checked, OneOf, ResumePolicy, resume_policy
+from dsdpo.config.schema import RunConfig
 
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+NUMERIC = (int, float, bool)  # kinds whose values are more than text
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -68,7 +70,7 @@ def allowed(field: FieldInfo) -> str:
     for bound in field.metadata:
         for attribute, words in _BOUNDS.items():
             if hasattr(bound, attribute):
-                text += f", {words} {getattr(bound, attribute):g}"
+                text += f", {words} {_number_text(getattr(bound, attribute))}"
     return text + (", or empty" if type(None) in kinds else "")
 
 
@@ -78,9 +80,24 @@ def value_kinds(field: FieldInfo) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
+def base_kind(name: str) -> Any:
+    """The first alternative of an option's annotation; None for an unknown name."""
+    field = RunConfig.model_fields.get(name)
+    return value_kinds(field)[0] if field else None
+
+
+def holds_numbers(name: str) -> bool:
+    """Whether an option is a list of numbers."""
+    return get_args(base_kind(name)) == (float,)
+
+
 def _values_text(values: Iterable[str]) -> str:
     found = list(values)
     return f"one of {', '.join(found)}" if len(found) > 1 else f"only {found[0]}"
+
+
+def _number_text(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _kind_text(kind: Any) -> str:

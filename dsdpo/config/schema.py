@@ -7,65 +7,18 @@ No torch here: reading a config must cost nothing.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator, model_validator
-from pydantic.config import JsonDict
-from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dsdpo.config.fields import CONSENT, FREE, Checked, OneOf, ResumePolicy, resume_policy
 from dsdpo.config.losses import LOSSES
 from dsdpo.config.stages import STAGES
 from dsdpo.config.templates import DATE_WORDS, TEMPLATE_WORDS, check_date, check_template, template_hint
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """In `Annotated[str, OneOf(names)]`: the text is one of `names()`, looked up at each validation and message."""
-
-    names: Callable[[], Iterable[str]]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def _check(self, value: str) -> str:
-        if value not in self.names():
-            raise ValueError(f"must be one of {', '.join(self.names())}")
-        return value
-
-
-@dataclass(frozen=True)
-class Checked:
-    """In `Annotated[str, Checked(check, words)]`: `check` raises ValueError where a value is wrong, `words` say what is
-    allowed, and `hint` what a wrong text was probably meant to be."""
-
-    check: Callable[[Any], Any]
-    words: str
-    hint: Callable[[str], str] = lambda text: ""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self.check, handler(source))
-
+from dsdpo.config.times import TIME_WORDS, check_time, seconds_of, time_hint
 
 LossType = Annotated[str, OneOf(LOSSES.keys)]
-
-ResumePolicy = Literal["fixed", "free", "consent"]
-FREE: JsonDict = {"resume": "free"}
-CONSENT: JsonDict = {"resume": "consent"}
-
-
-def resume_policy(field: FieldInfo) -> ResumePolicy:
-    """Whether a checkpoint may be continued with another value of an option than it was saved with.
-
-    `fixed`, where the field does not say: no. `free`: yes, since the option changes nothing that is learnt beyond
-    rounding: paths (their content is compared instead), speed, reports. `consent`: if `change_on_resume` names it.
-    """
-    extra = field.json_schema_extra
-    return cast(ResumePolicy, extra["resume"]) if isinstance(extra, dict) else "fixed"
 
 
 def options_with(policy: ResumePolicy) -> list[str]:
@@ -75,14 +28,13 @@ def options_with(policy: ResumePolicy) -> list[str]:
 
 Consentable = Annotated[str, OneOf(lambda: options_with("consent"))]
 
-_TIME = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+ROW_WORDS = "a whole number, at least 16, or auto"
 
 
-def _seconds(text: str) -> float:
-    """Of a time such as `1d2h30m5s`; 0 when it is none."""
-    found = _TIME.fullmatch(text)
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+def _check_row(value: int | str | None) -> int | str | None:
+    if isinstance(value, int) and value < 16:
+        raise ValueError(f"must be {ROW_WORDS}")
+    return value
 
 
 class RunConfig(BaseModel):
@@ -244,7 +196,9 @@ class RunConfig(BaseModel):
     train_batch_size: int = Field(32, ge=1)
     """Pairs per optimizer step over all GPUs together, whatever their number."""
 
-    max_tokens_per_row: int | Literal["auto"] | None = Field(None, json_schema_extra=FREE)
+    max_tokens_per_row: Annotated[int | Literal["auto"] | None, Checked(_check_row, ROW_WORDS)] = Field(
+        None, json_schema_extra=FREE
+    )
     """Longest packed row, in tokens: what one GPU computes at a time. At least 2 * max_length. `auto`: what the GPU's
     memory allows by an estimate; 8192 on CPU. Empty: 4 * max_length."""
 
@@ -287,7 +241,7 @@ class RunConfig(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0.0, json_schema_extra=CONSENT)
     """Gradients are scaled down to this global L2 norm. 0: no clipping."""
 
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, le=2**64 - 1)
     """Seed of data order, adapter initialization and dropout."""
 
     # --- running ---
@@ -323,7 +277,7 @@ class RunConfig(BaseModel):
     """Options whose new values count for a checkpoint that was saved with others; without it a difference is an
     error."""
 
-    max_time: str | None = Field(None, json_schema_extra=FREE)
+    max_time: Annotated[str | None, Checked(check_time, TIME_WORDS, time_hint)] = Field(None, json_schema_extra=FREE)
     """Time after which the run saves a checkpoint and ends with exit code 75, such as `3h50m` or `90s`. Counted from
     its start. Empty: no limit."""
 
@@ -370,9 +324,9 @@ class RunConfig(BaseModel):
 
     @field_validator("lora_target")
     @classmethod
-    def _all_linear(cls, value: list[str]) -> list[str]:
-        """Accept PEFT's word for `all`."""
-        return ["all" if name == "all-linear" else name for name in value]
+    def _words_of_peft(cls, value: list[str]) -> list[str]:
+        """Accept PEFT's word for `all`, and the names that modules have inside its own model."""
+        return ["all" if name == "all-linear" else name.removeprefix("base_model.model.") for name in value]
 
     @field_validator("loss_weights", mode="before")
     @classmethod
@@ -382,24 +336,10 @@ class RunConfig(BaseModel):
             return [part.strip() for part in value.split(",")]
         return [value] if isinstance(value, (int, float)) else value
 
-    @field_validator("max_tokens_per_row")
-    @classmethod
-    def _row_holds_something(cls, value: int | str | None) -> int | str | None:
-        if isinstance(value, int) and value < 16:
-            raise ValueError("must be at least 16, or auto")
-        return value
-
-    @field_validator("max_time")
-    @classmethod
-    def _time_is_readable(cls, value: str | None) -> str | None:
-        if value is not None and not _seconds(value):
-            raise ValueError("must be a time above 0, such as 3h50m, 90m or 45s")
-        return value
-
     @property
     def max_seconds(self) -> float | None:
         """`max_time` in seconds."""
-        return None if self.max_time is None else _seconds(self.max_time)
+        return None if self.max_time is None else seconds_of(self.max_time)
 
     @property
     def row_tokens(self) -> int | None:

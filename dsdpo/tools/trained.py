@@ -10,7 +10,7 @@ from typing import Any
 
 from dsdpo.checkpoint.commit import checkpoints
 from dsdpo.config.earlier import EARLIER_DEFAULTS
-from dsdpo.config.load import read_yaml
+from dsdpo.config.run_file import read_yaml
 from dsdpo.data.template_date import date_of_run
 from dsdpo.errors import CheckpointError
 from dsdpo.runtime.command import command_line

@@ -264,11 +264,11 @@ def test_all_problems_come_together_and_the_rest_is_kept(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a: [1\nb: 2\n", "not valid YAML: line 2"),
-        ("\tbeta: 1\n", "not valid YAML: line 1"),
+        ("a: [1\nb: 2\n", "run.yaml:2: not valid YAML"),
+        ("\tbeta: 1\n", "run.yaml:1: not valid YAML"),
         ("- a\n- b\n", "a run config is lines of `key: value`"),
         ("[a, b]: 1\n", "not valid YAML"),
-        ("a: \x07\n", "not valid YAML"),
+        ("a: \x07\n", "run.yaml:1: the character 0x7"),
         ("a: " + "[" * 3000, "nested too deeply"),
         ("lora_target: &a [*a]\n", "contain themselves"),
     ],
@@ -278,6 +278,107 @@ def test_a_broken_file_is_one_problem(tmp_path: Path, text: str, said: str) -> N
     assert result.config is None
     assert len(result.problems) == 1
     assert said in str(result.problems[0])
+
+
+# what stands in the file after the required options -> code, line, a word of the remedy
+BROKEN = {
+    "\tbeta: 0.1\n": ("yaml", 4, "spaces"),
+    "beta:\t0.1\n": ("yaml", 4, "tab"),
+    "loss_type:\n\t- sigmoid\n": ("yaml", 5, "tab"),
+    "deepspeed:\n  a: 1\n  a: 2\n": ("duplicate-option", 6, "a is given twice"),
+    "deepspeed: {a: {b: 1, b: 1}}\n": ("duplicate-option", 4, "b is given twice"),
+    "run_name: !!python/name:os.system\n": ("yaml", 4, "tags"),
+    "run_name: !ENV ${NAME}\n": ("yaml", 4, "tags"),
+    "---\nbeta: 0.2\n": ("yaml", 4, "one run"),
+    "beta: *strong\n": ("yaml", 4, "quotes"),
+    "run_name: *best*\n": ("yaml", 4, "quotes"),
+    "run_name: @me\n": ("yaml", 4, "quotes"),
+    "run_name: {{ name }}\n": ("yaml", 4, "quotes"),
+    "run_name: dpo: first\n": ("yaml", 4, "quotes"),
+    "beta 0.1\n": ("yaml", 4, "a space after the colon"),
+    "beta:0.1\nseed: 1\n": ("yaml", 4, "a space after the colon"),
+    'run_name: "abc\n': ("yaml", 4, "not closed"),
+    "loss_type: [sigmoid\n": ("yaml", 4, "not closed"),
+    "<<: 3\n": ("yaml", 4, "block of options"),
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_line_is_named_with_its_remedy(tmp_path: Path, text: str) -> None:
+    code, line, remedy = BROKEN[text]
+    problems = read(tmp_path, MINIMAL + text).problems
+    assert [problem.code for problem in problems] == [code]
+    assert f"run.yaml:{line}:" in str(problems[0]) and remedy in str(problems[0])
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("report_to: none", []),
+        ("report_to: [None]", []),
+        ("report_to:", []),
+        ("report_to: ''", []),
+        ("eval_dataset: ''", []),
+        ("eval_dataset:", []),
+        ("eval_dataset: ['', null]", []),
+        ("eval_dataset: [a, '']", ["a"]),
+        ("ignore_columns: null", []),
+        ("change_on_resume: ~", []),
+        ("loss_type:", ["sigmoid"]),
+        ("lora_target: null", ["all"]),
+        ("lora_target: base_model.model.model.layers.0.self_attn.q_proj", ["model.layers.0.self_attn.q_proj"]),
+        ("eval_steps: ''", None),
+        ("save_steps: ' '", None),
+        ("max_tokens_per_row: ''", None),
+        ("lora_alpha: ''", None),
+        ("loss_weights: ''", None),
+        ("max_time: ''", None),
+        (f"seed: {2**64 - 1}", 2**64 - 1),
+    ],
+)
+@pytest.mark.parametrize("typed", [False, True])
+def test_what_means_unset_is_unset(tmp_path: Path, line: str, value: object, typed: bool) -> None:
+    """In the file, and on the command line over a value of the file."""
+    key, _, text = line.partition(": ")
+    result = (
+        read(tmp_path, MINIMAL, f"--{key.rstrip(':')}", text.strip("'"))
+        if typed
+        else read(tmp_path, MINIMAL + line + "\n")
+    )
+    assert result.problems == [] and getattr(result.config, key.rstrip(":")) == value
+
+
+def test_an_unset_list_was_set_nowhere(tmp_path: Path) -> None:
+    """Or it would clash with options that exclude it."""
+    assert read(tmp_path, MINIMAL + "finetuning_type: full\nlora_target:\n").where("lora_target") == "default"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("max_time: 90", "did you mean 90s or 90m?"),
+        ("max_time: 1:30:00", "did you mean 1h30m?"),
+        ("max_time: 1-12:00:00", "did you mean 1d12h?"),
+        ("max_time: 2H 5m", "did you mean 2h5m?"),
+        ("max_time: soon", "allowed: a time above 0 with its units, such as"),
+        ("max_time: 0s", "allowed: a time"),
+        (f"seed: {2**64}", "at most 18446744073709551615"),
+        ("max_tokens_per_row: 8", "at least 16"),
+        ("report_to: all", "tensorboard, wandb"),
+        ("report_to: [wandb, none]", "tensorboard, wandb"),
+        ("beta: ''", "a number, above 0"),
+    ],
+)
+def test_a_wrong_value_tells_the_form_that_is_allowed(tmp_path: Path, line: str, said: str) -> None:
+    result = read(tmp_path, MINIMAL + line + "\n")
+    assert [(one.code, one.option) for one in result.problems] == [("value", line.partition(":")[0])]
+    assert said in str(result.problems[0])
+
+
+@pytest.mark.parametrize("value", ["", "','", "['']", "[null]"])
+def test_a_required_list_that_names_nothing_is_missing(tmp_path: Path, value: str) -> None:
+    text = MINIMAL.replace("dataset: pairs", f"dataset: {value}")
+    assert [(one.code, one.option) for one in read(tmp_path, text).problems] == [("value", "dataset")]
 
 
 def test_a_missing_file_and_a_bad_command_line_are_told_together(tmp_path: Path) -> None:
