@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from dsdpo.runtime.weights import shapes
+
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embed_tokens.base_layer")
-_LONGEST_HEADER = 1 << 28
 
 
 def embedding_rows(model_name_or_path: str, adapter: str | None) -> tuple[int, str] | None:
@@ -33,14 +36,12 @@ def embedding_rows(model_name_or_path: str, adapter: str | None) -> tuple[int, s
 def _embeddings(path: Path) -> Iterator[int]:
     """Rows of each token embedding whose shape the header of a safetensors file gives."""
     try:
-        with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size)) if size <= _LONGEST_HEADER else {}
-    except (OSError, ValueError):
+        found = shapes([path])
+    except (SafetensorError, OSError, ValueError):
         return  # damaged weights are told elsewhere
-    for name, tensor in header.items():
+    for name, shape in found.items():
         if name.removesuffix(".weight").endswith(_EMBEDDINGS) and name.endswith(".weight"):
-            yield int(tensor["shape"][0])
+            yield shape[0]
 
 
 def _cached_config(hub_id: str) -> Path | None:

@@ -20,6 +20,7 @@ _OTHER_NAMES = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions
 # --- defaults of the classes ---
 
 LEARNED_POSITIONS = ("gpt2", "opt")
+_PREFIXES = {"gpt2": "transformer", "gpt_neox": "gpt_neox"}
 _POSITIONS = {
     **dict.fromkeys(("arcee", "helium", "phi3", "starcoder2"), 4096),
     **dict.fromkeys(("cohere", "cohere2", "gemma"), 8192),
@@ -97,7 +98,7 @@ class Architecture:
             softcap=bool(getattr(config, "attn_logit_softcapping", None)),
             alibi=bool(getattr(config, "alibi", False)),
             bidirectional=bool(getattr(config, "use_bidirectional_attention", False))
-            or not getattr(config, "is_causal", True),
+            or getattr(config, "is_causal", True) is False,
             encoder_decoder=bool(config.is_encoder_decoder),
             more_than_text=config.get_text_config() is not config,
             experts=any((getattr(config, key, None) or 0) > 1 for key in _EXPERTS),
@@ -127,9 +128,9 @@ class Architecture:
             other_layers=_others(layers),
             softcap=bool(get("attn_logit_softcapping")),
             alibi=bool(get("alibi")),
-            bidirectional=bool(get("use_bidirectional_attention")) or not get("is_causal", True),
+            bidirectional=bool(get("use_bidirectional_attention")) or get("is_causal", True) is False,
             encoder_decoder=bool(get("is_encoder_decoder")),
-            more_than_text="text_config" in settings,
+            more_than_text=get("text_config") is not None,
             experts=any((_number(get(key)) or 0) > 1 for key in _EXPERTS),
             differing_layers=bool(get("per_layer_config")),
             drops_attention=any(get(key, _DROPPING.get(kind, 0.0)) for key in _dropout_keys(kind)),
@@ -139,6 +140,11 @@ class Architecture:
             head_size=_number(size),
             quantized=bool(get("quantization_config")),
         )
+
+
+def module_prefix(model_type: str) -> str:
+    """What names of modules begin with, all but the head's; files of weights may leave it out."""
+    return _PREFIXES.get(model_type, "model")
 
 
 def _is_windowed(kind: str, settings: Mapping[str, Any]) -> bool:

@@ -5,19 +5,18 @@ Nothing heavy is imported: see `model/support.py` for what the models themselves
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 from dsdpo.config.rules import adapter_problems
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import Problem
 from dsdpo.model import support
-from dsdpo.model.architecture import Architecture
+from dsdpo.model.architecture import Architecture, module_prefix
+from dsdpo.model.config_file import read_object, wrong_values
 from dsdpo.model.hub import fetch_config
 from dsdpo.model.targets import modules_of, target_problems
-from dsdpo.model.weights import WEIGHTS, Shapes, damage, shapes, weight_files
+from dsdpo.runtime.weights import WEIGHTS, Shapes, damage, shapes, weight_files
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -127,17 +126,19 @@ def model_problems(folder: Path, config: RunConfig, faulty: frozenset[str]) -> l
     settings, fault = read_object(path)
     if fault:
         return [Problem("model-config", _MODEL, f"{_MODEL}: {path} {fault}")]
-    if "model_type" not in settings:
-        return [
-            Problem("model-config", _MODEL, f"{_MODEL}: {path} has no model_type; take a config.json of transformers")
-        ]
+    if not isinstance(kind := settings.get("model_type"), str):
+        text = f"{_MODEL}: {path} has no model_type; take a config.json of transformers"
+        return [Problem("model-config", _MODEL, text)]
+    wrong = wrong_values(settings) if kind in support.COMPARED else []
+    settings |= dict.fromkeys(key for key, _ in wrong)
     architecture = Architecture.read(settings)
     longest = 0 if "max_length" in faulty else config.max_length
     backend = "auto" if "attn_implementation" in faulty else config.attn_implementation
-    found = support.problems(architecture, longest, config.disable_dropout, backend)
+    found = [Problem("model-config", _MODEL, f"{_MODEL}: {path}: {text}; correct it") for _, text in wrong]
+    found += support.problems(architecture, longest, config.disable_dropout, backend)
     makes_adapter = config.finetuning_type == "lora" and not config.adapter_name_or_path
     if makes_adapter and "lora_target" not in faulty:
-        found += target_problems(config.lora_target, *modules_of(_shapes(folder)), lack_prefix=True)
+        found += target_problems(config.lora_target, *modules_of(_shapes(folder)), module_prefix(kind))
     return found
 
 
@@ -154,15 +155,6 @@ def _shapes(folder: Path) -> Shapes:
     """Name and shape of each tensor; empty where the files cannot tell."""
     files, lacks = weight_files(folder)
     return {} if lacks or any(map(damage, files)) else shapes(files)
-
-
-def read_object(path: Path) -> tuple[dict[str, Any], str]:
-    """The JSON object in a file, and what is wrong with it."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        return {}, f"cannot be read: {error}; take an undamaged copy"
-    return (found, "") if isinstance(found, dict) else ({}, "holds no JSON object; take an undamaged copy")
 
 
 def _adapter_problems(name: str) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dsdpo.errors import ConfigError, Problem
@@ -42,6 +43,38 @@ def check_supported(
         raise ConfigError(found)
 
 
+# Code, what of an Architecture makes it a problem, and the rest of a sentence that begins with `the model`.
+_UNSUPPORTED: tuple[tuple[str, Callable[[Architecture], object], str], ...] = (
+    (
+        "softcap",
+        lambda model: model.softcap,
+        "caps its attention scores (attn_logit_softcapping), which packed rows do not support: train another model",
+    ),
+    ("alibi", lambda model: model.alibi, "adds ALiBi biases to its attention scores: train one with rotary positions"),
+    (
+        "bidirectional",
+        lambda model: model.bidirectional,
+        "has bidirectional attention; packed rows need a causal model",
+    ),
+    ("encoder-decoder", lambda model: model.encoder_decoder, "is an encoder-decoder; packed rows need a decoder"),
+    (
+        "more-than-text",
+        lambda model: model.more_than_text and not model.encoder_decoder,
+        "takes more than text; packed rows need a text model, such as the one inside it",
+    ),
+    (
+        "experts",
+        lambda model: model.experts,
+        "is a mixture of experts, whose balancing loss is not computed: train a dense model",
+    ),
+    (
+        "quantized",
+        lambda model: model.quantized,
+        "has quantized weights (quantization_config), which cannot be trained: name its full model",
+    ),
+)
+
+
 def problems(model: Architecture, max_length: int, disable_dropout: bool, backend: str = "auto") -> list[Problem]:
     """Why packed rows would compute something else than the model, and what to change.
 
@@ -50,16 +83,11 @@ def problems(model: Architecture, max_length: int, disable_dropout: bool, backen
     """
     if model.differing_layers:
         return [_problem("layers", "the model's layers differ (per_layer_config): train another model")]
-    found = _attention_problems(model, max_length) + _position_problems(model, max_length)
+    found = _layer_problems(model, max_length) + _position_problems(model, max_length)
+    found += [_problem(code, f"the model {text}") for code, applies, text in _UNSUPPORTED if applies(model)]
     if not disable_dropout and model.drops_attention:
         text = "the model has attention dropout, which packed rows do not support: set disable_dropout: true"
         found.append(_problem("dropout", text))
-    if model.experts:
-        text = "the model is a mixture of experts, whose balancing loss is not computed: train a dense model"
-        found.append(_problem("experts", text))
-    if model.quantized:
-        text = "the model's weights are quantized (quantization_config), which cannot be trained: name its full model"
-        found.append(_problem("quantized", text))
     if model.model_type in COMPARED:
         found += head_problems(model, backend)
     elif not found:
@@ -85,10 +113,13 @@ def _problem(code: str, text: str) -> Problem:
     return Problem(f"model-{code}", option, f"{text} [model_name_or_path]")
 
 
-def _attention_problems(model: Architecture, max_length: int) -> list[Problem]:
-    """What is more than causal softmax attention of a decoder over the whole sequence."""
+def _layer_problems(model: Architecture, max_length: int) -> list[Problem]:
+    """Layers whose attention is not over the whole sequence."""
     found = []
-    if model.window and model.window < max_length:
+    if model.window is not None and model.window < 1:
+        text = f"sliding_window is {model.window} in config.json; write null there where the model has no window"
+        found.append(_problem("config", text))
+    elif model.window and model.window < max_length:
         text = (
             f"the model attends over windows of {model.window} tokens, which packed rows do not support: set "
             f"max_length to {model.window} or less"
@@ -98,25 +129,6 @@ def _attention_problems(model: Architecture, max_length: int) -> list[Problem]:
         what = ", ".join(model.other_layers) or f"attention_chunk_size {model.chunk}"
         text = f"the model has layers other than full and sliding attention ({what}): train another model"
         found.append(_problem("layers", text))
-    if model.softcap:
-        text = (
-            "the model caps its attention scores (attn_logit_softcapping), which packed rows do not support: train "
-            "another model"
-        )
-        found.append(_problem("softcap", text))
-    if model.alibi:
-        text = "the model adds ALiBi biases to its attention scores: train a model with rotary positions"
-        found.append(_problem("alibi", text))
-    if model.bidirectional:
-        found.append(
-            _problem("bidirectional", "the model's attention is bidirectional; packed rows need a causal model")
-        )
-    if model.encoder_decoder:
-        text = "the model is an encoder-decoder; packed rows need a decoder-only model"
-        found.append(_problem("encoder-decoder", text))
-    elif model.more_than_text:
-        text = "the model takes more than text; packed rows need a text model, such as the one inside it"
-        found.append(_problem("more-than-text", text))
     return found
 
 

@@ -20,26 +20,26 @@ def modules_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], list[s
 
 
 def target_problems(
-    targets: Sequence[str], linear: Iterable[str], embeddings: Iterable[str], lack_prefix: bool = False
+    targets: Sequence[str], linear: Iterable[str], embeddings: Iterable[str], prefix: str = ""
 ) -> list[Problem]:
     """Names of `lora_target` that match no module: PEFT would leave them out without a word, as long as others match.
 
     Args:
         targets: ends of module names, as PEFT takes them; `all` matches every linear layer.
         linear, embeddings: names of the model's modules; without linear ones nothing can be told.
-        lack_prefix: whether the names come from files, which may leave out `transformer.` and the like.
+        prefix: what the model's names begin with, where these come from files, which may leave it out.
 
     Returns:
         One problem at most. The output head is the business of the rules.
     """
     linear = [name for name in linear if _last(name) not in HEAD_NAMES]
-    known = [*linear, *embeddings]
+    known = [_full(name, prefix) for name in (*linear, *embeddings)]
     if "all" in targets or not linear:
         return []
     lost = [
         target
         for target in targets
-        if _last(target) not in HEAD_NAMES and not any(_matches(target, name, lack_prefix) for name in known)
+        if _last(target) not in HEAD_NAMES and not any(f".{name}".endswith(f".{target}") for name in known)
     ]
     if not lost:
         return []
@@ -52,8 +52,8 @@ def target_problems(
     return [Problem("lora-target-unknown", "lora_target", text)]
 
 
-def _matches(target: str, name: str, lacks_prefix: bool) -> bool:
-    return f".{name}".endswith(f".{target}") or (lacks_prefix and f".{target}".endswith(f".{name}"))
+def _full(name: str, prefix: str) -> str:
+    return name if not prefix or name.startswith(f"{prefix}.") else f"{prefix}.{name}"
 
 
 def _last(name: str) -> str:

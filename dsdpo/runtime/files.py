@@ -16,6 +16,9 @@ from dsdpo.runtime.progress import Progress
 _HASH_BLOCK = 1 << 24
 _SETTLED_NS = 2_000_000_000  # a file changed less than this ago could change again within the clock's grain
 
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that Git has not fetched
+LFS_TEXT = "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
+
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write to a temporary neighbour, fsync, rename over `path`, fsync the folder; the folder is made if missing.

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from dsdpo.runtime.files import LFS_POINTER, LFS_TEXT
+
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_LFS_POINTER = b"version https://git-lfs"
 _ZIP = b"PK\x03\x04"
 
 Shapes = dict[str, tuple[int, ...]]
@@ -51,8 +52,8 @@ def damage(path: Path) -> str:
             head = stream.read(64)
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
-    if head.startswith(_LFS_POINTER):
-        return "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
+    if head.startswith(LFS_POINTER):
+        return LFS_TEXT
     if path.suffix == ".json":
         with path.open("rb") as stream:
             stream.seek(-min(64, path.stat().st_size), os.SEEK_END)

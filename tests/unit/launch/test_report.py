@@ -60,8 +60,8 @@ def bin_file(content: bytes) -> Callable[[Path], None]:
     return write
 
 
-def broken_config(model: Path) -> None:
-    (model / "config.json").write_text('{"model_type": ')
+def config_text(text: str) -> Callable[[Path], object]:
+    return lambda model: (model / "config.json").write_text(text)
 
 
 # name -> (options of run.yaml, what is done to the model's folder, arguments of the command line, code)
@@ -86,15 +86,41 @@ MISTAKES: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, list[
     "positions": ({"max_length": 4096}, None, [], "model-positions"),
     "learned positions": ({}, model_settings(model_type="opt", max_position_embeddings=512), [], "model-positions"),
     "quantized weights": ({}, model_settings(quantization_config={"load_in_4bit": True}), [], "model-quantized"),
-    "kinds of layers that are no list": ({}, model_settings(layer_types=3), [], "model-layers"),
-    "a kind of layer that is no name": ({}, model_settings(layer_types=[{"a": 1}]), [], "model-layers"),
+    "kinds of layers that are no list": ({}, model_settings(layer_types=3), [], "model-config"),
+    "a kind of layer that is no name": ({}, model_settings(layer_types=[{"a": 1}]), [], "model-config"),
     "phi3's first name of longrope": (
         {"max_length": 8192},
         model_settings(model_type="phi3", max_position_embeddings=131072, rope_scaling={"type": "su"}),
         [],
         "model-positions",
     ),
-    "config.json": ({}, broken_config, [], "model-config"),
+    "config.json": ({}, config_text('{"model_type": '), [], "model-config"),
+    "a pointer to config.json": ({}, config_text("version https://git-lfs.github.com/spec/v1\n"), [], "model-config"),
+    "a config.json that is a list": ({}, config_text("[]"), [], "model-config"),
+    "no model type": ({}, config_text('{"hidden_size": 16}'), [], "model-config"),
+    "a model type that is no text": ({}, model_settings(model_type=["llama"]), [], "model-config"),
+    "positions as text": ({}, model_settings(max_position_embeddings="131072"), [], "model-config"),
+    "positions as a float": ({}, model_settings(max_position_embeddings=2048.0), [], "model-config"),
+    "no positions": ({}, model_settings(max_position_embeddings=None), [], "model-config"),
+    "positions of 0": ({}, model_settings(max_position_embeddings=0), [], "model-config"),
+    "experts as text": ({}, model_settings(num_experts="8"), [], "model-config"),
+    "experts as a float": ({}, model_settings(num_local_experts=8.0), [], "model-config"),
+    "experts as a list": ({}, model_settings(n_routed_experts=[8]), [], "model-config"),
+    "window as text": ({}, model_settings(model_type="mistral", sliding_window="256"), [], "model-config"),
+    "window as a float": ({}, model_settings(model_type="mistral", sliding_window=256.0), [], "model-config"),
+    "window as true": ({}, model_settings(model_type="mistral", sliding_window=True), [], "model-config"),
+    "a window of -1": ({}, model_settings(model_type="mistral", sliding_window=-1), [], "model-config"),
+    "a window of 0": ({}, model_settings(model_type="mistral", sliding_window=0), [], "model-config"),
+    "a switch as text": ({}, model_settings(use_sliding_window="false"), [], "model-config"),
+    "causal as text": ({}, model_settings(is_causal="false"), [], "model-config"),
+    "a softcap as text": ({}, model_settings(attn_logit_softcapping="30"), [], "model-config"),
+    "a head size as text": ({"attn_implementation": "varlen"}, model_settings(head_dim="100"), [], "model-config"),
+    "heads as null": ({}, model_settings(num_attention_heads=None), [], "model-config"),
+    "dropout as text": ({"disable_dropout": False}, model_settings(attention_dropout="0"), [], "model-config"),
+    "scaled positions as text": ({}, model_settings(rope_scaling="linear"), [], "model-config"),
+    "a factor as text": ({}, model_settings(rope_scaling={"type": "linear", "factor": "4"}), [], "model-config"),
+    "one kind of layer": ({}, model_settings(layer_types="full_attention"), [], "model-config"),
+    "a model in the model": ({}, model_settings(text_config={"model_type": "llama"}), [], "model-more-than-text"),
     "a typo in lora_target": ({"lora_target": "q_projj,v_proj"}, None, [], "lora-target-unknown"),
     "lora_target of another family": ({}, None, ["--lora_target", "query_key_value"], "lora-target-unknown"),
     "lora_target of a norm": ({"lora_target": ["input_layernorm"]}, None, [], "lora-target-unknown"),
@@ -201,6 +227,39 @@ def test_names_that_exist_are_listed(tmp_path: Path, run: dict[str, Any]) -> Non
     text = str(caught.value.problems[0])
     assert "did you mean q_proj?" in text and "lm_head" not in text and "`all`" in text
     assert all(name.split(".")[-2] in text for name in tensors() if name.endswith("_proj.weight"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"text_config": None, "quantization_config": None, "rope_scaling": None, "layer_types": None},
+        {"num_experts": None, "num_local_experts": 0, "sliding_window": None, "head_dim": None},
+        {"model_type": "qwen2", "sliding_window": 0, "use_sliding_window": False},
+    ],
+)
+def test_what_is_not_there_may_be_null(tmp_path: Path, run: dict[str, Any], settings: dict[str, Any]) -> None:
+    save_fake_model(tmp_path / "model", **settings)
+    assert preflight(write(tmp_path, run), [])
+
+
+def test_several_wrong_values_are_told_each(tmp_path: Path, run: dict[str, Any]) -> None:
+    save_fake_model(tmp_path / "model", num_experts="8", max_position_embeddings="64", hidden_size=None)
+    with pytest.raises(ConfigError) as caught:
+        preflight(write(tmp_path, run), [])
+    assert [problem.code for problem in caught.value.problems] == ["model-config"] * 3
+
+
+def test_the_names_of_peft_are_those_of_the_model(tmp_path: Path, run: dict[str, Any]) -> None:
+    name = "layers.0.self_attn.q_proj"
+    config, _ = preflight(write(tmp_path, run | {"lora_target": f"base_model.model.model.{name}"}), [])
+    assert config.lora_target == [f"model.{name}"]
+
+
+@pytest.mark.parametrize("wrong", ["model.model.layers.0.self_attn.q_proj", "x.layers.0.self_attn.q_proj"])
+def test_a_name_with_another_beginning_is_told(tmp_path: Path, run: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        preflight(write(tmp_path, run | {"lora_target": wrong}), [])
+    assert [problem.code for problem in caught.value.problems] == ["lora-target-unknown"]
 
 
 def test_no_heavy_library_is_imported(tmp_path: Path, run: dict[str, Any]) -> None:

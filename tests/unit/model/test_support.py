@@ -58,7 +58,7 @@ REFUSED = {
     "soft-capped scores": (config("gemma2", sliding_window=8192), "attn_logit_softcapping"),
     "bidirectional": (
         config("gemma3_text", use_bidirectional_attention=True, sliding_window=8192),
-        "bidirectional; packed rows need a causal",
+        "bidirectional attention; packed rows need a causal",
     ),
     "not causal": (config("llama", is_causal=False), "bidirectional"),
     "chunks": (config("llama4_text"), "chunked_attention"),

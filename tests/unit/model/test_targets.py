@@ -6,13 +6,15 @@ from pathlib import Path
 
 import peft
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import ConfigError
 from dsdpo.model.adapters import add_lora
+from dsdpo.model.architecture import module_prefix
+from dsdpo.model.support import COMPARED
 from dsdpo.model.targets import modules_of, target_problems
-from dsdpo.model.weights import shapes, weight_files
+from dsdpo.runtime.weights import shapes, weight_files
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 
@@ -37,9 +39,15 @@ def test_files_name_the_layers_that_peft_adapts(tmp_path: Path, model_type: str)
     names = {name.rsplit(".", 1)[-1] for name in linear} - {"lm_head", "embed_out"}
     assert names == adapted(model, "all-linear") - {"lm_head", "embed_out"}
     for name in names:
-        assert not target_problems([name], linear, embeddings, lack_prefix=True)
+        assert not target_problems([name], linear, embeddings, module_prefix(model_type))
     for wrong in ("q_projj", ".*proj", "lm_headd", "norm"):
         assert [one.code for one in target_problems([*names, wrong], linear, embeddings)] == ["lora-target-unknown"]
+
+
+@pytest.mark.parametrize("model_type", sorted(COMPARED))
+def test_what_names_of_modules_begin_with(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type)
+    assert MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix == module_prefix(model_type)
 
 
 @pytest.mark.parametrize(

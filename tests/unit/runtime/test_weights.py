@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from dsdpo.model.weights import damage, shapes, weight_files
+from dsdpo.runtime.weights import damage, shapes, weight_files
 
 
 @pytest.fixture
