@@ -17,6 +17,9 @@ from dsdpo.errors import Problem
 # Keys that only a config file of accelerate has; `mixed_precision` alone could be anybody's.
 _ITS_KEYS = ("compute_environment", "distributed_type", "deepspeed_config", "fsdp_config", "machine_rank")
 _UNSET = ("", "none", "auto", "no", "false")
+# FSDP's sharding strategies, by name and number, and `fsdp_reshard_after_forward` of its second version
+_NO_SHARD = ("NO_SHARD", "3")
+_GRADIENTS_ALONE = ("SHARD_GRAD_OP", "2", "_HYBRID_SHARD_ZERO2", "HYBRID_SHARD_ZERO2", "5", "FALSE")
 _FILES = {("cpu", 3): "zero3_offload", ("nvme", 3): "zero3_nvme"}
 
 
@@ -29,16 +32,35 @@ def foreign_settings(data: Any) -> str:
     if file := block.get("deepspeed_config_file"):
         said = f"its deepspeed_config_file is {file}: name that file in deepspeed"
     elif data.get("fsdp_config") or str(data.get("distributed_type")).upper() == "FSDP":
-        said = "FSDP's full sharding is ds_configs/zero3.json here: name that file in deepspeed"
+        said = _of_fsdp(data.get("fsdp_config"))
     else:
         stage = block.get("zero_stage", 0)
         file = json_of_stage(stage, block.get("offload_optimizer_device"))
         said = f"its zero_stage {stage} is {file}: name that file in deepspeed" if file else "it shards nothing"
-    if str(data.get("mixed_precision", "no")).lower() == "bf16":
+    precision = str(data.get("mixed_precision") or "no").lower()
+    if precision == "bf16":
         said += ", and set precision: bf16"
-    if ranks := data.get("num_processes"):
-        said += f"; --num_accelerators {ranks} starts as many ranks on a node"
-    return f"is an accelerate config; {said}"
+    elif precision in ("fp16", "fp8"):
+        said += f"; {precision} is not supported: set precision: bf16"
+    return f"is an accelerate config; {said}{_of_ranks(data)}"
+
+
+def _of_fsdp(block: Any) -> str:
+    """What to name for a block `fsdp_config` of either version."""
+    block = block if isinstance(block, dict) else {}
+    wanted = str(block.get("fsdp_sharding_strategy", block.get("fsdp_reshard_after_forward", "FULL_SHARD"))).upper()
+    stage = 0 if wanted in _NO_SHARD else 2 if wanted in _GRADIENTS_ALONE else 3
+    file = json_of_stage(stage, "cpu" if str(block.get("fsdp_offload_params")).lower() == "true" else None)
+    return f"its FSDP sharding ({wanted}) is {file}: name that file in deepspeed" if file else "it shards nothing"
+
+
+def _of_ranks(data: Mapping[str, Any]) -> str:
+    """How to start as many ranks: accelerate counts those of all machines together."""
+    ranks, machines = data.get("num_processes"), data.get("num_machines") or 1
+    if not isinstance(ranks, int) or not isinstance(machines, int) or ranks < 1 or ranks % machines:
+        return ""
+    nodes = f", and --hostfile names the {machines} nodes" if machines > 1 else ""
+    return f"; --num_accelerators {ranks // machines} starts as many ranks on a node{nodes}"
 
 
 def json_of_stage(stage: Any, offload: Any = None) -> str:
@@ -128,7 +150,8 @@ def _steps(config: RunConfig, given: Mapping[str, str]) -> list[tuple[str, str]]
 
 
 def _name(config: RunConfig) -> str:
-    return config.deepspeed if isinstance(config.deepspeed, str) else "the mapping in the run config"
+    is_path = isinstance(config.deepspeed, str) and not config.deepspeed.lstrip().startswith("{")
+    return str(config.deepspeed) if is_path else "the mapping in the run config"
 
 
 def _number(text: str) -> float | None:

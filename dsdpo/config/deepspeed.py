@@ -7,13 +7,16 @@ DeepSpeed itself ignores unknown keys, so a misspelt one would go unnoticed: her
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from dsdpo.config.aliases import did_you_mean
+from dsdpo.config.deepspeed_file import named, read_settings
 from dsdpo.config.deepspeed_keys import (
     BLOCKS,
+    COUNTS,
     FIXED,
     FLAGS,
     HPZ,
@@ -23,11 +26,12 @@ from dsdpo.config.deepspeed_keys import (
     OWNED,
     PASSED,
     REFUSED,
+    SETTINGS,
     SIZES,
     ZERO,
 )
 from dsdpo.config.load import LoadResult
-from dsdpo.config.zero import AUTO, ZeroConfig, block_of, is_off, named, read_settings
+from dsdpo.config.zero import AUTO, ZeroConfig, block_of, is_off
 from dsdpo.errors import ConfigError, Problem
 
 _NVME_BUFFERS = 4
@@ -74,7 +78,7 @@ def _check_leaf(key: str, value: Any, loaded: LoadResult) -> Problem | None:
     if key in REFUSED:
         return None if is_off(value) else _problem("refused", f"{key} is set; {REFUSED[key]}")
     if key in BLOCKS:
-        fine = value == AUTO and key != ZERO
+        fine = (value == AUTO and key != ZERO) or (value is None and key in (OFFLOAD_OPTIMIZER, OFFLOAD_PARAM))
         return None if fine else _problem("value", f"{key} is {value!r}; it must be an object {{...}}")
     if key not in PASSED and key not in OWNED and key not in FIXED:
         return _problem("unknown-key", _unknown(key))
@@ -116,7 +120,7 @@ def _check_nvme(data: dict[str, Any], async_save: bool) -> list[Problem]:
     path, count = block.get("nvme_path"), block.get("buffer_count", _NVME_BUFFERS)
     if not isinstance(path, str) or path in ("", AUTO):
         problems.append(f"{OFFLOAD_OPTIMIZER}.nvme_path is {path!r}; give a folder that every node has on its own disk")
-    if isinstance(count, (int, float)) and count < _NVME_BUFFERS:
+    if _is_number(count) and count < _NVME_BUFFERS:
         problems.append(
             f"{OFFLOAD_OPTIMIZER}.buffer_count is {count}; allowed: at least {_NVME_BUFFERS}, for weights, gradients "
             "and two moments of a sub-group"
@@ -158,9 +162,17 @@ def _check_owned(key: str, value: Any, loaded: LoadResult) -> Problem | None:
 def _check_passed(key: str, value: Any) -> Problem | None:
     if key in FLAGS and not isinstance(value, bool):
         return _problem("value", f"{key} is {value!r}; allowed: true, false or auto")
-    if key in SIZES and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+    if key in SIZES and not (_is_number(value) and value >= 0):
         return _problem("value", f"{key} is {value!r}; allowed: a number, at least 0, or auto")
+    if key in COUNTS and not (_is_number(value) and value >= 1 and value == int(value)):
+        return _problem("value", f"{key} is {value!r}; allowed: a whole number, at least 1, or auto")
+    if key in SETTINGS and not isinstance(value, dict):
+        return _problem("value", f"{key} is {value!r}; it must be an object {{...}}")
     return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _unknown(key: str) -> str:
@@ -168,4 +180,4 @@ def _unknown(key: str) -> str:
     prefix = f"{block}." if block else ""
     known = [k.removeprefix(prefix) for k in (*PASSED, *OWNED, *FIXED, *REFUSED, *BLOCKS) if k.startswith(prefix)]
     hint = did_you_mean(name, [k for k in known if "." not in k])
-    return f"unknown key {key}; {hint or 'DeepSpeed would ignore it: delete it'}"
+    return f"unknown key {key}; {hint + ' ' if hint else ''}DeepSpeed would ignore it: correct or delete it"

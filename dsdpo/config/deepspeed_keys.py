@@ -115,7 +115,12 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(_ZEROPP, "of ZeRO++ only zero_hpz_partition_size is supported; delete the key"),
 }
 
-FLAGS = _names("single_submit overlap_events", "aio.") | _names(
+FLAGS = _names(
+    "wall_clock_breakdown memory_breakdown dump_state disable_python_gc disable_allgather prescale_gradients "
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer bf16.immediate_grad_update bf16.check_grad_overflow "
+    "bf16.check_overflow bfloat16.immediate_grad_update bfloat16.check_grad_overflow aio.single_submit "
+    "aio.overlap_events"
+) | _names(
     "offload_optimizer.pin_memory offload_param.pin_memory "
     "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions "
     "overlap_comm load_from_fp32_weights elastic_checkpoint stage3_gather_16bit_weights_on_model_save "
@@ -138,18 +143,15 @@ ZERO_OTHER = _names(
     f"{ZERO}.",
 )
 
+COUNTS = _names("steps_per_print gradient_predivide_factor vocabulary_size")
+SETTINGS = _names("flops_profiler comms_logger timers checkpoint")
+
 # Engine keys that go to DeepSpeed as they are.
 PASSED = (
     FLAGS
     | SIZES
+    | COUNTS
+    | SETTINGS
     | ZERO_OTHER
-    | _names(
-        "steps_per_print wall_clock_breakdown memory_breakdown dump_state disable_python_gc "
-        "disable_allgather prescale_gradients gradient_predivide_factor "
-        "seq_parallel_communication_data_type zero_allow_untested_optimizer "
-        "zero_force_ds_cpu_optimizer flops_profiler comms_logger timers checkpoint "
-        "vocabulary_size log_level bf16.immediate_grad_update bf16.check_grad_overflow "
-        "bf16.check_overflow bfloat16.immediate_grad_update bfloat16.check_grad_overflow "
-        "data_types.keep_in_fp32_modules"
-    )
+    | _names("seq_parallel_communication_data_type log_level data_types.keep_in_fp32_modules")
 )

@@ -5,18 +5,15 @@ A process reads the JSON once, and hands a ZeroConfig on. `config/deepspeed.py` 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dsdpo.config.accelerate import foreign_settings
+from dsdpo.config.deepspeed_file import named, read_settings
 from dsdpo.config.deepspeed_keys import HPZ, OFFLOAD_OPTIMIZER, OFFLOAD_PARAM, OWNED, REFUSED, ZERO
 from dsdpo.config.schema import RunConfig
-from dsdpo.errors import ConfigError, Problem
+from dsdpo.errors import Problem
 
 AUTO = "auto"
 
@@ -84,66 +81,6 @@ class ZeroConfig:
             "delete the key"
         )
         return [Problem("deepspeed-ranks", "deepspeed", text)]
-
-
-def named(deepspeed: str | dict[str, Any]) -> str:
-    """How messages call the option's value."""
-    return deepspeed if isinstance(deepspeed, str) else "deepspeed in the run config"
-
-
-def read_settings(deepspeed: str | dict[str, Any]) -> dict[str, Any]:
-    """What the option gives: a mapping, or the JSON object in a file.
-
-    Raises:
-        ConfigError: a missing or malformed file, duplicate keys, or settings of accelerate.
-    """
-    data = deepspeed if isinstance(deepspeed, dict) else _read_json(deepspeed)
-    if found := foreign_settings(data):
-        name = f"deepspeed: {deepspeed}" if isinstance(deepspeed, str) else named(deepspeed)
-        raise _unreadable("accelerate-config", f"{name} {found}")
-    return data
-
-
-def _unreadable(code: str, text: str) -> ConfigError:
-    return ConfigError(Problem(code, "deepspeed", text))
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    duplicates: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen = dict(pairs)
-        keys = [key for key, _ in pairs]
-        duplicates.extend(key for key in seen if keys.count(key) > 1)
-        return seen
-
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise _unreadable("deepspeed-file", f"deepspeed: there is no file {path}; give a DeepSpeed JSON") from None
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ValueError) and (mapping := _read_yaml(path)):
-            if foreign_settings(mapping):
-                return mapping
-            remedy = "DeepSpeed's settings are JSON, or a mapping under `deepspeed:` in the run config"
-            raise _unreadable("deepspeed-file", f"deepspeed: {path} is YAML; {remedy}") from None
-        raise _unreadable("deepspeed-file", f"deepspeed: {path} is not a readable JSON file: {error}") from None
-    if duplicates:
-        texts = [f"{path}: {key} is given twice in one block; keep one of them" for key in duplicates]
-        raise ConfigError([Problem("deepspeed-duplicate", "deepspeed", text) for text in texts])
-    if not isinstance(data, dict):
-        text = f"{path}: found a {type(data).__name__}; a DeepSpeed JSON is an object"
-        raise _unreadable("deepspeed-file", text)
-    return data
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file; empty where it is none."""
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def block_of(data: dict[str, Any], key: str) -> dict[str, Any]:

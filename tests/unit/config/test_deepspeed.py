@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from dsdpo.config.deepspeed import check_deepspeed
+from dsdpo.config.deepspeed_file import read_settings
 from dsdpo.config.deepspeed_keys import BLOCKS, FIXED, OWNED, PASSED, REFUSED, ZERO
 from dsdpo.config.load import load
-from dsdpo.config.zero import read_settings
 from tests.helpers.zero import DS_CONFIGS, HF_ZERO3, NVME
 
 KNOWN = {*PASSED, *OWNED, *FIXED, *REFUSED, *BLOCKS}
@@ -139,14 +139,49 @@ def test_a_feature_that_is_switched_off_passes(tmp_path: Path, data: dict[str, A
         ({ZERO: {"stage": 3, "overlap_comm": "yes"}}, "allowed: true, false or auto"),
         ({ZERO: {"stage": 3, "reduce_bucket_size": "5e8"}}, "allowed: a number, at least 0"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "stage is given twice"),
-        ('{"zero_optimization": {"stage": 1}', "not a readable JSON"),
-        ("[1]", "found a list"),
+        ('{"zero_optimization": {"stage": 1}', "no valid JSON"),
+        ("[1]", "is a list"),
+        ("null", "is null"),
+        ("", "it is empty"),
+        ('// ours\n{"zero_optimization": {"stage": 1}}', "JSON has no comments"),
+        ('{"zero_optimization": /* all */ {"stage": 1}}', "JSON has no comments"),
+        ('{"zero_optimization": {"stage": 1},}', "delete the comma"),
+        ("{'zero_optimization': {'stage': 1}}", "double quotes"),
+        ('{"zero_optimization": {"stage": 1, "overlap_comm": True}}', "true, false or null"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ('{"zero_optimization": {"reduce_bucket_size": 1e400}}', "reduce_bucket_size is inf"),
+        ({"steps_per_print": "often"}, "allowed: a whole number, at least 1"),
+        ({"wall_clock_breakdown": "no"}, "allowed: true, false or auto"),
+        ({"flops_profiler": True}, "it must be an object"),
     ],
 )
 def test_a_faulty_file_is_told(tmp_path: Path, data: object, said: str) -> None:
     found = problems(tmp_path, data)
     assert len(found) == 1, found
     assert said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "codes"),
+    [
+        ('{"zero_optimization": {"stage": 3}}', []),
+        ('{"steps_per_print": 1, "steps_per_print": 2}', ["deepspeed-duplicate"]),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', ["deepspeed-duplicate"]),
+        ('{"zero_optimization": {"stage": 3}', ["deepspeed-file"]),
+        ('{"zero_optimization": {"stage": 3} // all\n}', ["deepspeed-file"]),
+        ('{"compute_environment": "LOCAL_MACHINE"}', ["accelerate-config"]),
+        ("[1]", ["deepspeed-file"]),
+    ],
+)
+@pytest.mark.parametrize("typed", [True, False])
+def test_json_text_is_no_name_of_a_file(tmp_path: Path, text: str, codes: list[str], typed: bool) -> None:
+    """On the command line, and in quotes in the file."""
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name_or_path: m\ndataset: d\noutput_dir: o\n" + ("" if typed else f"deepspeed: {text!r}\n"))
+    loaded = load(path, ["--deepspeed", text] if typed else [])
+    zero, found = check_deepspeed(loaded)
+    assert [problem.code for problem in [*loaded.problems, *found]] == codes
+    assert not any("no file" in str(problem) for problem in found) and (zero is None or zero.stage == 3)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +196,7 @@ def test_a_faulty_file_is_told(tmp_path: Path, data: object, said: str) -> None:
             "",
         ),
         ({"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}, ""),
+        ({"stage": 3, "offload_optimizer": None, "offload_param": None}, ""),
         ({"stage": 2, "offload_optimizer": {"device": "disk"}}, "device is 'disk'; allowed: none, cpu, nvme"),
         ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "needs stage 1 or higher, but stage is 0"),
         ({"stage": 2, "offload_param": {"device": "cpu"}}, "needs stage 3 or higher, but stage is 2"),
