@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from dsdpo import __version__
-from dsdpo.errors import CheckpointError, ConfigError, DsdpoError
+from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, config_error
 from dsdpo.runtime.env import launched
 from dsdpo.runtime.rundir import RunDir
 
@@ -126,7 +126,7 @@ def _import_checkpoint(args: argparse.Namespace, _: list[str]) -> None:
 
 def _chat(args: argparse.Namespace, _: list[str]) -> None:
     if args.prompts and not Path(args.prompts).is_file():
-        raise ConfigError(f"--prompts: there is no file {args.prompts}")
+        raise config_error("prompts-file", "--prompts", f"--prompts: there is no file {args.prompts}")
     from dsdpo.tools.answers import AnswerSettings
     from dsdpo.tools.chat import chat
 

@@ -19,7 +19,7 @@ from threading import Thread
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dsdpo.errors import ConfigError
+from dsdpo.errors import config_error
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,9 @@ def chunked_logps(
     """
     kernel, takes_outputs = _trl_kernel()
     if with_log_sum_sq and not takes_outputs:
-        raise ConfigError("use_weighting needs trl 1.15 or newer, which needs Python 3.11: unset it")
+        raise config_error(
+            "weighting", "use_weighting", "use_weighting needs trl 1.15 or newer, which needs Python 3.11: unset it"
+        )
     extra: tuple[Any, ...] = (("log_sum_sq_probs",) if with_log_sum_sq else (),) if takes_outputs else ()
     logps, *others = kernel.apply(hidden, weight, bias, targets, 1.0, vocab_chunk, softcap, logit_scale, *extra)
     return logps, others[1] if with_log_sum_sq else None

@@ -48,19 +48,23 @@ class ConfigError(DsdpoError):
     """Every problem found in a run config, in one report.
 
     Args:
-        problems: shown as a numbered list. Plain text stands for a problem that is found alone, outside of the checks.
+        problems: shown as a numbered list.
     """
 
     exit_code = 64
     what = "problem{s} in the run config"
 
-    def __init__(self, problems: Iterable[Problem | str] | Problem | str) -> None:
-        found = [problems] if isinstance(problems, (str, Problem)) else problems
-        self.problems = [Problem("config", "", one) if isinstance(one, str) else one for one in found]
+    def __init__(self, problems: Iterable[Problem] | Problem) -> None:
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
         count = len(self.problems)
         lines = [f"{count} {self.what.format(s='s' if count != 1 else '')}:"]
         lines += [f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1)]
         super().__init__("\n".join(lines))
+
+
+def config_error(code: str, option: str, text: str) -> ConfigError:
+    """The error of one problem."""
+    return ConfigError(Problem(code, option, text))
 
 
 class DataError(DsdpoError):

@@ -12,7 +12,7 @@ import torch
 
 from dsdpo.compat import can_swap
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.errors import ConfigError, IOFailure
+from dsdpo.errors import IOFailure, config_error
 from dsdpo.plan.memory import swap_bytes
 from dsdpo.plan.shape import ModelShape
 from dsdpo.runtime.collectives import all_gather_object, raise_on_any_rank
@@ -33,11 +33,14 @@ def prepare_swap(zero: ZeroConfig, mesh: Mesh) -> None:
 def _make_room(folder: Path, mesh: Mesh) -> None:
     node = socket.gethostname()
     if not folder.parent.is_dir():
-        raise ConfigError(f"nvme_path: {node} has no folder {folder.parent}; make it, or name one that every node has")
+        text = f"nvme_path: {node} has no folder {folder.parent}; make it, or name one that every node has"
+        raise config_error("deepspeed-nvme", "deepspeed", text)
     if not can_swap():
-        raise ConfigError(
+        raise config_error(
+            "deepspeed-nvme",
+            "deepspeed",
             f"offload_optimizer.device is nvme, but {node} has no libaio with its headers (Debian: libaio-dev); "
-            "install it, or set device to cpu"
+            "install it, or set device to cpu",
         )
     if mesh.local_rank == 0:  # of several ranks, where srun gives each a GPU of its own
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.errors import ConfigError, DsdpoError, HangError, IOFailure
+from dsdpo.errors import ConfigError, DsdpoError, HangError, IOFailure, Problem, config_error
 from dsdpo.launch.node_info import NodesDiffer, differences, facts, missing, problems_of, remarks, summary
 from dsdpo.runtime.env import Mesh, elastic_agent, set_rank_env
 from dsdpo.runtime.lock import is_held_by
@@ -123,9 +123,10 @@ def _other_folder(config: RunConfig | None, token: str) -> ConfigError | None:
     folder = Path(config.output_dir)
     if _until(lambda: is_held_by(RunDir(folder), token), min(_FOLDER_PATIENCE_S, config.start_timeout * 2 / 3)):
         return None
-    return ConfigError(
+    text = (
         f"output_dir {folder.absolute()} is not the folder that rank 0 writes to; all nodes need one shared file system"
     )
+    return config_error("shared-folder", "output_dir", text)
 
 
 def _until(true: Any, seconds: float) -> bool:
@@ -168,6 +169,6 @@ def _verdict(store: Store, mesh: Mesh, mine: dict[str, Any], timeout: float) -> 
 
 def _error(code: int, problems: list[str]) -> DsdpoError:
     if code == NodesDiffer.exit_code:
-        return NodesDiffer(problems)
+        return NodesDiffer(Problem("nodes-differ", "", text) for text in problems)
     kinds = {kind.exit_code: kind for kind in DsdpoError.__subclasses__()}
     return kinds.get(code, DsdpoError)("\n".join(problems))

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dsdpo.errors import ConfigError, HangError
+from dsdpo.errors import ConfigError, HangError, Problem, config_error
 from dsdpo.runtime.files import write_atomically
 from dsdpo.runtime.rundir import RunDir
 
@@ -35,9 +35,12 @@ def slots(hostfile: str, include: str | None, exclude: str | None) -> dict[str, 
         pool = fetch_hostfile(hostfile)
         left = dict(parse_inclusion_exclusion(pool or {}, include or "", exclude or ""))
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"--hostfile {hostfile}: {error}; its lines are `host slots=N`") from error
+        raise config_error(
+            "hostfile", "hostfile", f"--hostfile {hostfile}: {error}; its lines are `host slots=N`"
+        ) from error
     if not left:
-        raise ConfigError(f"--hostfile {hostfile}: --include and --exclude leave no host of {', '.join(pool or {})}")
+        text = f"--hostfile {hostfile}: --include and --exclude leave no host of {', '.join(pool or {})}"
+        raise config_error("hostfile", "hostfile", text)
     return left
 
 
@@ -56,15 +59,18 @@ def check_hosts(hosts: list[str], config: str, output_dir: Path) -> None:
     """
     for path in (str(Path.cwd()), sys.executable):
         if not re.fullmatch(r"[\w@%+=:,./-]+", path):
-            raise ConfigError(f"the deepspeed launcher hands {path} to the hosts' shells unquoted; use a plainer path")
+            text = f"the deepspeed launcher hands {path} to the hosts' shells unquoted; use a plainer path"
+            raise config_error("hosts", "hostfile", text)
     for program in ("ssh", "pdsh"):
         if shutil.which(program) is None:
-            raise ConfigError(f"there is no {program} on PATH here, which --hostfile needs; install it")
+            raise config_error(
+                "hosts", "hostfile", f"there is no {program} on PATH here, which --hostfile needs; install it"
+            )
     with ThreadPoolExecutor(max_workers=min(64, len(hosts))) as pool:
         found = list(pool.map(lambda host: _check_host(host, config, output_dir), hosts))
     if away := [f"{host}: {told}" for host, (code, told) in zip(hosts, found) if code == HangError.exit_code]:
         raise HangError("\n".join(away))
-    if lacking := [f"{host}: {told}" for host, (code, told) in zip(hosts, found) if code]:
+    if lacking := [Problem("hosts", "hostfile", f"{host}: {told}") for host, (code, told) in zip(hosts, found) if code]:
         raise ConfigError(lacking)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.errors import ConfigError, DsdpoError, IOFailure
+from dsdpo.errors import DsdpoError, IOFailure, config_error
 from dsdpo.launch.preflight import preflight, reload
 from dsdpo.launch.rendezvous import rendezvous
 from dsdpo.launch.ssh import take_environment
@@ -82,7 +82,8 @@ def _read(task: Task, mesh: Mesh, supervised: bool) -> tuple[RunConfig | None, Z
         if supervised:
             return *reload(task.path, task.overrides), None
         if task.fresh:
-            raise ConfigError("--fresh works where `dsdpo train` is started plainly; here, empty output_dir instead")
+            text = "--fresh works where `dsdpo train` is started plainly; here, empty output_dir instead"
+            raise config_error("fresh", "--fresh", text)
         return *preflight(task.path, task.overrides, task.name, model=task.model, ranks=mesh.world_size), None
     except DsdpoError as error:
         if mesh.is_main:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dsdpo.compat import active_adapter
 from dsdpo.config.schema import RunConfig
-from dsdpo.errors import ConfigError
+from dsdpo.errors import ConfigError, config_error
 from dsdpo.model.targets import target_problems
 
 REFERENCE = "reference"  # name of the frozen copy of a continued adapter
@@ -44,7 +44,9 @@ def add_lora(model: PreTrainedModel, config: RunConfig) -> peft.PeftModel:
     try:
         return peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise ConfigError(f"lora_target {config.lora_target}: {error}") from error
+        raise config_error(
+            "lora-target-unknown", "lora_target", f"lora_target {config.lora_target}: {error}"
+        ) from error
 
 
 def is_adapter(folder: str) -> bool:

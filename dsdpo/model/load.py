@@ -18,7 +18,7 @@ from transformers import (
 
 from dsdpo.compat import zero3_loading
 from dsdpo.config.schema import RunConfig
-from dsdpo.errors import ConfigError
+from dsdpo.errors import config_error
 from dsdpo.model.support import check_supported
 from dsdpo.runtime.collectives import run_on_main
 from dsdpo.runtime.env import Mesh
@@ -92,7 +92,8 @@ def weights_digest(model_name_or_path: str, stamps: Path) -> str:
         folder = Path(snapshot_download(model_name_or_path, local_files_only=True))
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
-        raise ConfigError(f"{folder} holds no *.safetensors or *.bin weights: check model_name_or_path")
+        text = f"{folder} holds no *.safetensors or *.bin weights: check model_name_or_path"
+        raise config_error("model-folder", "model_name_or_path", text)
     settings = {}
     for name in ("config.json", "adapter_config.json"):
         if (folder / name).exists():

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dsdpo.config.rules import HEAD
 from dsdpo.data.packing import MicroBatch
-from dsdpo.errors import ConfigError
+from dsdpo.errors import config_error
 from dsdpo.model.attention.masks import PackedLayout
 from dsdpo.model.heads import LogProbHead, ValueHead
 
@@ -81,9 +81,8 @@ class PackedModel(nn.Module):
         causal_lm: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, assignment]
         output_embeddings = causal_lm.get_output_embeddings()
         if isinstance(output_embeddings, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            raise ConfigError(
-                f"the adapter tunes {HEAD}: train one that leaves it alone, or merge it into its base first"
-            )
+            text = f"the adapter tunes {HEAD}: train one that leaves it alone, or merge it into its base first"
+            raise config_error("adapter", "adapter_name_or_path", text)
         self.config = causal_lm.config
         self.head: LogProbHead | ValueHead
         if head == "logprob":

@@ -12,7 +12,7 @@ import torch
 from transformers import AttentionInterface
 
 from dsdpo.config.rules import missing_flash_package
-from dsdpo.errors import ConfigError
+from dsdpo.errors import config_error
 from dsdpo.model.attention.backends import BACKENDS, VARLEN_KERNELS, Backend
 from dsdpo.model.attention.masks import PackedLayout
 from dsdpo.model.attention.names import NAMES
@@ -59,9 +59,11 @@ def _refuse_unknown(module: torch.nn.Module, layout: PackedLayout, others: dict[
     window = given.pop("sliding_window", None)
     if given or not causal or (window is not None and window < layout.longest):
         found = sorted(given) or ("sliding_window" if causal else "is_causal=False")
-        raise ConfigError(
+        raise config_error(
+            "model-attention",
+            "model_name_or_path",
             f"{type(module).__name__} asks for more than causal attention over the whole sequence: {found}. Packed "
-            "rows do not compute that; train another model"
+            "rows do not compute that; train another model",
         )
 
 
@@ -83,10 +85,12 @@ def choose(attn_implementation: str, device: torch.device, bf16: bool) -> str:
     elif attn_implementation == "flex_attention" and device.type != "cuda":
         needs = "CUDA"
     if needs:
-        raise ConfigError(
+        raise config_error(
+            "no-cuda",
+            "attn_implementation",
             f"attn_implementation {attn_implementation} needs {needs}, this run is on {device.type} in "
-            f"{'bf16' if bf16 else 'fp32'}: use attn_implementation auto or sdpa"
+            f"{'bf16' if bf16 else 'fp32'}: use attn_implementation auto or sdpa",
         )
     if missing := missing_flash_package(attn_implementation):
-        raise ConfigError(missing)
+        raise config_error("attention", "attn_implementation", missing)
     return NAMES[attn_implementation]

@@ -11,7 +11,7 @@ import pytest
 import dsdpo
 from dsdpo.config.load import load
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.errors import ConfigError, IOFailure
+from dsdpo.errors import ConfigError, IOFailure, Problem
 from dsdpo.launch.node_info import NodesDiffer, differences, facts, missing, problems_of, remarks, summary
 from dsdpo.runtime.env import Mesh
 
@@ -71,7 +71,11 @@ def test_a_file_that_is_missing_elsewhere(mine: dict[str, Any]) -> None:
 
 
 def test_troubles_are_told_once_with_the_hosts(mine: dict[str, Any]) -> None:
-    there = facts(None, None, ConfigError(["there is no file run.yaml", "no folder"]))
+    trouble = [
+        Problem("config-file", "", "there is no file run.yaml"),
+        Problem("dataset-dir", "dataset_dir", "no folder"),
+    ]
+    there = facts(None, None, ConfigError(trouble))
     everyone = [on("n1", mine), on("n2", there), on("n2", there), on("n3", facts(None, None, IOFailure("disk full")))]
     assert problems_of(everyone) == ["n2: there is no file run.yaml", "n2: no folder", "n3: disk full"]
     assert everyone[3]["trouble"][0] == 74

@@ -70,6 +70,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, list[
     "value": ({"beta": "big"}, None, [], "value"),
     "missing option": ({"dataset": None}, None, [], "value"),
     "rule": ({"max_tokens_per_row": 100}, None, [], "row-too-short"),
+    "a template that is not there": ({"template": "ours.jinja"}, None, [], "template"),
+    "a folder of a template that is not there": ({"template": "./ours"}, None, [], "template"),
     "no value": ({}, None, ["--plot_loss"], "no-value"),
     "data set": ({"dataset": "nowhere"}, None, [], "dataset"),
     "data folder": ({"dataset_dir": "nowhere"}, None, [], "dataset-dir"),
