@@ -9,9 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from dsdpo.runtime.weights import shapes
-
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embed_tokens.base_layer")
+from dsdpo.runtime.weights import EMBEDDINGS, shapes
 
 
 def embedding_rows(model_name_or_path: str, adapter: str | None) -> tuple[int, str] | None:
@@ -40,7 +38,7 @@ def _embeddings(path: Path) -> Iterator[int]:
     except (SafetensorError, OSError, ValueError):
         return  # damaged weights are told elsewhere
     for name, shape in found.items():
-        if name.removesuffix(".weight").endswith(_EMBEDDINGS) and name.endswith(".weight"):
+        if name.removesuffix(".weight").endswith(EMBEDDINGS) and name.endswith(".weight"):
             yield shape[0]
 
 

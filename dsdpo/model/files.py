@@ -16,7 +16,9 @@ from dsdpo.model.architecture import Architecture, module_prefix
 from dsdpo.model.config_file import read_object, wrong_values
 from dsdpo.model.hub import fetch_config
 from dsdpo.model.targets import modules_of, target_problems
-from dsdpo.runtime.weights import WEIGHTS, Shapes, damage, shapes, weight_files
+from dsdpo.model.tensors import tensor_problems
+from dsdpo.runtime.weights import WEIGHTS, Shapes, damage, indexed, narrow, weight_files
+from dsdpo.runtime.weights import shapes as shapes_of
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -136,9 +138,13 @@ def model_problems(folder: Path, config: RunConfig, faulty: frozenset[str]) -> l
     backend = "auto" if "attn_implementation" in faulty else config.attn_implementation
     found = [Problem("model-config", _MODEL, f"{_MODEL}: {path}: {text}; correct it") for _, text in wrong]
     found += support.problems(architecture, longest, config.disable_dropout, backend)
+    shapes = _shapes(folder)
+    if kind in support.COMPARED and not wrong:
+        told = tensor_problems(settings, shapes, indexed(folder), narrow(weight_files(folder)[0]) if shapes else [])
+        found += [Problem(code, _MODEL, f"{_MODEL}: {folder} {text}") for code, text in told]
     makes_adapter = config.finetuning_type == "lora" and not config.adapter_name_or_path
     if makes_adapter and "lora_target" not in faulty:
-        found += target_problems(config.lora_target, *modules_of(_shapes(folder)), module_prefix(kind))
+        found += target_problems(config.lora_target, *modules_of(shapes), module_prefix(kind))
     return found
 
 
@@ -154,7 +160,7 @@ def cuda_problems(config: RunConfig) -> list[Problem]:
 def _shapes(folder: Path) -> Shapes:
     """Name and shape of each tensor; empty where the files cannot tell."""
     files, lacks = weight_files(folder)
-    return {} if lacks or any(map(damage, files)) else shapes(files)
+    return {} if lacks or any(map(damage, files)) else shapes_of(files)
 
 
 def _adapter_problems(name: str) -> list[Problem]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +26,8 @@ from dsdpo.model.support import check_supported
 from dsdpo.runtime.collectives import run_on_main
 from dsdpo.runtime.env import Mesh
 from dsdpo.runtime.files import file_digest
+
+_MODEL = "model_name_or_path"
 
 # keys of a config that change no log-prob; the precision in memory is the run's own
 _NO_EFFECT = (
@@ -56,19 +61,56 @@ def load_causal_lm(
         dtype: of the weights in memory.
 
     Raises:
-        ConfigError: the model's attention cannot run on packed rows.
+        ConfigError: the model's attention cannot run on packed rows, or its files are not those of one model.
     """
-    model_config = AutoConfig.from_pretrained(model_name_or_path)
+    model_config = _config_of(model_name_or_path)
     check_supported(model_config, config.max_length, config.disable_dropout, attn_implementation)
     if config.disable_dropout:
         _zero_dropout(model_config)
-    with zero3_loading(engine_config):
-        model = AutoModelForCausalLM.from_pretrained(
-            model_name_or_path, config=model_config, dtype=dtype, attn_implementation=attn_implementation
+    with zero3_loading(engine_config), _shapes_that_differ(model_name_or_path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path,
+            config=model_config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
         )
+    model: PreTrainedModel = loaded[0]
+    _check_complete(model_name_or_path, sorted(loaded[1]["missing_keys"]))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def _config_of(name: str) -> PretrainedConfig:
+    """The model's config. Raises ConfigError where transformers refuses what config.json says."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (StrictDataclassError, TypeError, ValueError, AttributeError, KeyError) as error:
+        said = " ".join(str(error).split())
+        raise config_error("model-config", _MODEL, f"{_MODEL}: config.json of {name} cannot be used: {said}") from error
+
+
+@contextmanager
+def _shapes_that_differ(name: str) -> Iterator[None]:
+    """Turn what transformers says of tensors that do not fit config.json, beside its table, into a ConfigError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        text = f"{_MODEL}: weights of {name} have other shapes than its config.json says, see the table above"
+        raise config_error("weights-mismatch", _MODEL, f"{text}; take the config.json that they came with") from error
+
+
+def _check_complete(name: str, missing: list[str]) -> None:
+    """Raises ConfigError where tensors are missing: transformers draws them at random."""
+    if missing:
+        text = (
+            f"{_MODEL}: {name} lacks {len(missing)} tensors of its model, such as {', '.join(missing[:3])}; they would "
+            "be drawn at random. Take a complete copy, with the config.json that belongs to it"
+        )
+        raise config_error("weights-incomplete", _MODEL, text)
 
 
 def _zero_dropout(model_config: PretrainedConfig) -> None:
