@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -55,10 +56,34 @@ def is_adapter(folder: str) -> bool:
 
 
 def load_lora(model: PreTrainedModel, folder: str, dropout: float = 0.0) -> peft.PeftModel:
-    """Put a trained adapter on `model`, trainable, with `dropout` in place of what its adapter_config.json says."""
+    """Put a trained adapter on `model`, trainable, with `dropout` in place of what its adapter_config.json says.
+
+    Raises:
+        ConfigError: its matrices are not those of the model's modules.
+    """
     lora = peft.PeftConfig.from_pretrained(folder)
     lora.lora_dropout = dropout
-    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=lora, autocast_adapter_dtype=False)
+    tuned = peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=lora, autocast_adapter_dtype=False)
+    _check_complete(tuned, folder)
+    return tuned
+
+
+def _check_complete(tuned: peft.PeftModel, folder: str) -> None:
+    """Raises ConfigError where an adapter's matrices are not those of the model's modules: PEFT draws what is missing,
+    and leaves out what is too much."""
+    wanted = _matrices(name for name, _ in tuned.named_parameters())
+    held = _matrices(peft.load_peft_weights(folder, device="cpu"))
+    if odd := sorted(wanted ^ held):
+        text = (
+            f"adapter_name_or_path: {len(odd)} matrices are in {folder} or in the model's modules alone, such as "
+            f"{', '.join(odd[:2])}; take a complete copy of the adapter, and the model that it was trained on"
+        )
+        raise config_error("adapter-incomplete", "adapter_name_or_path", text)
+
+
+def _matrices(names: Iterable[str]) -> set[str]:
+    """Names of LoRA matrices as a file of an adapter has them."""
+    return {name.replace(".default.", ".") for name in names if ".lora_A." in name or ".lora_B." in name}
 
 
 def continue_lora(model: PreTrainedModel, folder: str, keep_reference: bool, dropout: float) -> peft.PeftModel:

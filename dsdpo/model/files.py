@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dsdpo.config.rules import adapter_problems
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import Problem
-from dsdpo.model import support
+from dsdpo.model import adapter_files, support
 from dsdpo.model.architecture import Architecture, module_prefix
 from dsdpo.model.config_file import read_object, wrong_values
 from dsdpo.model.hub import fetch_config
@@ -38,7 +37,7 @@ def problems(config: RunConfig, faulty: frozenset[str], reads_headers: bool = Tr
         if reads_headers and Path(config.model_name_or_path).is_dir():
             found += model_problems(Path(config.model_name_or_path), config, faulty)
     if config.adapter_name_or_path and "adapter_name_or_path" not in faulty:
-        found += _adapter_problems(config.adapter_name_or_path)
+        found += adapter_files.problems(config.adapter_name_or_path)
     return found
 
 
@@ -161,24 +160,3 @@ def _shapes(folder: Path) -> Shapes:
     """Name and shape of each tensor; empty where the files cannot tell."""
     files, lacks = weight_files(folder)
     return {} if lacks or any(map(damage, files)) else shapes_of(files)
-
-
-def _adapter_problems(name: str) -> list[Problem]:
-    return [Problem("adapter", "adapter_name_or_path", f"adapter_name_or_path: {text}") for text in adapter_texts(name)]
-
-
-def adapter_texts(name: str) -> list[str]:
-    """Why the adapter in a folder cannot be trained further."""
-    path = Path(name) / "adapter_config.json"
-    files = sorted(Path(name).glob("adapter_model.*"))
-    if not path.is_file() or not files:
-        return [f"{name} is no folder with adapter_config.json and adapter_model.safetensors"]
-    settings, fault = read_object(path)
-    if fault:
-        return [f"{path} {fault}"]
-    damaged = [f"{file} {told}" for file in files if (told := damage(file))]
-    return damaged + [
-        f"{path}: {problem}. Name another adapter, or let `dsdpo export {name} --to DIR --merge` "
-        "fold this one into its base and name DIR in model_name_or_path"
-        for problem in adapter_problems(settings)
-    ]

@@ -19,10 +19,13 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.launch.node_info import facts
 from dsdpo.launch.preflight import ClusterRequest, check_device, preflight, reload
-from dsdpo.model.files import adapter_texts, folder_problems
+from dsdpo.model import adapter_files
+from dsdpo.model.files import folder_problems
 from dsdpo.runtime.rundir import RunDir
 from tests.helpers.fake_model import save_fake_model
 from tests.helpers.zero import count_opens
+
+ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -119,14 +122,42 @@ def test_a_model_folder_must_be_complete(tmp_path: Path, run: dict[str, Any], mi
     assert missing.split(".")[0].replace("model", "weights") in found[0]
 
 
+def texts(folder: Path) -> list[str]:
+    return [str(problem) for problem in adapter_files.problems(str(folder))]
+
+
+def save_adapter_file(folder: Path, *lost: str, rank: int = 8) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    matrices = {f"{name}.lora_A.weight": np.zeros((rank, 16)), f"{name}.lora_B.weight": np.zeros((16, rank))}
+    save_file({key: value for key, value in matrices.items() if not key.endswith(lost)}, folder / ADAPTER)
+
+
+@pytest.mark.parametrize(
+    ("lost", "rank", "codes"),
+    [
+        ((), 8, []),
+        (("lora_A.weight",), 8, ["adapter-incomplete"]),
+        (("lora_B.weight",), 8, ["adapter-incomplete"]),
+        (("weight",), 8, []),
+        ((), 4, ["adapter-incomplete"]),
+    ],
+)
+def test_matrices_of_an_adapter_are_complete(tmp_path: Path, lost: Any, rank: int, codes: list[str]) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"], "r": 8}')
+    save_adapter_file(tmp_path, *lost, rank=rank)
+    assert [problem.code for problem in adapter_files.problems(str(tmp_path))] == codes
+    save_file({"a": np.zeros(1)}, tmp_path / ADAPTER)
+    assert [problem.code for problem in adapter_files.problems(str(tmp_path))] == ["adapter-incomplete"]
+
+
 def test_an_adapter_to_train_further_must_be_one(tmp_path: Path) -> None:
-    assert "is no folder with adapter_config.json" in adapter_texts(str(tmp_path))[0]
+    assert "is no folder with adapter_config.json" in texts(tmp_path)[0]
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
-    assert "is no folder with adapter_config.json" in adapter_texts(str(tmp_path))[0]
+    assert "is no folder with adapter_config.json" in texts(tmp_path)[0]
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    assert "is truncated" in adapter_texts(str(tmp_path))[0]
-    save_file({"a": np.zeros(1)}, tmp_path / "adapter_model.safetensors")
-    assert adapter_texts(str(tmp_path)) == []
+    assert "is truncated" in texts(tmp_path)[0]
+    save_adapter_file(tmp_path)
+    assert texts(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -143,7 +174,7 @@ def test_an_adapter_that_cannot_be_trained_further_is_told(
     tmp_path: Path, run: dict[str, Any], text: bytes, said: str
 ) -> None:
     (tmp_path / "adapter_config.json").write_bytes(text)
-    save_file({"a": np.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    save_adapter_file(tmp_path)
     (problem,) = problems(tmp_path, run | {"adapter_name_or_path": str(tmp_path)})
     assert problem.startswith(f"adapter_name_or_path: {tmp_path}/adapter_config.json") and said in problem
 
@@ -151,8 +182,8 @@ def test_an_adapter_that_cannot_be_trained_further_is_told(
 def test_each_reason_against_an_adapter_is_listed(tmp_path: Path) -> None:
     settings = {"peft_type": "LORA", "target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    save_file({"a": np.zeros(1)}, tmp_path / "adapter_model.safetensors")
-    found = adapter_texts(str(tmp_path))
+    save_adapter_file(tmp_path)
+    found = texts(tmp_path)
     assert len(found) == 2 and all(f"dsdpo export {tmp_path} --to DIR --merge" in problem for problem in found)
 
 

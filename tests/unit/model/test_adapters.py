@@ -9,10 +9,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dsdpo.config.rules import _BEYOND_LORA
+from dsdpo.errors import ConfigError
 from dsdpo.model.adapters import REFERENCE, continue_lora, reference_weights
 from tests.helpers.tiny import save_adapter, save_model, tiny_llama_config
 
@@ -32,6 +34,19 @@ def continued(folder: Path, dropout: float) -> peft.PeftModel:
     """In training mode, as the loop has it."""
     base = AutoModelForCausalLM.from_pretrained(folder.parent, dtype=torch.float32)
     return continue_lora(base, str(folder), keep_reference=True, dropout=dropout).train()
+
+
+@pytest.mark.parametrize("part", ["layers.0.", "q_proj", "lora_B", ""])
+def test_an_adapter_that_is_not_of_this_model_is_told(folder: Path, part: str) -> None:
+    """Where matrices are missing, and where there are more; PEFT would go on."""
+    path = folder / "adapter_model.safetensors"
+    whole = load_file(path)
+    more = {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(4, 4)}
+    kept = {name: tensor for name, tensor in whole.items() if part not in name} if part else whole | more
+    save_file(kept, path, {"format": "pt"})
+    with pytest.raises(ConfigError) as caught:
+        continued(folder, 0.0)
+    assert [problem.code for problem in caught.value.problems] == ["adapter-incomplete"]
 
 
 def test_the_option_says_the_dropout_not_the_adapter(folder: Path) -> None:
