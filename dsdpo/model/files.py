@@ -14,12 +14,20 @@ from dsdpo.model import adapter_files, support
 from dsdpo.model.architecture import Architecture, module_prefix
 from dsdpo.model.config_file import read_object, wrong_values
 from dsdpo.model.hub import fetch_config
+from dsdpo.model.other_folders import hub_id_in, what_it_is
 from dsdpo.model.targets import modules_of, target_problems
 from dsdpo.model.tensors import tensor_problems
 from dsdpo.runtime.weights import WEIGHTS, Shapes, damage, indexed, narrow, weight_files
 from dsdpo.runtime.weights import shapes as shapes_of
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_SMALL_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _MODEL = "model_name_or_path"
 
@@ -75,6 +83,10 @@ def _named(name: str) -> list[tuple[str, str]]:
         return [("model-folder", f"{name} is a file; give the folder that holds config.json and the weights")]
     if name.startswith("~") and folder.expanduser().exists():
         return [("model-folder", f"write {folder.expanduser()} in full instead of {name}")]
+    if hub_id := hub_id_in(name):
+        return [("model-folder", f"{name} is an address; write the hub id {hub_id}")]
+    if "://" in name:
+        return [("model-folder", f"{name} is an address; download the model, and name its folder")]
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return [("model-folder", f"there is no folder {name}")]
     if "/" in name and folder.parent.is_dir():
@@ -92,7 +104,12 @@ def _named(name: str) -> list[tuple[str, str]]:
 def _lacks(folder: Path, adapter_allowed: bool, reads_headers: bool) -> list[tuple[str, str]]:
     if not folder.is_dir():
         return []
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+    files, faults = weight_files(folder)
+    is_adapter = (folder / "adapter_config.json").exists()
+    if is_adapter and files and not adapter_allowed:
+        text = "holds an adapter beside a model, and transformers would put it onto the model"
+        return [("model-is-adapter", f"{text}; move adapter_config.json and adapter_model.* to another folder")]
+    if is_adapter and not files:
         if adapter_allowed:
             return []
         remedy = (
@@ -101,19 +118,33 @@ def _lacks(folder: Path, adapter_allowed: bool, reads_headers: bool) -> list[tup
         )
         return [("model-is-adapter", remedy)]
     lacks = []
+    if not files and not faults and (other := what_it_is(folder)):
+        return [("model-folder", other)]
     if not (folder / "config.json").is_file():
         lacks.append(("model-folder", "has no config.json"))
-    files, faults = weight_files(folder)
     if not files and not faults:
         lacks.append(("model-folder", f"has no weights ({', '.join(WEIGHTS)})"))
     lacks += [("weights-missing", fault) for fault in faults]
     if reads_headers:
         lacks += [("weights-damaged", f"has a {file.name} that {fault}") for file in files if (fault := damage(file))]
-    own = [folder / name for name in (*_TOKENIZER_FILES, "tokenizer_config.json") if (folder / name).is_file()]
+    own = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     lacks += [("tokenizer-damaged", f"has a {file.name} that {fault}") for file in own if (fault := damage(file))]
+    small = [folder / name for name in _SMALL_FILES if (folder / name).is_file()]
+    lacks += [("tokenizer-damaged", f"has a {file.name} that {fault}") for file in small if (fault := _unread(file))]
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         lacks.append(("model-folder", f"has no tokenizer ({' or '.join(_TOKENIZER_FILES)})"))
     return lacks
+
+
+def _unread(file: Path) -> str:
+    """Why a small file beside the tokenizer cannot be read."""
+    if file.suffix == ".json":
+        return read_object(file)[1]
+    try:
+        file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        return f"cannot be read: {error}"
+    return damage(file)
 
 
 def model_problems(folder: Path, config: RunConfig, faulty: frozenset[str]) -> list[Problem]:

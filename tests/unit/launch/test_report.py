@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
@@ -21,6 +20,8 @@ from dsdpo.launch.task import Task
 from tests.helpers.fake_model import save_fake_model, tensors
 
 ACCELERATE = "compute_environment: LOCAL_MACHINE\ndeepspeed_config:\n  zero_stage: 3\ndistributed_type: DEEPSPEED\n"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+SHARDS = ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
 HPZ3 = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}
 
 
@@ -38,18 +39,51 @@ def tokenizer_file(content: bytes) -> Callable[[Path], object]:
 
 
 def lfs_pointer(model: Path) -> None:
-    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (model / "model.safetensors").write_text(LFS)
 
 
 def shards(*present: str) -> Callable[[Path], None]:
     def write(model: Path) -> None:
         (model / "model.safetensors").unlink()
-        index = {"a.weight": "model-1-of-2.safetensors", "b.weight": "model-2-of-2.safetensors"}
+        index = dict.fromkeys(tensors(), SHARDS[0]) | {"model.norm.weight": SHARDS[1]}
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         for name in present:
-            save_file({"a.weight": np.zeros((2, 2), np.float32)}, model / name)
+            save_file(tensors(), model / name)
 
     return write
+
+
+def renamed(name: str) -> Callable[[Path], object]:
+    return lambda model: (model / "model.safetensors").rename(model / name)
+
+
+def broken_link(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").symlink_to("../blobs/gone")
+
+
+def cache_folder(model: Path) -> None:
+    model.rename(model.with_name("inner"))
+    (model / "snapshots").mkdir(parents=True)
+    model.with_name("inner").rename(model / "snapshots" / "abc")
+
+
+def adapter_beside(whole: bool) -> Callable[[Path], None]:
+    def write(model: Path) -> None:
+        (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        if not whole:
+            (model / "model.safetensors").rename(model / "adapter_model.safetensors")
+
+    return write
+
+
+def fewer(part: str) -> Callable[[Path], object]:
+    kept = {name: tensor for name, tensor in tensors().items() if part not in name}
+    return lambda model: save_file(kept, model / "model.safetensors")
+
+
+def beside(name: str, text: str) -> Callable[[Path], object]:
+    return lambda model: (model / name).write_text(text)
 
 
 def bin_file(content: bytes) -> Callable[[Path], None]:
@@ -129,6 +163,24 @@ MISTAKES: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, list[
     "lora_target of the head": ({"lora_target": "lm_head"}, None, [], "lora-target"),
     "truncated weights": ({}, truncate, [], "weights-damaged"),
     "a pointer to weights": ({}, lfs_pointer, [], "weights-damaged"),
+    "GGUF weights": ({}, renamed("model-q4_0.gguf"), [], "model-folder"),
+    "weights of another framework": ({}, renamed("tf_model.h5"), [], "model-folder"),
+    "an unfinished download": ({}, renamed("model.safetensors.incomplete"), [], "model-folder"),
+    "shards without an index": ({}, renamed("model-00001-of-00002.safetensors"), [], "model-folder"),
+    "a variant of the weights": ({}, renamed("model.fp16.safetensors"), [], "model-folder"),
+    "a link to no weights": ({}, broken_link, [], "model-folder"),
+    "a folder of the hub's cache": ({}, cache_folder, [], "model-folder"),
+    "an adapter with a config.json": ({}, adapter_beside(False), [], "model-is-adapter"),
+    "an adapter beside a model": ({}, adapter_beside(True), [], "model-is-adapter"),
+    "the address of a model": ({"model_name_or_path": "https://huggingface.co/org/name"}, None, [], "model-folder"),
+    "more layers than weights": ({}, model_settings(num_hidden_layers=4), [], "weights-incomplete"),
+    "no embedding": ({}, fewer("embed_tokens"), [], "weights-incomplete"),
+    "another hidden size": ({}, model_settings(hidden_size=32), [], "weights-mismatch"),
+    "another vocabulary": ({}, model_settings(vocab_size=9), [], "weights-mismatch"),
+    "an index of more than the shard holds": ({}, shards(*SHARDS), [], "weights-incomplete"),
+    "damaged tokenizer_config": ({}, beside("tokenizer_config.json", "{"), [], "tokenizer-damaged"),
+    "damaged generation_config": ({}, beside("generation_config.json", '{"a" 1}'), [], "tokenizer-damaged"),
+    "a pointer to a template": ({}, beside("chat_template.jinja", LFS), [], "tokenizer-damaged"),
     "a missing shard": ({}, shards("model-1-of-2.safetensors"), [], "weights-missing"),
     "a pointer to a tokenizer": ({}, tokenizer_file(b"version https://git-lfs.github.com\n"), [], "tokenizer-damaged"),
     "truncated tokenizer": ({}, tokenizer_file(b'{"version": "1.0", "tru'), [], "tokenizer-damaged"),
