@@ -244,6 +244,32 @@ def test_all_mistakes_come_in_one_report(
     assert "7 problems in the run config:" in said and "\n  7. " in said
 
 
+def test_one_report_has_each_mistake_once(tmp_path: Path, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of options, rules, data, model, adapter, launch and environment; whatever is wrong with one, the others count."""
+    save_fake_model(tmp_path / "model", model_type="mixtral", num_local_experts=8, sliding_window=64)
+    (tmp_path / "model" / "tokenizer.json").write_text(LFS)
+    truncate(tmp_path / "model")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    run |= {"dataset_dir": "nowhere", "output_dir": "/proc/out", "max_time": 90, "sede": 1, "report_to": "all"}
+    run |= {"max_tokens_per_row": 100, "template": "ours.jinja", "adapter_name_or_path": "model", "eval_steps": 5}
+    run |= {"deepspeed": {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 1}}, "beta": 0}
+    path = write(tmp_path, run)
+    with pytest.raises(ConfigError) as caught:
+        preflight(
+            path, ["--seed", str(2**64)], cluster=ClusterRequest(num_accelerators=2, include="a:0", master_port=1)
+        )
+    found = sorted((problem.code, problem.option) for problem in caught.value.problems)
+    assert found == sorted(
+        [("value", option) for option in ("max_time", "report_to", "beta", "seed")]
+        + [("unknown-option", "sede"), ("row-too-short", "max_tokens_per_row"), ("nothing-held-out", "eval_steps")]
+        + [("template", "template"), ("dataset-dir", "dataset"), ("unwritable", "output_dir")]
+        + [("weights-damaged", "model_name_or_path"), ("tokenizer-damaged", "model_name_or_path")]
+        + [("model-window", "max_length"), ("model-experts", "model_name_or_path")]
+        + [("adapter", "adapter_name_or_path"), ("accelerate-launch", "deepspeed")]
+        + [("cluster", "include"), ("cluster", "master_port")]
+    )
+
+
 def test_what_files_cannot_tell_passes(tmp_path: Path, run: dict[str, Any]) -> None:
     """A pickle has no header: the ranks look for the modules of lora_target."""
     bin_file(b"\x80\x02old")(tmp_path / "model")
