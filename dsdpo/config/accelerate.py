@@ -130,7 +130,8 @@ def _sharding(config: RunConfig, settings: dict[str, Any], given: Mapping[str, s
         found.append(f"zero_stage is {wanted}, but the run's stage is {stage} ({ours}); {remedy}")
     for block in ("optimizer", "param"):
         wanted = given.get(f"DEEPSPEED_OFFLOAD_{block.upper()}_DEVICE", "none").lower()
-        ours = str(zero.get(f"offload_{block}", {}).get("device", "none"))
+        own = zero.get(f"offload_{block}")
+        ours = str(own.get("device", "none")) if isinstance(own, dict) else "none"
         if wanted not in (*_UNSET, ours):
             text = f"offload_{block}_device is {wanted}, but that of the run is {ours}; set it in the DeepSpeed JSON"
             found.append(f"{text}, such as ds_configs/zero3_offload.json")

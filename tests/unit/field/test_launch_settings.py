@@ -35,6 +35,8 @@ TABLE: dict[str, tuple[dict[str, str], dict[str, str], list[str], list[tuple[str
     "half a mapping": ({}, {}, ["--deepspeed", '{"zero_optimization": '], [("deepspeed-file", "deepspeed")]),
     "a typo in a mapping": ({}, {}, ["--deepspeed", '{"zero": {}}'], [("deepspeed-unknown-key", "deepspeed")]),
     "fp16": ({}, {}, ["--deepspeed", '{"fp16": {"enabled": true}}'], [("deepspeed-refused", "deepspeed")]),
+    "no offload": ({}, {}, ["--deepspeed", '{"zero_optimization": {"stage": 3, "offload_optimizer": null}}'], []),
+    "offload auto": ({}, {}, ["--deepspeed", '{"zero_optimization": {"stage": 3, "offload_param": "auto"}}'], []),
     "a mapping": ({}, {}, ["--deepspeed", STAGE3], []),
     "stage 2 by the launcher": ({}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, [], [("accelerate-launch", "deepspeed")]),
     "the same stage": ({}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ["--deepspeed", STAGE3], []),
