@@ -161,7 +161,7 @@ class RowEncoder:
         except NotRead as missed:
             key = (entry.name, missed.names)
             told = self._remedies[key] = self._remedies.get(key) or remedy(record, entry, missed.names)
-            return Dropped(missed.code, f"{', '.join(missed.names)}; {told}"), has
+            return Dropped(missed.code, f"{missed.detail}; {told}"), has
         except Dropped as dropped:
             return dropped, has
         except RecursionError:

@@ -7,10 +7,20 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsdpo.data.dropped import Dropped
+from dsdpo.data.dropped import NOT_TEXT, Dropped
 from dsdpo.data.example import Example
 from dsdpo.data.formats.detect import Column
-from dsdpo.data.formats.names import is_empty, is_label, leaves, may_be_prompt, not_used, part_of
+from dsdpo.data.formats.names import (
+    holds_others,
+    is_empty,
+    is_label,
+    leaves,
+    may_be_prompt,
+    not_used,
+    part_of,
+    part_within,
+)
+from dsdpo.data.formats.written import is_messages
 from dsdpo.data.messages import text_of
 
 _LABELS = frozenset(["role", "from", "type"])  # keys of messages whose text is no word of anybody
@@ -19,13 +29,16 @@ _LABELS = frozenset(["role", "from", "type"])  # keys of messages whose text is 
 class NotRead(Dropped):
     """Columns that hold a part of prompt or reply, and that the format does not read.
 
+    Args:
+        places: the columns, or the keys within them: `extra_info.question`.
+
     Attributes:
         names: of the columns.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], places: Sequence[str] = ()) -> None:
         self.names = tuple(names)
-        super().__init__("column_not_read", ", ".join(names))
+        super().__init__("column_not_read", ", ".join(places or names))
 
 
 class Columns:
@@ -92,9 +105,11 @@ class Columns:
         return text_of(value, key)
 
     def optional_text(self, key: str) -> str:
-        """A text column, "" when it is missing or null."""
+        """A text column, "" when it is missing, null, or an empty list or object."""
         value = self.get(key)
-        return "" if value is None else text_of(value, key)
+        if isinstance(value, str):
+            return value
+        return "" if is_empty(value) else text_of(value, key)
 
     def account(self, example: Example | None) -> tuple[str, ...]:
         """What becomes of the columns that were not read.
@@ -119,14 +134,21 @@ class Columns:
         if self.prompt_is_guessed:
             asks = [name for name in unread if not is_label(name, self.row[name]) and part_of(name) == "prompt"]
             self.prompt_is_guessed = not asks  # what may be the prompt by its name comes before what may be anything
-        missed = [name for name in unread if (part := self._part(name)) and not said.contains(part, self.row[name])]
+        missed = {name: place for name in unread if (place := self._missed(name, said))}
         if missed:
-            raise NotRead(missed)
+            raise NotRead(tuple(missed), tuple(missed.values()))
         return tuple(map(not_used, unread))
 
     def _could_be_read(self) -> set[str]:
         """Names of columns that the format reads, in records that have all that it needs."""
         return {*self.columns.values(), *(name for column in self.reads.values() for name in column.usual)}
+
+    def _missed(self, name: str, said: _Said) -> str | None:
+        """Where an unread column holds a part of prompt or reply that the example does not say; None: nowhere."""
+        value = self.row[name]
+        if part := self._part(name):
+            return None if said.contains(part, value) else name
+        return _missed_within(name, value, said) if said.is_known and holds_others(name) else None
 
     def _part(self, name: str) -> str | None:
         """The part of prompt or reply that an unread column holds, or None."""
@@ -145,6 +167,7 @@ class _Said:
         self._example = example
         self._prompt: str | None = None
         self._all = ""
+        self.is_known = example is not None
 
     def contains(self, part: str, value: Any) -> bool:
         """Whether the example says all that a column says: in its prompt, for what can only be part of a prompt."""
@@ -156,6 +179,27 @@ class _Said:
         where = self._all if part in ("messages", "history", "reply") else self._prompt
         texts = leaves(_parsed(value), _LABELS)
         return bool(texts) and all(_stands_in(" ".join(text.split()), where) for text in texts)
+
+
+def _missed_within(place: str, value: Any, said: _Said) -> str | None:
+    """Like Columns._missed, of the keys of objects, which JSON text may hold, too."""
+    value = _parsed(value)
+    if is_messages(value):
+        return None if said.contains("messages", value) else place
+    if isinstance(value, list):
+        return next((found for inner in value if (found := _missed_within(place, inner, said))), None)
+    if not isinstance(value, dict) or NOT_TEXT in value:
+        return None
+    for key, inner in value.items():
+        if isinstance(inner, (bool, int, float)) or is_empty(inner):
+            continue
+        within = f"{place}.{key}"
+        if part := part_within(str(key), inner):
+            if not said.contains(part, inner):
+                return within
+        elif holds_others(str(key)) and (found := _missed_within(within, inner, said)):
+            return found
+    return None
 
 
 def _joined(value: Any) -> str:
