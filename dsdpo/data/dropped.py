@@ -66,12 +66,19 @@ REASONS = {
     "call_not_json": Reason("a function call is not JSON"),
     "call_without_name": Reason("a function call has no name"),
     "tools_not_json": Reason("tools is not JSON"),
+    "tool_without_name": Reason("a tool has no name", "give each tool a name, or function: {name, ...}"),
     "tools_not_list": Reason("tools is no list of objects"),
     "roles_do_not_alternate": Reason("roles do not alternate"),
     "empty_message": Reason("empty message in the prompt"),
     "empty_prompt": Reason("empty prompt"),
     "prompt_ends_with_reply": Reason("the prompt does not end with a user message"),
     "several_replies": Reason("a side has more than one message after the prompt", _SIDES),
+    "turns_differ": Reason(
+        "a turn that chosen and rejected share has a key that differs", "make it equal, or take the key out"
+    ),
+    "reply_not_trained": Reason(
+        "a reply is marked as not to be trained", "take such records out, or the key if the reply is to be trained"
+    ),
     "no_reply": Reason("{what} is no assistant message"),
     "text_beside_messages": Reason(
         "prompt is text but chosen and rejected are messages, and none of their user messages says it",
@@ -97,9 +104,20 @@ REASONS = {
         "name the column in ignore_columns, or take the message out",
         fatal=True,
     ),
+    "two_system_messages": Reason("two system messages that differ, in prompt, chosen or rejected", _SIDES),
+    "wrapper_with_keys": Reason(
+        "{what} is an object around messages with other keys, which would be lost",
+        "give them columns of their own beside the messages, or take them out",
+    ),
+    "tools_in_message": Reason("a message holds tools", "put them into the column tools, or into the first message"),
+    "two_tools": Reason("two lists of tools that differ, in a column and with the messages", "take one of them out"),
     "message_says_two": Reason("a message has two keys for its {what}, which differ", "take one of them out"),
     "message_with_media": Reason(
         "a message holds more than text ({what})", "only text is trained on; take such records out", fatal=True
+    ),
+    "part_not_read": Reason(
+        "the content of a message has a part that is not read ({what})",
+        "give calls as tool_calls, results as tool messages, thoughts as reasoning_content before the text",
     ),
     "part_with_key": Reason("a text part of a message has a key that would be lost", "take the key out"),
     "empty_with_keys": Reason("the rejected message has no text but other keys", "give it a text, or take them out"),

@@ -25,7 +25,7 @@ from dsdpo.data.account import LOOKED_AT, check_fatal, check_first_records, note
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.encode import CUT_BOTH, Limits, RowEncoder
 from dsdpo.data.folders import INFO_FILE
-from dsdpo.data.formats.detect import READS, detect, unread
+from dsdpo.data.formats.detect import READS, detect, detect_in_any_case, unread
 from dsdpo.data.pipeline import encode
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import DatasetEntry
@@ -108,15 +108,17 @@ def _with_formatting(entry: DatasetEntry, config: RunConfig) -> DatasetEntry:
                     f"reads {', '.join(READS[formatting])}: change columns, or give the formatting in {INFO_FILE}"
                 )
             return replace(entry, formatting=formatting)
+        if not entry.columns and (found := detect_in_any_case(row)):
+            return replace(entry, formatting=found[0], columns=found[1])
         keys.update(str(key) for key in row)
-    found = f"it has the columns {', '.join(sorted(keys))}" if keys else "it holds no JSON object"
+    holds = f"it has the columns {', '.join(sorted(keys))}" if keys else "it holds no JSON object"
     if keys == {"text"}:
         raise DataError(
             f"{entry.name} holds plain text, which a stage that trains on text alone would take; stage {config.stage} "
             "needs records with a chosen and a rejected answer"
         )
     raise DataError(
-        f"cannot tell the format of {entry.name}: {found}; describe it in {INFO_FILE} with formatting "
+        f"cannot tell the format of {entry.name}: {holds}; describe it in {INFO_FILE} with formatting "
         f"({', '.join(READS)}) and columns"
     )
 

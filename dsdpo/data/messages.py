@@ -10,7 +10,9 @@ from typing import Any
 from dsdpo.data.dropped import Dropped, kind_of
 from dsdpo.data.example import Message
 from dsdpo.data.formats.names import is_empty
-from dsdpo.data.formats.written import read_list
+from dsdpo.data.formats.parts import MEDIA, read_parts, thoughts_of
+from dsdpo.data.formats.written import read_list, read_written, written_parts
+from dsdpo.data.shapes import REASONING
 
 
 def text_of(value: Any, what: str) -> str:
@@ -18,9 +20,6 @@ def text_of(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise Dropped("not_text", kind_of(value), what)
     return value
-
-
-_MEDIA = frozenset(["image", "images", "video", "videos", "audio", "audios"])
 
 
 def read_message(raw: Any, role_key: str, content_key: str, roles: Mapping[str, str]) -> Message:
@@ -32,22 +31,52 @@ def read_message(raw: Any, role_key: str, content_key: str, roles: Mapping[str, 
         roles: role in the data -> system, user, assistant, tool or function_call.
     """
     if not isinstance(raw, dict):
-        raise Dropped("message_not_object", type(raw).__name__)
+        raw = read_written(raw, "a message")
+        if not isinstance(raw, dict):
+            raise Dropped("message_not_object", kind_of(raw))
     role = roles.get(str(raw.get(role_key)))
     if role is None:
         raise Dropped("unknown_role", f"{raw.get(role_key)!r} under {role_key!r}; allowed: {', '.join(roles)}")
-    content = raw.get(content_key)
-    if isinstance(content, list):
-        content = text_of_parts(content)
+    content, thoughts = raw.get(content_key), ""
+    if not isinstance(content, str) or content.lstrip().startswith("["):
+        content, thoughts = _content(content)
     message: Message = {"role": role, "content": content}
     if len(raw) > 2 or content_key not in raw:
         _add_keys(message, raw, role_key, content_key, roles)
-    if content is None and "tool_calls" in message:
-        return message
+    if thoughts:
+        _add_thoughts(message, thoughts)
+    if content is None:
+        if "tool_calls" in message:
+            return message
+        if has_thoughts(message):
+            message["content"] = content = ""
     text = text_of(content, "message content")
     if role == "function_call":
         message |= {"role": "assistant", "content": "", "tool_calls": _called(text)}
     return message
+
+
+def _content(content: Any) -> tuple[Any, str]:
+    """(content, thoughts) of a content that may be parts, or JSON text of them; anything else stays."""
+    parts = written_parts(content, "message content") if isinstance(content, str) else content
+    if isinstance(parts, dict) and isinstance(parts.get("type"), str):
+        parts = [parts]
+    return read_parts(parts) if isinstance(parts, list) else (content, "")
+
+
+def _add_thoughts(message: Message, thoughts: str) -> None:
+    """Add the thoughts of a message's content as its reasoning, unless it has the same."""
+    own = [message[key] for key in REASONING if not is_empty(message.get(key))]
+    if thoughts in own:
+        return
+    if own:
+        raise Dropped("message_says_two", f"{own[0]!r} and {thoughts!r}", "reasoning")
+    message[REASONING[0]] = thoughts
+
+
+def has_thoughts(message: Message) -> bool:
+    """Whether a message has a reasoning that says something."""
+    return len(message) > 2 and any(isinstance(text := message.get(key), str) and text.strip() for key in REASONING)
 
 
 def _add_keys(
@@ -69,34 +98,13 @@ def _add_keys(
             ours = message[key]
             if value not in ("", ours) and not (key == "role" and roles.get(str(value)) == ours):
                 raise Dropped("message_says_two", f"{value!r} and {ours!r}", key)
-        elif key in _MEDIA and value not in ("", [], {}):
+        elif key in MEDIA and value not in ("", [], {}):
             raise Dropped("message_with_media", key, key)
+        elif key in REASONING and isinstance(value, (list, dict)):
+            if not is_empty(value):
+                message[key] = thoughts_of(value, key)
         else:
             message[key] = value
-
-
-_TEXT_PARTS = frozenset(["text", "input_text", "output_text"])  # the last two in OpenAI's responses
-
-
-def text_of_parts(parts: Sequence[Any]) -> str:
-    """The text of a message's content that is a list of parts, such as [{"type": "text", "text": "Hi"}]."""
-    texts = []
-    for part in parts:
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        if not isinstance(part, dict):
-            raise Dropped("not_text", f"a list of {type(part).__name__}", "message content")
-        kind = part.get("type") or "text"
-        held = [key for key, value in part.items() if key not in ("type", "text") and not is_empty(value)]
-        if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str) or any(key in _MEDIA for key in held):
-            raise Dropped(
-                "message_with_media", ", ".join(held), str(kind if kind not in _TEXT_PARTS else "part without text")
-            )
-        if held:
-            raise Dropped("part_with_key", ", ".join(held))
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def read_calls(value: Any) -> list[dict[str, Any]]:
@@ -129,6 +137,14 @@ def _called(text: str) -> list[dict[str, Any]]:
     return read_calls(calls)
 
 
+TOOL_KEYS = ("tools", "functions")
+
+
+def _check_no_tools(message: Message) -> None:
+    if found := [key for key in TOOL_KEYS if not is_empty(message.get(key))]:
+        raise Dropped("tools_in_message", f"{found[0]}, in a message of the role {message['role']}")
+
+
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
     """The `tools` column with OpenAI's wrapper around each tool; empty means none.
 
@@ -144,6 +160,8 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
     tools = [read_list(tool, "tools") for tool in (value if isinstance(value, list) else [value])]
     if not all(isinstance(tool, dict) for tool in tools):
         raise Dropped("tools_not_list")
+    if not all(tool.get("name") or isinstance(tool.get("function"), dict) for tool in tools):
+        raise Dropped("tool_without_name", next(", ".join(tool) for tool in tools if not tool.get("name")))
     return [_wrapped(tool) for tool in tools]
 
 
@@ -196,14 +214,41 @@ def check_prompt(messages: Sequence[Message]) -> list[Message]:
         role = message["role"]
         if role not in _MAY_FOLLOW[before]:
             raise Dropped("roles_do_not_alternate", f"{role} after {before or 'nothing'}")
-        if not (message["content"] or "").strip() and "tool_calls" not in message:
+        if not (message["content"] or "").strip() and "tool_calls" not in message and not has_thoughts(message):
             raise Dropped("empty_message", role)
+        if len(message) > 2:
+            _check_no_tools(message)
         before = role
     if before is None:
         raise Dropped("empty_prompt")
     if before not in ("user", "tool"):
         raise Dropped("prompt_ends_with_reply", before)
     return kept
+
+
+_TRAINED = ("train", "training", "trainable", "weight", "loss", "loss_weight", "learn")
+_MASKED = ("mask", "masked")
+_NO = ("false", "0", "0.0", "no")
+
+
+def check_reply_keys(message: Message) -> tuple[str, ...]:
+    """Notes on a reply's keys that weight its loss, which are not used.
+
+    Raises:
+        Dropped: such a key says that the reply is not to be trained, or the reply holds tools.
+    """
+    _check_no_tools(message)
+    notes = []
+    for key in (*_TRAINED, *_MASKED):
+        value = message.get(key)
+        if value is None or value == "":
+            continue
+        says_no = str(value).strip().lower() in _NO
+        if isinstance(value, (bool, int, float, str)) and says_no == (key in _TRAINED):
+            raise Dropped("reply_not_trained", f"{key}: {value!r}")
+        if str(value).strip().lower() not in (*_NO, "true", "1", "1.0", "yes"):
+            notes.append(f"with the key {key} of a reply not used")
+    return tuple(notes)
 
 
 def reply(messages: Sequence[Message], side: str) -> list[Message]:
@@ -226,11 +271,11 @@ def user(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-def system_and(system: str, messages: list[Message]) -> list[Message]:
+def system_and(system: str, messages: list[Message], code: str = "two_systems") -> list[Message]:
     """`messages` with this system text, unless their own system message says the same.
 
     Raises:
-        Dropped: it says something else.
+        Dropped: it says something else; with this code.
     """
     if not system.strip():
         return messages
@@ -240,5 +285,5 @@ def system_and(system: str, messages: list[Message]) -> list[Message]:
     if not own.strip():
         return [{**messages[0], "content": system}, *messages[1:]]
     if own.split() != system.split():
-        raise Dropped("two_systems", f"{system.strip()[:60]!r} and {own.strip()[:60]!r}")
+        raise Dropped(code, f"{system.strip()[:60]!r} and {own.strip()[:60]!r}")
     return messages

@@ -11,6 +11,7 @@ from dsdpo.data.chat_template import ChatTemplate
 from dsdpo.data.contained import EARLIER_THOUGHTS, Containment
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example, Message
+from dsdpo.data.formats.names import not_used
 from dsdpo.data.messages import assistant
 from dsdpo.data.named_templates import NAMED
 from dsdpo.data.shapes import REASONING, Conversation, shared_length

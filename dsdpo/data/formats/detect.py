@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dsdpo.data.dropped import Dropped
-from dsdpo.data.formats.written import read_written
+from dsdpo.data.formats.written import read_conversation, read_written
 
 TAGS = {
     "role_tag": "from",
@@ -70,6 +70,13 @@ READS: dict[str, dict[str, Column]] = {
         **BESIDE,
         **_SCORES,
     },
+    "openai": {
+        "prompt": Column(("input",)),
+        "chosen": Column(("preferred_output",)),
+        "rejected": Column(("non_preferred_output",)),
+        **BESIDE,
+        **_SCORES,
+    },
 }
 COLUMNS = tuple(dict.fromkeys(key for keys in READS.values() for key in keys))
 
@@ -109,12 +116,16 @@ def _likely(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
     found = []
     if _has_two_sided_turn(row.get(columns.get("messages", "messages"))) or "pos_resp" in row:
         found.append("cvalues")
+    if "preferred_output" in row and "non_preferred_output" in row:
+        found.append("openai")
     if has("chosen") and has("rejected"):
         chosen = row[columns.get("chosen", "chosen")]
         has_messages = has("messages", *MESSAGES)
         if has_messages and has("prompt", "instruction", "prompt"):  # beside a prompt, messages may be a whole dialogue
             has_messages = not any(_ends_with_reply(row.get(columns.get("messages", n))) for n in MESSAGES)
         if is_structured(row, columns, "chosen") and not (isinstance(chosen, (dict, str)) and has_messages):
+            if "instruction" in row and "prompt" not in row and "prompt" not in columns and _is_one(chosen):
+                found.append("alpaca")
             return [*found, "trl"]
         if has_messages:
             found.append("sharegpt")
@@ -129,13 +140,22 @@ def _likely(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
     return [*found, "alpaca"] if has("prompt", "instruction") and has("response", "output") else found
 
 
+def _is_one(value: Any) -> bool:
+    """Whether an answer that is structured is one message."""
+    try:
+        answer = read_written(value, "chosen")
+    except Dropped:
+        return False
+    return not isinstance(answer, list) or len(answer) == 1
+
+
 def _is_hh(value: Any) -> bool:
     return isinstance(value, str) and value.lstrip().startswith("Human:")
 
 
 def _turns(messages: Any) -> list[Any]:
     try:
-        turns = read_written(messages, "messages")
+        turns = read_conversation(messages)
     except Dropped:
         return []
     return turns if isinstance(turns, list) else []
@@ -145,6 +165,22 @@ def _has_two_sided_turn(messages: Any) -> bool:
     return any(isinstance(turn, dict) and "chosen_value" in turn for turn in _turns(messages))
 
 
+def detect_in_any_case(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
+    """Like detect, of names in other cases (Prompt, CHOSEN): the format, and the `columns` which name them."""
+    lower = {name.lower(): name for name in row if isinstance(name, str)}
+    if len(lower) < len(row) or (formatting := detect({name: row[own] for name, own in lower.items()}, {})) is None:
+        return None
+    columns = {}
+    for key, column in READS[formatting].items():
+        usual = next((name for name in column.usual if name in lower), None)
+        if usual is not None and lower[usual] != usual:
+            columns[key] = lower[usual]
+    return formatting, columns
+
+
 def _ends_with_reply(messages: Any) -> bool:
     last = (_turns(messages) or [None])[-1]
-    return isinstance(last, dict) and ({"assistant", "gpt"} & {str(last.get("role")), str(last.get("from"))}) != set()
+    return (
+        isinstance(last, dict)
+        and ({"assistant", "gpt", "model", "bot"} & {str(last.get("role")), str(last.get("from"))}) != set()
+    )

@@ -7,6 +7,7 @@ from typing import Any
 
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example, Message
+from dsdpo.data.formats.names import tells_about
 from dsdpo.data.messages import assistant, system_and
 
 REPEATED = "whose answers repeated the prompt (taken off)"
@@ -27,15 +28,53 @@ def preference(
 def split_dialogues(
     chosen: Sequence[Message], rejected: Sequence[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """Two whole dialogues -> (the turns that they share, rest of chosen, rest of rejected)."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+    """Two whole dialogues -> (the turns that they share, rest of chosen, rest of rejected).
+
+    Turns may differ in keys that tell about them (id, timestamp); those are left out.
+    """
+    shared, last = 0, min(len(chosen), len(rejected)) - 1
+    while shared <= last and chosen[shared] == rejected[shared]:
+        shared += 1
+    turns = list(chosen[:shared])
+    while shared < last and _is_same_turn(chosen[shared], rejected[shared]):
+        turns.append(_common(chosen[shared], rejected[shared]))
         shared += 1
     if shared == len(chosen) == len(rejected):
         raise Dropped("same")
     if shared == len(chosen) or shared == len(rejected):
         raise Dropped("one_begins_the_other")
-    return list(chosen[:shared]), list(chosen[shared:]), list(rejected[shared:])
+    if shared == 0 <= last and chosen[0]["role"] == rejected[0]["role"] == "system":
+        raise Dropped("two_system_messages", _excerpts(chosen[0]["content"], rejected[0]["content"]))
+    return turns, list(chosen[shared:]), list(rejected[shared:])
+
+
+def _is_same_turn(a: Message, b: Message) -> bool:
+    """Whether two messages say the same.
+
+    Raises:
+        Dropped: they differ in a key that a template may write.
+    """
+    if a == b:
+        return True
+    if (len(a) == 2 and len(b) == 2) or (a["role"], a["content"]) != (b["role"], b["content"]):
+        return False
+    differ = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    if told := [key for key in differ if not _is_aside(key)]:
+        raise Dropped("turns_differ", f"{', '.join(told)}, in a message of the role {a['role']}")
+    return True
+
+
+def _is_aside(key: str) -> bool:
+    """Whether a key tells about a message and no template writes it."""
+    return tells_about(key) and key not in ("name", "tool_call_id")
+
+
+def _common(a: Message, b: Message) -> Message:
+    return {key: value for key, value in a.items() if key in b and b[key] == value}
+
+
+def _excerpts(one: str | None, other: str | None) -> str:
+    return " and ".join(repr((text or "").strip()[:60]) for text in (one, other))
 
 
 def split_after(
@@ -50,7 +89,7 @@ def split_after(
         return prompt, chosen, rejected
     for side in (chosen, rejected):
         if side[0]["role"] == "system":
-            prompt = system_and(side[0]["content"] or "", prompt)
+            prompt = system_and(side[0]["content"] or "", prompt, "two_system_messages")
     n = len(bare)
     better, worse = _without_system(chosen)[n:], _without_system(rejected)[n:]
     shared, better, worse = split_dialogues(better, worse)
@@ -66,8 +105,12 @@ def _begins(dialogue: list[Message], prompt: list[Message]) -> bool:
 
 
 def _same(a: Message, b: Message) -> bool:
-    """Whether two messages are the same but for spaces in their content."""
-    return a == b or (says(a, b["content"]) and {**a, "content": ""} == {**b, "content": ""})
+    """Whether two messages are the same but for spaces in their content, and keys that tell about them."""
+    if a == b:
+        return True
+    return says(a, b["content"]) and all(
+        a.get(key) == b.get(key) for key in {**a, **b} if key != "content" and not _is_aside(key)
+    )
 
 
 def says(message: Message, text: Any) -> bool:

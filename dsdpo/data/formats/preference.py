@@ -13,14 +13,18 @@ from typing import Any, TypeAlias
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example, Message
 from dsdpo.data.formats.columns import Columns
+from dsdpo.data.formats.cvalues import cvalues
 from dsdpo.data.formats.detect import READS, TAGS
 from dsdpo.data.formats.dialogues import pair_of_texts, preference
-from dsdpo.data.formats.names import is_empty, leaves
+from dsdpo.data.formats.names import is_empty, leaves, not_used, part_of
 from dsdpo.data.formats.trl import LOOSE_ROLES, hh_rlhf, trl
-from dsdpo.data.formats.written import is_messages, read_list, read_written
+from dsdpo.data.formats.written import is_messages, read_conversation, read_list, read_written
 from dsdpo.data.messages import (
+    TOOL_KEYS,
     assistant,
     check_prompt,
+    check_reply_keys,
+    has_thoughts,
     read_message,
     read_score,
     read_template_kwargs,
@@ -33,6 +37,7 @@ from dsdpo.data.messages import (
 
 # (key of the role, key of the content, role in the data -> ours)
 _Keys: TypeAlias = tuple[str, str, Mapping[str, str]]
+_Tools: TypeAlias = list[dict[str, Any]] | None
 SQL_PROMPT = "Write one SQL query that answers the question.\n\nSchema:\n{context}\n\nQuestion: {question}"
 
 
@@ -58,7 +63,10 @@ def _answer(value: Any, side: str, keys: _Keys | None = None) -> str | list[Mess
     value = read_written(value, side)
     if not isinstance(value, (list, dict)):
         return text_of(value, side)
-    return reply(_conversation(value if isinstance(value, list) else [value], keys), side)
+    messages = value if isinstance(value, list) else [value]
+    if keys is not None and messages and isinstance(messages[0], dict) and messages[0].keys().isdisjoint(keys[:2]):
+        keys = None  # answers may be written in another way than the conversation
+    return reply(_conversation(messages, keys), side)
 
 
 def _pair(prompt: list[Message], question: str, chosen: str | list[Message], rejected: str | list[Message]) -> Example:
@@ -88,7 +96,7 @@ def _history(value: Any) -> list[Message]:
 
 def sharegpt(row: Columns, tags: Mapping[str, str]) -> Example:
     """LLaMA-Factory's sharegpt: the conversation so far, and `chosen` and `rejected` as one message each."""
-    messages = read_list(row.get("messages"), "messages")
+    messages = read_conversation(row.get("messages"))
     if not isinstance(messages, list):
         raise Dropped("no_messages", type(messages).__name__)
     keys = _keys(messages, tags)
@@ -99,6 +107,8 @@ def sharegpt(row: Columns, tags: Mapping[str, str]) -> Example:
 
 
 def _conversation(messages: Sequence[Any], keys: _Keys | None = None) -> list[Message]:
+    if messages and isinstance(messages[0], str):
+        messages = [read_written(raw, "a message") for raw in messages]
     keys = keys or _keys(messages, {})
     return [read_message(raw, *keys) for raw in messages]
 
@@ -113,69 +123,10 @@ def _keys(messages: Sequence[Any], tags: Mapping[str, str]) -> _Keys:
     roles = {said: ours for ours, said in named.items()}
     roles[tags.get("observation_tag", TAGS["observation_tag"])] = "tool"
     roles[tags.get("function_tag", TAGS["function_tag"])] = "function_call"
-    return role_key, content_key, roles if tags else LOOSE_ROLES | roles
+    return role_key, content_key, (_MORE_ROLES if tags else LOOSE_ROLES) | roles
 
 
-def cvalues(row: Columns, tags: Mapping[str, str]) -> Example:
-    """CValues: `messages` whose last one has chosen_value and rejected_value; or prompt, pos_resp and neg_resp.
-
-    Earlier turns say the same on both sides: in `value`, or in an equal chosen_value and rejected_value. Other keys
-    of the last message hold for both sides; of those with chosen_ or rejected_ in front, each side gets its own.
-    """
-    messages = read_list(row.get("messages"), "messages")
-    if messages is None or messages == "":
-        question = row.text("prompt")
-        return pair_of_texts(user(question), question, row.text("chosen"), row.text("rejected"))
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise Dropped("no_messages", type(messages).__name__)
-    earlier, last = messages[:-1], messages[-1]
-    if _cvalues_role(last) != "assistant":
-        raise Dropped("last_is_no_reply")
-    for key in ("chosen_value", "rejected_value"):
-        if last.get(key) is None:
-            raise Dropped("last_lacks", what=key)
-    better, worse = (_cvalues_message(_side_of(last, side)) for side in ("chosen", "rejected"))
-    scores = (better.pop("score", None), worse.pop("score", None))
-    return preference(
-        [_cvalues_turn(turn) for turn in earlier],
-        [better],
-        [worse],
-        scores=(read_score(scores[0], "chosen_score"), read_score(scores[1], "rejected_score")),
-    )
-
-
-def _cvalues_role(message: Message) -> str:
-    said = str(message.get("role", message.get("from")))
-    if said not in LOOSE_ROLES:
-        raise Dropped("unknown_role", f"{said!r}; allowed: {', '.join(LOOSE_ROLES)}")
-    return LOOSE_ROLES[said]
-
-
-def _cvalues_message(message: Message) -> Message:
-    role_key = "role" if message.get("role") is not None else "from"
-    content_key = "value" if message.get("value") is not None else "content"
-    return read_message(message, role_key, content_key, LOOSE_ROLES)
-
-
-def _side_of(message: Message, side: str) -> Message:
-    """A message of both sides as that of one: chosen_value becomes value, and so on; the other side's keys go."""
-    own = {key: value for key, value in message.items() if not key.startswith(("chosen_", "rejected_"))}
-    for key, value in message.items():
-        if key.startswith(f"{side}_") and value is not None:
-            bare = key.removeprefix(f"{side}_")
-            if own.get(bare) not in (None, "", value):
-                raise Dropped("message_says_two", f"{own[bare]!r} and {value!r}", bare)
-            own[bare] = value
-    return own
-
-
-def _cvalues_turn(message: Message) -> Message:
-    """An earlier turn, which must be the same on both sides but for its scores."""
-    for key in message:
-        other = key.replace("rejected_" if key.startswith("rejected_") else "chosen_", "", 1)
-        if other not in (key, "score") and message.get(f"chosen_{other}") != message.get(f"rejected_{other}"):
-            raise Dropped("earlier_turn_differs")
-    return _cvalues_message(_side_of(message, "chosen"))
+_MORE_ROLES = {"developer": "system", "ipython": "tool"}  # which no tag names
 
 
 def text_to_sql(row: Columns, tags: Mapping[str, str]) -> Example:
@@ -187,6 +138,29 @@ def text_to_sql(row: Columns, tags: Mapping[str, str]) -> Example:
     return preference(user(content), assistant(row.text("answer")), assistant(""))
 
 
+def openai(row: Columns, tags: Mapping[str, str]) -> Example:
+    """OpenAI's preference format: `input` with messages and tools, `preferred_output` and `non_preferred_output`."""
+    given = read_list(row.get("prompt"), "input")
+    if isinstance(given, str):
+        given = user(given)
+    elif given is None:
+        raise Dropped("column_missing", what="input")
+    tools: _Tools = None
+    notes: tuple[str, ...] = ()
+    if isinstance(given, dict) and "messages" in given:
+        others = [str(key) for key, value in given.items() if key not in ("messages", "tools") and not is_empty(value)]
+        if words := [key for key in others if part_of(key) and not isinstance(given[key], (bool, int, float))]:
+            raise Dropped("wrapper_with_keys", ", ".join(words), "input")
+        tools, notes = read_tools(given.get("tools")), tuple(not_used(f"input.{key}") for key in others)
+        given = read_conversation(given["messages"])
+    if not isinstance(given, list):
+        raise Dropped("no_messages", type(given).__name__)
+    prompt = _conversation(given)
+    question = (prompt[-1]["content"] or "") if prompt else ""
+    example = _pair(prompt, question, *(_answer(row.get(side), side) for side in ("chosen", "rejected")))
+    return replace(example, tools=tools, notes=example.notes + notes)
+
+
 FORMATS: dict[str, Callable[[Columns, Mapping[str, str]], Example]] = {
     "alpaca": alpaca,
     "sharegpt": sharegpt,
@@ -194,6 +168,7 @@ FORMATS: dict[str, Callable[[Columns, Mapping[str, str]], Example]] = {
     "hh_rlhf": hh_rlhf,
     "cvalues": cvalues,
     "text_to_sql": text_to_sql,
+    "openai": openai,
 }
 
 
@@ -244,16 +219,37 @@ def read_record(
 def _with_columns_beside(example: Example, row: Columns) -> Example:
     """Add what a record may have beside prompt and answers; text has no place for a system message or tools."""
     if not isinstance(example.prompt, str):
+        prompt, own = example.prompt, example.tools
+        if prompt and len(prompt[0]) > 2:
+            prompt, own = _with_tools_of_first(prompt, own)
         system = row.optional_text("system")
+        if system and is_empty(system):  # CSV files have "[]" and "null"
+            system = ""
         tools = read_tools(row.get("tools"))
         kwargs = read_template_kwargs(row.get("chat_template_kwargs"))
-        if system or tools or kwargs:
-            prompt = system_and(system, example.prompt)
+        if system or tools or kwargs or prompt is not example.prompt:
+            prompt, tools = system_and(system, prompt), _one_of(tools, own)
             example = replace(example, prompt=prompt, tools=tools, template_kwargs=kwargs)
     if example.scores != (None, None):
         return example
     scores = tuple(read_score(row.get(key), key) for key in ("chosen_score", "rejected_score"))
     return example if scores == (None, None) else replace(example, scores=scores)
+
+
+def _with_tools_of_first(prompt: list[Message], tools: _Tools) -> tuple[list[Message], _Tools]:
+    """Tools that stand in the conversation's first message, as some data sets have them, become those of the record."""
+    first = prompt[0]
+    if all(is_empty(first.get(key)) for key in TOOL_KEYS):
+        return prompt, tools
+    for key in TOOL_KEYS:
+        tools = _one_of(read_tools(first.get(key)), tools)
+    return [{key: value for key, value in first.items() if key not in TOOL_KEYS}, *prompt[1:]], tools
+
+
+def _one_of(tools: _Tools, other: _Tools) -> _Tools:
+    if tools and other and tools != other:
+        raise Dropped("two_tools", ", ".join(str(tool.get("function", tool))[:40] for tool in (tools[0], other[0])))
+    return tools or other
 
 
 def _checked(example: Example, allow_empty_rejected: bool) -> Example:
@@ -264,6 +260,9 @@ def _checked(example: Example, allow_empty_rejected: bool) -> Example:
     elif (checked := check_prompt(example.prompt)) != example.prompt:
         example = replace(example, prompt=checked)
     chosen, rejected = example.completions
+    if not isinstance(chosen, str) and not isinstance(rejected, str) and (len(chosen[0]) > 2 or len(rejected[0]) > 2):
+        notes = (*example.notes, *check_reply_keys(chosen[0]), *check_reply_keys(rejected[0]))
+        example = replace(example, notes=tuple(dict.fromkeys(notes)))
     if _is_empty(chosen):
         raise Dropped("empty_chosen")
     if _is_empty(rejected):
@@ -286,4 +285,5 @@ _NO_WORDS = frozenset(["role", "content", "name"])
 def _is_empty(completion: str | list[Message]) -> bool:
     if isinstance(completion, str):
         return not completion.strip()
-    return not (completion[0]["content"] or "").strip() and "tool_calls" not in completion[0]
+    message = completion[0]
+    return not (message["content"] or "").strip() and "tool_calls" not in message and not has_thoughts(message)

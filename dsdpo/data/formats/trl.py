@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dsdpo.data.dropped import Dropped
+from dsdpo.data.dropped import Dropped, kind_of
 from dsdpo.data.example import Example, Message
 from dsdpo.data.formats.columns import Columns
 from dsdpo.data.formats.dialogues import (
@@ -24,6 +24,7 @@ from dsdpo.data.formats.written import read_written
 from dsdpo.data.messages import assistant, read_message, reply, text_of, user
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
+ROLES |= {"developer": "system", "model": "assistant", "ipython": "tool"}  # OpenAI's, Gemma's, Llama's
 LOOSE_ROLES = ROLES | {"human": "user", "gpt": "assistant", "bot": "assistant"}
 _SHAREGPT_ROLES = LOOSE_ROLES | {"observation": "tool", "function_call": "function_call"}
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -75,7 +76,9 @@ def _messages(value: Any, side: str) -> list[Message]:
             raise Dropped("not_text_or_messages", f"an object with {', '.join(map(str, value))}", side)
         value = [value]
     if not isinstance(value, list):
-        raise Dropped("not_text_or_messages", type(value).__name__, side)
+        raise Dropped("not_text_or_messages", kind_of(value), side)
+    if value and isinstance(value[0], str):
+        value = [read_written(raw, side) for raw in value]
     if value and isinstance(value[0], dict) and value[0].get("role") is None and value[0].get("from") is not None:
         return [read_message(raw, "from", "value", _SHAREGPT_ROLES) for raw in value]
     return [read_message(raw, "role", "content", ROLES) for raw in value]

@@ -7,14 +7,20 @@ import re
 from typing import Any
 
 from dsdpo.data.dropped import Dropped
+from dsdpo.data.formats.names import is_empty, part_of
+from dsdpo.data.formats.parts import are_parts, read_parts
 
 _OPENS = re.compile(r"\s*(?:\"\s*[\[{]|\[\s*[\[{\"]|\{\s*\"|(?:array\(\s*)?[\[{]\s*(?:array\(\s*)?[\[{]*\s*')")
 _PYTHON = re.compile(r"\s*(?:array\(\s*)?[\[{(]\s*(?:array\(\s*)?[\[{(]*\s*'")
 _PYTHON_ROLE = re.compile(r"'(?:role|from)'\s*:\s*['\"]")
-_JSON = re.compile(r"\s*(?:\[\s*)?\{\s*\"(?:role|from|content|value)\"\s*:")
+_AROUND = r"(?:\{\s*\"(?:messages|conversations)\"\s*:\s*)?"
+_JSON = re.compile(rf"\s*{_AROUND}(?:\[\s*)?\{{\s*\"(?:role|from|content|value)\"\s*:")
 _JSON_ROLE = re.compile(r"\"(?:role|from)\"\s*:\s*\"")
 _JSON_TEXT = re.compile(r"\"(?:content|value|tool_calls|chosen_value)\"\s*:")
 _PYTHON_TEXT = re.compile(r"'(?:content|value|tool_calls|chosen_value)'\s*:")
+_PART = re.compile(r"\s*\[\s*\{\s*(['\"])type\1\s*:\s*(['\"])(?:(?:input_|output_)?text|thinking)\2\s*,")
+# Objects around messages: {"messages": [...]}, and a choice of OpenAI's answers.
+_WRAPPERS = ("messages", "conversations", "conversation", "message")
 
 
 def is_messages(value: Any) -> bool:
@@ -34,17 +40,22 @@ def is_messages(value: Any) -> bool:
 def read_written(value: Any, what: str) -> Any:
     """A column that may be text or messages: messages in JSON text are parsed, other text stays as it is.
 
+    Messages are taken out of an object around them, and parts of a content become their text.
+
     Raises:
         Dropped: the text is Python's repr of messages, or JSON of messages that is damaged.
     """
-    if not isinstance(value, str) or not _OPENS.match(value):
+    if not isinstance(value, str):
+        return _unwrapped(value, what)
+    if not _OPENS.match(value):
         return value
     parsed = _json_or_none(value)
     if isinstance(parsed, str):  # JSON of JSON
         inner = read_written(parsed, what)
-        return value if isinstance(inner, str) else inner
+        return value if inner is parsed else inner
     if parsed is not None:
-        return parsed if is_messages(parsed) else value
+        inner = _unwrapped(parsed, what)
+        return inner if inner is not parsed or is_messages(parsed) else value
     if (
         _PYTHON.match(value)
         and value.rstrip()[-1] in "])}"
@@ -52,9 +63,53 @@ def read_written(value: Any, what: str) -> Any:
         and _PYTHON_TEXT.search(value)
     ):
         raise Dropped("python_repr", _excerpt(value), what)
-    if _JSON.match(value) and _JSON_ROLE.search(value) and _JSON_TEXT.search(value) and (wrong := _damage(value)):
+    is_json = _JSON.match(value) and _JSON_ROLE.search(value) and _JSON_TEXT.search(value)
+    if is_json and (wrong := _damage(value)):
         raise Dropped("messages_not_json", f"{wrong}: {_excerpt(value)}", what)
+    _check_part(value, what)
     return value
+
+
+def _unwrapped(value: Any, what: str) -> Any:
+    """Messages out of the object around them, the text of parts; anything else as it is."""
+    if isinstance(value, dict):
+        if "role" in value or "from" in value:
+            return value
+        for key in _WRAPPERS:
+            if key in value and is_messages(inner := read_written(value[key], what)):
+                others = [str(k) for k, some in value.items() if k != key and not is_empty(some) and part_of(str(k))]
+                if others:
+                    raise Dropped("wrapper_with_keys", ", ".join(others), what)
+                return inner
+    elif isinstance(value, list) and value and isinstance(value[0], dict) and "type" in value[0] and are_parts(value):
+        text, thoughts = read_parts(value)
+        if thoughts:
+            raise Dropped("part_not_read", "outside a message", "thinking")
+        return text
+    return value
+
+
+def written_parts(text: str, what: str) -> Any:
+    """The list of parts that a message's content holds as JSON text; other text as it is.
+
+    Raises:
+        Dropped: the text is Python's repr of parts, or JSON of them that is damaged.
+    """
+    parsed = _json_or_none(text)
+    if parsed is None:
+        _check_part(text, what)
+    return parsed if are_parts(parsed) else text
+
+
+def _check_part(text: str, what: str) -> None:
+    """Raises Dropped where a text is parts as Python prints them, or damaged JSON of them."""
+    begins = _PART.match(text)
+    if begins is None:
+        return
+    if begins[1] == "'" and text.rstrip()[-1] == "]":
+        raise Dropped("python_repr", _excerpt(text), what)
+    if begins[1] == '"' and (wrong := _damage(text)):
+        raise Dropped("messages_not_json", f"{wrong}: {_excerpt(text)}", what)
 
 
 def _damage(text: str) -> str:
@@ -86,6 +141,16 @@ def read_list(value: Any, what: str) -> Any:
     if parsed is None and _PYTHON.match(value):
         raise Dropped("python_repr", _excerpt(value), what)
     return value
+
+
+def read_conversation(value: Any) -> Any:
+    """The column of a conversation: a list, JSON text of one, or an object around one."""
+    value = read_list(value, "messages")
+    if isinstance(value, list):
+        if value and isinstance(value[0], str):
+            value = [read_written(raw, "a message") for raw in value]
+        return value
+    return read_written(value, "messages")
 
 
 def _json_or_none(text: str) -> Any:

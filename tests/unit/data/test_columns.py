@@ -26,6 +26,7 @@ HUMAN = [{"from": "human", "value": "Describe the sea."}]
 USER = [{"role": "user", "content": "Describe the sea."}]
 TWO_SIDED = {"role": "assistant", "chosen_value": "It is blue.", "rejected_value": "It is dry."}
 SQL = {"question": "How many?", "context": "CREATE TABLE sea (depth INT)", "answer": "SELECT 1"}
+PREFERRED = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
 HISTORY = {"history": [["Hi", "Hello"]]}
 
 RECORDS = {
@@ -51,6 +52,15 @@ RECORDS = {
         {"prompt": "Describe the sea.", "pos_resp": "It is blue.", "neg_resp": "It is dry.", **BESIDE, **SCORES},
     ],
     "text_to_sql": [{**SQL, **BESIDE, **SCORES}, {**SQL, **TRL_SCORES}],
+    "openai": [
+        {
+            "input": {"messages": USER},
+            **{key: [{"role": "assistant", "content": SIDES[side]}] for key, side in PREFERRED.items()},
+            **BESIDE,
+            **scores,
+        }
+        for scores in (SCORES, TRL_SCORES)
+    ],
 }
 USES = [
     pytest.param(formatting, record, name, key, id=f"{formatting}-{number}-{name}")

@@ -126,11 +126,11 @@ def test_messages_stand_once(tmp_path, model, record, prompt):
         pytest.param(pair([user()], [user(), bot("Blue.")], [bot("Dry.")]), "several_replies", id="one-dialogue"),
         pytest.param(
             pair("Describe the sea.", [system("A"), user(), bot("Blue.")], [system("B"), user(), bot("Dry.")]),
-            "several_replies",
+            "two_system_messages",
             id="systems-differ",
         ),
         pytest.param(
-            pair({"messages": [user()]}, [bot("Blue.")], [bot("Dry.")]), "not_text_or_messages", id="object-around"
+            pair({"messages": "Hi"}, [bot("Blue.")], [bot("Dry.")]), "not_text_or_messages", id="object-around"
         ),
         pytest.param(
             pair([user("Else.")], [user(), bot("A")], [user(), bot("B")]), "several_replies", id="other-prompt"
