@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from dsdpo.data.calls import calls_of, parsed_arguments
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Message
-from dsdpo.data.formats.names import is_label, part_of
+from dsdpo.data.formats.names import is_label, leaves, part_of
 from dsdpo.data.shapes import REASONING, Conversation, Shape, after_shared, shape_of, words_left_out
 
 CALLED_TOOLS = "with tools that the chat template writes in calls alone"
@@ -26,6 +26,7 @@ EARLIER_THOUGHTS = "with thoughts of earlier turns that the chat template leaves
 _MAX_SHAPES = 4096
 _NOTHING: frozenset[tuple[Any, ...]] = frozenset()
 _OWN_KEYS = {"role", "content", "tool_calls", *REASONING}  # others may hold words, too, as their names tell
+_LABELS = frozenset(["type", "format", "id", "signature"])
 _SURE = 12  # characters without white space that do not stand in a text by chance
 _TAG = re.compile(r"<[^<>]{1,30}>|\[[A-Z_]{3,30}\]")
 
@@ -119,8 +120,10 @@ def said_by(message: Message, number: int, what: str, thoughts: bool) -> Iterato
                 yield Said((number, "reasoning", value == message.get(REASONING[0])), f"the reasoning of {what}", value)
     for key in message.keys() - _OWN_KEYS:
         held = None if is_label(key, message[key]) else part_of(key)
-        if held and (thoughts or held != "reply") and isinstance(message[key], str) and message[key].strip():
-            yield Said((number, "key", key), f"{key} of {what}", message[key])
+        if held and (thoughts or held != "reply"):
+            for text in leaves(message[key], _LABELS):
+                if text.strip() and (isinstance(message[key], str) or len(text.split()) > 1):
+                    yield Said((number, "key", key), f"{key} of {what}", text)
     for call, function in enumerate(calls_of(message)):
         if name := function.get("name"):
             yield Said((number, "name", call), f"a function call of {what}", str(name))

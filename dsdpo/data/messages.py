@@ -9,7 +9,7 @@ from typing import Any
 
 from dsdpo.data.dropped import Dropped, kind_of
 from dsdpo.data.example import Message
-from dsdpo.data.formats.names import is_empty
+from dsdpo.data.formats.names import is_empty, training_mark
 from dsdpo.data.formats.parts import MEDIA, read_parts, thoughts_of
 from dsdpo.data.formats.written import read_list, read_written, written_parts
 from dsdpo.data.shapes import REASONING
@@ -20,6 +20,9 @@ def text_of(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise Dropped("not_text", kind_of(value), what)
     return value
+
+
+_MAY_OPEN = frozenset("[ \t\r\n")
 
 
 def read_message(raw: Any, role_key: str, content_key: str, roles: Mapping[str, str]) -> Message:
@@ -34,11 +37,14 @@ def read_message(raw: Any, role_key: str, content_key: str, roles: Mapping[str, 
         raw = read_written(raw, "a message")
         if not isinstance(raw, dict):
             raise Dropped("message_not_object", kind_of(raw))
-    role = roles.get(str(raw.get(role_key)))
+    role = roles.get(str(raw.get(role_key))) or roles.get(str(raw.get(role_key)).strip().lower())
     if role is None:
         raise Dropped("unknown_role", f"{raw.get(role_key)!r} under {role_key!r}; allowed: {', '.join(roles)}")
     content, thoughts = raw.get(content_key), ""
-    if not isinstance(content, str) or content.lstrip().startswith("["):
+    if not isinstance(content, str) or (content[:1] in _MAY_OPEN and content.lstrip().startswith("[")):
+        if content is None and isinstance(raw.get("parts"), list):  # Gemini's
+            content = raw["parts"]
+            raw = {key: value for key, value in raw.items() if key != "parts"}
         content, thoughts = _content(content)
     message: Message = {"role": role, "content": content}
     if len(raw) > 2 or content_key not in raw:
@@ -226,9 +232,8 @@ def check_prompt(messages: Sequence[Message]) -> list[Message]:
     return kept
 
 
-_TRAINED = ("train", "training", "trainable", "weight", "loss", "loss_weight", "learn")
-_MASKED = ("mask", "masked")
 _NO = ("false", "0", "0.0", "no")
+_YES = ("true", "1", "1.0", "yes")
 
 
 def check_reply_keys(message: Message) -> tuple[str, ...]:
@@ -239,14 +244,14 @@ def check_reply_keys(message: Message) -> tuple[str, ...]:
     """
     _check_no_tools(message)
     notes = []
-    for key in (*_TRAINED, *_MASKED):
-        value = message.get(key)
-        if value is None or value == "":
+    for key, value in message.items():
+        mark = training_mark(key)
+        if mark is None or is_empty(value):
             continue
-        says_no = str(value).strip().lower() in _NO
-        if isinstance(value, (bool, int, float, str)) and says_no == (key in _TRAINED):
+        said = str(value).strip().lower()
+        if said in (_NO if mark == "trained" else _YES):
             raise Dropped("reply_not_trained", f"{key}: {value!r}")
-        if str(value).strip().lower() not in (*_NO, "true", "1", "1.0", "yes"):
+        if said not in (*_NO, *_YES):
             notes.append(f"with the key {key} of a reply not used")
     return tuple(notes)
 

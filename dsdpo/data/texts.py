@@ -158,6 +158,10 @@ class ExampleTexts:
         text = render(prompt, example.tools, True)
         conversation = Conversation(prompt, example.tools, example.template_kwargs, render)
         notes = self._containment.check_prompt(conversation, text)
+        if example.template_kwargs:
+            source = str(self.found.text or self.tokenizer.chat_template)
+            unknown = [name for name in example.template_kwargs if name not in source]
+            notes += tuple(not_used(f"chat_template_kwargs.{name}") for name in unknown)
         replied: list[str | None] = []
         ends: list[str | None] = []
         for answer in answers:

@@ -20,7 +20,7 @@ from dsdpo.data.formats.names import (
     part_of,
     part_within,
 )
-from dsdpo.data.formats.written import is_messages
+from dsdpo.data.formats.written import is_messages, read_written
 from dsdpo.data.messages import text_of
 
 _LABELS = frozenset(["role", "from", "type"])  # keys of messages whose text is no word of anybody
@@ -100,16 +100,18 @@ class Columns:
     def text(self, key: str) -> str:
         """A column that must be there and be text."""
         value = self.get(key)
+        if isinstance(value, str) and value[:1] not in _MAY_OPEN:
+            return value
         if value is None:
             raise Dropped("column_missing", what=key)
-        return text_of(value, key)
+        return _text(value, key)
 
     def optional_text(self, key: str) -> str:
         """A text column, "" when it is missing, null, or an empty list or object."""
         value = self.get(key)
-        if isinstance(value, str):
-            return value
-        return "" if is_empty(value) else text_of(value, key)
+        if value is None or value == "":
+            return ""
+        return "" if not isinstance(value, str) and is_empty(value) else _text(value, key)
 
     def account(self, example: Example | None) -> tuple[str, ...]:
         """What becomes of the columns that were not read.
@@ -181,6 +183,25 @@ class _Said:
         return bool(texts) and all(_stands_in(" ".join(text.split()), where) for text in texts)
 
 
+def _text(value: Any, key: str) -> str:
+    """A value that is text, or one message, or parts of a content; also as JSON text."""
+    if isinstance(value, str) and value.lstrip()[:1] not in _MAY_OPEN:
+        return value
+    value = read_written(value, key)
+    if is_messages(value):
+        message = value[0] if isinstance(value, list) else value
+        speakers = ("system", "developer") if key == "system" else ("user", "human")
+        if len(value) > (1 if isinstance(value, list) else 2) or message.get("role") not in speakers:
+            raise Dropped("not_text", "messages", key)
+        if message.keys() != {"role", "content"}:
+            raise Dropped("not_text", f"a message with {', '.join(message)}", key)
+        value = message["content"]
+    return text_of(value, key)
+
+
+_MAY_OPEN = frozenset("[{\"'(a \t\r\n")  # lists and objects in JSON and as Python prints them
+
+
 def _missed_within(place: str, value: Any, said: _Said) -> str | None:
     """Like Columns._missed, of the keys of objects, which JSON text may hold, too."""
     value = _parsed(value)
@@ -212,7 +233,7 @@ def _parsed(value: Any) -> Any:
             return json.loads(value)
         except (ValueError, RecursionError):
             return value
-    return value
+    return [_parsed(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _stands_in(text: str, whole: str) -> bool:

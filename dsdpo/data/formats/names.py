@@ -39,7 +39,8 @@ margin weight weights length len lengths count counts num n nr number tokens tok
 urls link date time timestamp created updated version label labels tag tags flag flags is has was difficulty level
 quality annotator annotators annotation annotations labelling labeling judge critique feedback metadata meta info
 original raw status logps logprob logprobs embedding embeddings policy license file path filename size order group
-groups fingerprint format choice train training trainable loss mask masked
+groups fingerprint format choice lang langs style styles class classes intent intents sentiment train training
+trainable loss mask masked
 类型 編號 编号 来源 來源 评分 分数 得分 质量 语言 语种 标签 长度 数量
 """
 _BESIDE = frozenset(_BESIDE_WORDS.split())
@@ -118,6 +119,20 @@ def holds_others(name: str) -> bool:
 def tells_about(name: str) -> bool:
     """Whether a key of this name tells about a message: id, created_at, tokenCount."""
     return not _BESIDE.isdisjoint(_words(name))
+
+
+_TRAINED = frozenset(["train", "trained", "training", "trainable", "learn", "loss", "weight"])
+_MASKED = frozenset(["mask", "masked", "ignore", "ignored", "skip"])
+_AROUND_MARKS = "is do to on in for this turn message reply use should be"
+
+
+@lru_cache(4096)
+def training_mark(name: str) -> str | None:
+    """Whether a key of a message says if it is to be trained: "trained" or "masked", or None."""
+    words = frozenset(_words(name))
+    if not words <= _TRAINED | _MASKED | set(_AROUND_MARKS.split()):
+        return None
+    return "trained" if words & _TRAINED else "masked" if words & _MASKED else None
 
 
 def may_be_prompt(name: str, value: Any) -> bool:

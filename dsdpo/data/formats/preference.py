@@ -64,7 +64,13 @@ def _answer(value: Any, side: str, keys: _Keys | None = None) -> str | list[Mess
     if not isinstance(value, (list, dict)):
         return text_of(value, side)
     messages = value if isinstance(value, list) else [value]
-    if keys is not None and messages and isinstance(messages[0], dict) and messages[0].keys().isdisjoint(keys[:2]):
+    if (
+        keys
+        and messages
+        and isinstance(messages[0], dict)
+        and keys[0] not in messages[0]
+        and keys[1] not in messages[0]
+    ):
         keys = None  # answers may be written in another way than the conversation
     return reply(_conversation(messages, keys), side)
 
@@ -286,4 +292,6 @@ def _is_empty(completion: str | list[Message]) -> bool:
     if isinstance(completion, str):
         return not completion.strip()
     message = completion[0]
-    return not (message["content"] or "").strip() and "tool_calls" not in message and not has_thoughts(message)
+    if (message["content"] or "").strip():
+        return False
+    return len(message) == 2 or ("tool_calls" not in message and not has_thoughts(message))

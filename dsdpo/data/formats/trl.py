@@ -25,7 +25,8 @@ from dsdpo.data.messages import assistant, read_message, reply, text_of, user
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
 ROLES |= {"developer": "system", "model": "assistant", "ipython": "tool"}  # OpenAI's, Gemma's, Llama's
-LOOSE_ROLES = ROLES | {"human": "user", "gpt": "assistant", "bot": "assistant"}
+LOOSE_ROLES = ROLES | {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant"}
+LOOSE_ROLES |= {"ai": "assistant", "chatbot": "assistant"}
 _SHAREGPT_ROLES = LOOSE_ROLES | {"observation": "tool", "function_call": "function_call"}
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -81,7 +82,7 @@ def _messages(value: Any, side: str) -> list[Message]:
         value = [read_written(raw, side) for raw in value]
     if value and isinstance(value[0], dict) and value[0].get("role") is None and value[0].get("from") is not None:
         return [read_message(raw, "from", "value", _SHAREGPT_ROLES) for raw in value]
-    return [read_message(raw, "role", "content", ROLES) for raw in value]
+    return [read_message(raw, "role", "content", _SHAREGPT_ROLES) for raw in value]
 
 
 def _beside_text(

@@ -46,6 +46,8 @@ def read_written(value: Any, what: str) -> Any:
         Dropped: the text is Python's repr of messages, or JSON of messages that is damaged.
     """
     if not isinstance(value, str):
+        if isinstance(value, dict) and isinstance(value.get("role") or value.get("from"), str):
+            return value
         return _unwrapped(value, what)
     if not _OPENS.match(value):
         return value
@@ -74,7 +76,7 @@ def _unwrapped(value: Any, what: str) -> Any:
     """Messages out of the object around them, the text of parts; anything else as it is."""
     if isinstance(value, dict):
         if "role" in value or "from" in value:
-            return value
+            return _transposed(value)
         for key in _WRAPPERS:
             if key in value and is_messages(inner := read_written(value[key], what)):
                 others = [str(k) for k, some in value.items() if k != key and not is_empty(some) and part_of(str(k))]
@@ -87,6 +89,15 @@ def _unwrapped(value: Any, what: str) -> Any:
             raise Dropped("part_not_read", "outside a message", "thinking")
         return text
     return value
+
+
+def _transposed(value: dict[str, Any]) -> Any:
+    """An object of lists as `datasets` writes lists of objects ({"role": [...], "content": [...]}) -> the objects."""
+    columns = list(value.values())
+    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return value
+    turns = [dict(zip(value, row)) for row in zip(*columns)]
+    return turns if is_messages(turns) else value
 
 
 def written_parts(text: str, what: str) -> Any:
@@ -145,12 +156,14 @@ def read_list(value: Any, what: str) -> Any:
 
 def read_conversation(value: Any) -> Any:
     """The column of a conversation: a list, JSON text of one, or an object around one."""
-    value = read_list(value, "messages")
-    if isinstance(value, list):
-        if value and isinstance(value[0], str):
-            value = [read_written(raw, "a message") for raw in value]
-        return value
-    return read_written(value, "messages")
+    if not isinstance(value, list):
+        value = read_list(value, "messages")
+    if not isinstance(value, list):
+        value = read_written(value, "messages")
+        return [value] if isinstance(value, dict) and is_messages(value) else value
+    if value and isinstance(value[0], str):
+        return [read_written(raw, "a message") for raw in value]
+    return value
 
 
 def _json_or_none(text: str) -> Any:

@@ -84,6 +84,21 @@ SAID = [
     pytest.param({**PLAIN, "chosen": [{"role": "model", "content": "Two miles."}]}, id="model"),
     pytest.param({"conversations": [user()], "chosen": {"role": "model", "content": "Two miles."}, "rejected": "No."},
                  id="model-sharegpt"),
+    pytest.param({"conversations": user(), "chosen": bot(), "rejected": NO[0]}, id="one-message"),
+    pytest.param({"conversations": [{"from": "human", "value": "How deep?"}], "chosen": bot(), "rejected": NO},
+                 id="mix"),
+    pytest.param({"conversations": {"from": ["human"], "value": ["How deep?"]}, "chosen": bot(), "rejected": "No."},
+                 id="object-of-lists"),
+    pytest.param(
+        {side: {"role": ["user", "assistant"], "content": ["How deep?", text]} for side, text in
+         (("chosen", "Two miles."), ("rejected", "No."))},
+        id="objects-of-lists",
+    ),
+    pytest.param({**PLAIN, "prompt": [{"role": "user", "parts": [{"text": "How "}, {"text": "deep?"}]}],
+                  "chosen": [{"role": "model", "parts": [{"text": "Two miles."}]}]}, id="gemini"),
+    pytest.param({**PLAIN, "prompt": [{"role": "User", "content": "How deep?"}]}, id="capital-role"),
+    pytest.param({**PLAIN, "prompt": [{"role": "human", "content": "How deep?"}],
+                  "chosen": [{"role": "ai", "content": "Two miles."}]}, id="human-and-ai"),
     pytest.param({"chosen": [user(id=1), bot()], "rejected": [user(id=2, created_at="now"), *NO]}, id="ids-differ"),
     pytest.param({"prompt": [user()], "chosen": [user(id=1), bot()], "rejected": [user(id=2), *NO]},
                  id="ids-beside-a-prompt"),
@@ -146,6 +161,8 @@ DROPPED = [
     ({**PLAIN, "rejected": [bot("No.", masked=True)]}, "reply_not_trained"),
     ({"messages": [user(), {"role": "assistant", "chosen_value": "a", "rejected_value": "b", "weight": 0}]},
      "reply_not_trained"),
+    ({**PLAIN, "chosen": [bot(is_trained=False)]}, "reply_not_trained"),
+    ({**PLAIN, "chosen": [bot(loss_mask=0)]}, "reply_not_trained"),
     ({**PLAIN, "chosen": [bot(reasoning=["One.", "Two."])]}, "not_text"),
     ({**PLAIN, "chosen": [bot(thinking={"steps": ["One."]})]}, "not_text"),
     ({**PLAIN, "chosen": [bot([*parts("Two"), thinking()])]}, "part_not_read"),
@@ -167,6 +184,7 @@ DROPPED = [
     ({**PLAIN, "prompt": [system(), user(tools=[{"name": "sonar"}])]}, "tools_in_message"),
     ({**PLAIN, "chosen": [bot(tools=[{"name": "sonar"}])]}, "tools_in_message"),
     ({**PLAIN, "prompt": [system(tools=[{"name": "sonar"}]), user()], "tools": [{"name": "radar"}]}, "two_tools"),
+    ({**PLAIN, "tools": {"sonar": {"description": "Measures depth."}}}, "tool_without_name"),
     ({**PLAIN, "tools": [{"description": "Measures depth."}]}, "tool_without_name"),
 ]  # fmt: skip
 
@@ -180,7 +198,7 @@ def test_what_cannot_be_read_is_named(tmp_path, record, code):
 
 def test_marks_on_earlier_turns_and_marks_that_say_yes_change_nothing():
     turns = [user(), bot("What?", weight=0, train=False), user("The sea.", weight=0)]
-    assert example({**PLAIN, "prompt": turns, "chosen": [bot(weight=1, train=True)]}).notes == ()
+    assert example({**PLAIN, "prompt": turns, "chosen": [bot(weight=1, train=True, loss_mask=1)]}).notes == ()
     assert len(example({**PLAIN, "chosen": [bot(weight=0.5)]}).notes) == 1
 
 
@@ -201,7 +219,14 @@ def test_tools_of_the_first_message_are_those_of_the_record(key):
 
 @pytest.mark.parametrize(
     ("place", "key"),
-    [("prompt", "system"), ("prompt", "context"), ("prompt", "documents"), ("chosen", "thought"), ("chosen", "prefix")],
+    [
+        ("prompt", "system"),
+        ("prompt", "context"),
+        ("prompt", "documents"),
+        ("chosen", "thought"),
+        ("chosen", "prefix"),
+        ("chosen", "cot"),
+    ],
 )
 def test_key_of_a_message_that_may_hold_words_is_rendered_or_the_record_dropped(tmp_path, model, place, key):
     record = {**PLAIN, place: [{**PLAIN[place][0], key: "By sonar."}]}
@@ -211,6 +236,48 @@ def test_key_of_a_message_that_may_hold_words_is_rendered_or_the_record_dropped(
 def test_earlier_thoughts_and_labels_of_messages_may_be_left_out(tmp_path, model):
     turns = [user(user="ann"), bot("What?", thought="Hm."), user("The sea.", message_id="m1", prefix=True)]
     assert read(tmp_path, model, [{**PLAIN, "prompt": turns}]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [system()],
+        {"role": "developer", "content": "In rhyme."},
+        json.dumps([system()]),
+        json.dumps(system()),
+        json.dumps(parts("In ", "rhyme.")),
+        parts("In rhyme."),
+    ],
+)
+def test_system_column_that_is_one_message(value):
+    assert example({**PLAIN, "system": value}).prompt == [system(), user()]
+
+
+@pytest.mark.parametrize("column", ["instruction", "input", "system"])
+def test_messages_in_a_column_of_text_are_not_trained_as_json(column):
+    record = {"instruction": "How deep?", "input": "", "output": ["Two miles.", "No."]}
+    for value in (json.dumps([user(), bot(), user()]), json.dumps([bot()]), json.dumps(user(name="Ann"))):
+        with pytest.raises(Dropped) as caught:
+            example({**record, column: value})
+        assert caught.value.code == "not_text"
+    with pytest.raises(Dropped) as caught:
+        example({**record, column: str([user(), bot()])})
+    assert caught.value.code == "python_repr"
+    for text in ('["a"]', '{"a": [1]}', '"quoted"', "(a)"):
+        assert text in example({**record, column: text}).prompt[-1 if column != "system" else 0]["content"]
+
+
+def test_empty_lists_stay_words_of_an_input():
+    assert example({"instruction": "Sort.", "input": "[]", "output": ["[]", "No."]}).prompt == [user("Sort.\n[]")]
+    assert example({"instruction": "Sort.", "input": [], "output": ["[]", "No."]}).prompt == [user("Sort.")]
+
+
+def test_template_variables_that_the_template_does_not_know_are_counted(tmp_path, model):
+    record = {**PLAIN, "chat_template_kwargs": {"mood": "calm", "add_generation_prompt_": 1, "m": 1}}
+    assert set(read(tmp_path, model, [record]).notes) == {
+        "with the column chat_template_kwargs.mood not used",
+        "with the column chat_template_kwargs.add_generation_prompt_ not used",
+    }
 
 
 def test_template_variables_beside_no_template_are_counted(tmp_path, model):
