@@ -83,6 +83,9 @@ def _unwrapped(value: Any, what: str) -> Any:
                 if others:
                     raise Dropped("wrapper_with_keys", ", ".join(others), what)
                 return inner
+    elif isinstance(value, list) and value and isinstance(value[0], str) and value[0].lstrip().startswith("{"):
+        inner = [_json_or_none(text) if isinstance(text, str) else text for text in value]
+        return inner if is_messages(inner) else value
     elif isinstance(value, list) and value and isinstance(value[0], dict) and "type" in value[0] and are_parts(value):
         text, thoughts = read_parts(value)
         if thoughts:

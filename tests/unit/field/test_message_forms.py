@@ -71,6 +71,8 @@ SAID = [
     pytest.param({"conversations": {"messages": [user()]}, "chosen": bot(), "rejected": NO[0]}, id="around-sharegpt"),
     pytest.param({"instruction": "How deep?", "chosen": [bot()], "rejected": NO}, id="instruction-beside-messages"),
     pytest.param({key: [json.dumps(one) for one in value] for key, value in PLAIN.items()}, id="json-texts"),
+    pytest.param({key: json.dumps([json.dumps(one) for one in value]) for key, value in PLAIN.items()},
+                 id="json-of-json-texts"),
     pytest.param(
         {"conversations": [json.dumps({"from": "human", "value": "How deep?"})], "chosen": json.dumps(bot()),
          "rejected": NO[0]},
