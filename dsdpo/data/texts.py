@@ -11,7 +11,6 @@ from dsdpo.data.chat_template import ChatTemplate
 from dsdpo.data.contained import EARLIER_THOUGHTS, Containment
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example, Message
-from dsdpo.data.formats.names import not_used
 from dsdpo.data.messages import assistant
 from dsdpo.data.named_templates import NAMED
 from dsdpo.data.shapes import REASONING, Conversation, shared_length
@@ -158,10 +157,6 @@ class ExampleTexts:
         text = render(prompt, example.tools, True)
         conversation = Conversation(prompt, example.tools, example.template_kwargs, render)
         notes = self._containment.check_prompt(conversation, text)
-        if example.template_kwargs:
-            source = str(self.found.text or self.tokenizer.chat_template)
-            unknown = [name for name in example.template_kwargs if name not in source]
-            notes += tuple(not_used(f"chat_template_kwargs.{name}") for name in unknown)
         replied: list[str | None] = []
         ends: list[str | None] = []
         for answer in answers:

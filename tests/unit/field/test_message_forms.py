@@ -274,21 +274,6 @@ def test_empty_lists_stay_words_of_an_input():
     assert example({"instruction": "Sort.", "input": [], "output": ["[]", "No."]}).prompt == [user("Sort.")]
 
 
-def test_template_variables_that_the_template_does_not_know_are_counted(tmp_path, model):
-    record = {**PLAIN, "chat_template_kwargs": {"mood": "calm", "add_generation_prompt_": 1, "m": 1}}
-    assert set(read(tmp_path, model, [record]).notes) == {
-        "with the column chat_template_kwargs.mood not used",
-        "with the column chat_template_kwargs.add_generation_prompt_ not used",
-    }
-
-
-def test_template_variables_beside_no_template_are_counted(tmp_path, model):
-    record = {**PLAIN, "chat_template_kwargs": {"mood": "calm"}}
-    assert read(tmp_path, model, [record], template="none").notes == {
-        "with the column chat_template_kwargs not used": 1
-    }
-
-
 TOOLS = [{"type": "function", "function": {"name": "sonar"}}]
 PREFERRED = {"preferred_output": [bot()], "non_preferred_output": NO}
 
