@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dsdpo.data.dropped import Dropped
+from dsdpo.data.json_decoder import DECODER
 from dsdpo.data.json_files import iter_json
 from dsdpo.data.registry import DatasetEntry
 from dsdpo.data.utf8 import Source, check_head, iter_lines, kind_of_file, opened
@@ -42,26 +43,13 @@ def parse_row(row: RawRow) -> Any:
     if not isinstance(row, bytes):
         return row
     try:
-        return _DECODER.decode(row.decode(json.detect_encoding(row), "surrogatepass"))
+        return DECODER.decode(row.decode(json.detect_encoding(row), "surrogatepass"))
     except RecursionError as error:
         raise Dropped("not_json", "nested too deeply") from error
     except json.JSONDecodeError as error:
         raise Dropped("not_json", f"{error.msg} at byte {len(error.doc[: error.pos].encode())} of the line") from error
     except ValueError as error:  # such as a number of more digits than Python converts
         raise Dropped("not_json", str(error)) from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. A key that stands twice with two values would lose one; NaN, as pandas writes it, is no value."""
-    found = {key: None if value != value else value for key, value in pairs}
-    if len(found) < len(pairs):
-        for key, value in pairs:
-            if value == value and value != found[key]:
-                raise Dropped("key_twice", repr(key)[:100])
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for each record
 
 
 def _all_rows(entry: DatasetEntry) -> Iterator[tuple[str, RawRow]]:

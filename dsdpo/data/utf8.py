@@ -12,9 +12,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import cast
 
+from dsdpo.data.json_decoder import BOM
 from dsdpo.errors import DataError
 
-BOM = "\ufeff"
 _HEAD = 4096  # bytes by which a kind of file is recognized
 _SAMPLE = 1 << 16  # bytes by which an encoding is guessed
 

@@ -1,9 +1,9 @@
 """Values of Arrow and Parquet columns as what JSON can hold, which is what every format reads.
 
 Strings, numbers, booleans, lists and objects stay. Binary values are decoded as UTF-8, dates and times become ISO text,
-durations seconds, decimals numbers, maps objects, and JSON columns what their text says. Arrow gives every object of a
-column the same keys and fills in nulls, so a null inside an object counts as no key; a null column stays null. What is
-no text, such as the bytes of an image, becomes an object that no format takes for text.
+durations seconds, decimals numbers, maps objects, JSON columns what their text says, and NaN a null. Arrow gives every
+object of a column the same keys and fills in nulls, so a null inside an object counts as no key; a null column stays
+null. What is no text, such as the bytes of an image, becomes an object that no format takes for text.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from dsdpo.data.dropped import NOT_TEXT
+from dsdpo.data.json_decoder import BOM
 
 Convert = Callable[[Any], Any]
 
@@ -61,7 +62,9 @@ def _convert(kind: pa.DataType) -> Convert | None:
         return _optional(float)
     if types.is_temporal(kind):
         return _optional(_time)
-    is_plain = types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
+    if types.is_floating(kind):
+        return _number
+    is_plain = types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind)
     if is_plain or types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return None
     return _optional(_text_or_mark)
@@ -90,6 +93,10 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _number(value: float | None) -> float | None:
+    return None if value != value else value
+
+
 def _from_json(text: str) -> Any:
     try:
         return json.loads(text)
@@ -101,6 +108,6 @@ def _text_or_mark(value: Any) -> Any:
     if not isinstance(value, bytes):
         return {NOT_TEXT: f"a value of type {type(value).__name__}"}
     try:
-        return value.decode()
+        return value.decode().removeprefix(BOM)
     except UnicodeDecodeError as error:
         return {NOT_TEXT: f"{len(value)} bytes that are not UTF-8, from byte {error.start} on"}

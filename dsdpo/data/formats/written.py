@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.formats.names import is_empty, part_of
 from dsdpo.data.formats.parts import are_parts, read_parts
+from dsdpo.data.json_decoder import COLUMN_DECODER, without_bom
 
-_OPENS = re.compile(r"\s*(?:\"\s*[\[{]|\[\s*[\[{\"]|\{\s*\"|(?:array\(\s*)?[\[{]\s*(?:array\(\s*)?[\[{]*\s*')")
+_OPENS = re.compile(
+    r"\s*(?:\"(?:\s|\ufeff|\\ufeff)*[\[{]|\[\s*[\[{\"]|\{\s*\"|(?:array\(\s*)?[\[{]\s*(?:array\(\s*)?[\[{]*\s*')"
+)
 _PYTHON = re.compile(r"\s*(?:array\(\s*)?[\[{(]\s*(?:array\(\s*)?[\[{(]*\s*'")
 _PYTHON_ROLE = re.compile(r"'(?:role|from)'\s*:\s*['\"]")
 _AROUND = r"(?:\{\s*\"(?:messages|conversations)\"\s*:\s*)?"
@@ -43,21 +47,29 @@ def read_written(value: Any, what: str) -> Any:
     Messages are taken out of an object around them, and parts of a content become their text.
 
     Raises:
-        Dropped: the text is Python's repr of messages, or JSON of messages that is damaged.
+        Dropped: the text is Python's repr of messages, or JSON of messages that is damaged or names a key twice.
     """
     if not isinstance(value, str):
         if isinstance(value, dict) and isinstance(value.get("role") or value.get("from"), str):
             return value
         return _unwrapped(value, what)
-    if not _OPENS.match(value):
+    bare = without_bom(value)
+    if not _OPENS.match(bare):
         return value
-    parsed = _json_or_none(value)
+    parsed = _json_if(bare, lambda found: is_messages(found) or _unwrapped(found, what) is not found)
     if isinstance(parsed, str):  # JSON of JSON
         inner = read_written(parsed, what)
         return value if inner is parsed else inner
     if parsed is not None:
         inner = _unwrapped(parsed, what)
         return inner if inner is not parsed or is_messages(parsed) else value
+    _refuse_damaged(bare, what)
+    _check_part(bare, what)
+    return value
+
+
+def _refuse_damaged(value: str, what: str) -> None:
+    """Raise Dropped for Python's repr of messages, and JSON of messages that has a fault."""
     if (
         _PYTHON.match(value)
         and value.rstrip()[-1] in "])}"
@@ -68,8 +80,6 @@ def read_written(value: Any, what: str) -> Any:
     is_json = _JSON.match(value) and _JSON_ROLE.search(value) and _JSON_TEXT.search(value)
     if is_json and (wrong := _damage(value)):
         raise Dropped("messages_not_json", f"{wrong}: {_excerpt(value)}", what)
-    _check_part(value, what)
-    return value
 
 
 def _unwrapped(value: Any, what: str) -> Any:
@@ -84,7 +94,7 @@ def _unwrapped(value: Any, what: str) -> Any:
                     raise Dropped("wrapper_with_keys", ", ".join(others), what)
                 return inner
     elif isinstance(value, list) and value and isinstance(value[0], str) and value[0].lstrip().startswith("{"):
-        inner = [_json_or_none(text) if isinstance(text, str) else text for text in value]
+        inner = [_json_if(text, is_messages) if isinstance(text, str) else text for text in value]
         return inner if is_messages(inner) else value
     elif isinstance(value, list) and value and isinstance(value[0], dict) and "type" in value[0] and are_parts(value):
         text, thoughts = read_parts(value)
@@ -109,7 +119,7 @@ def written_parts(text: str, what: str) -> Any:
     Raises:
         Dropped: the text is Python's repr of parts, or JSON of them that is damaged.
     """
-    parsed = _json_or_none(text)
+    parsed = _json_if(text, are_parts)
     if parsed is None:
         _check_part(text, what)
     return parsed if are_parts(parsed) else text
@@ -143,13 +153,13 @@ def read_list(value: Any, what: str) -> Any:
     """A column that must be a list or an object: JSON text of one is parsed; other text stays as it is.
 
     Raises:
-        Dropped: the text is Python's repr of a list or object.
+        Dropped: the text is Python's repr of a list or object, or JSON that names a key twice.
     """
     if not isinstance(value, str):
         return value
-    parsed = _json_or_none(value)
+    parsed = _json_or_none(without_bom(value))
     if isinstance(parsed, str):  # JSON of JSON
-        parsed = _json_or_none(parsed)
+        parsed = _json_or_none(without_bom(parsed))
     if isinstance(parsed, (list, dict)):
         return parsed
     if parsed is None and _PYTHON.match(value):
@@ -169,9 +179,20 @@ def read_conversation(value: Any) -> Any:
     return value
 
 
-def _json_or_none(text: str) -> Any:
+def _json_if(text: str, is_wanted: Callable[[Any], bool]) -> Any:
+    """What a text says as JSON, or None; raises Dropped for a key that stands twice in what is wanted."""
     try:
-        return json.loads(text, strict=False)  # line ends inside texts, as they stand
+        return _json_or_none(text)
+    except Dropped:
+        if is_wanted(json.loads(text, strict=False)):
+            raise
+        return None
+
+
+def _json_or_none(text: str) -> Any:
+    """What a text says as JSON. Raises Dropped for a key that stands twice."""
+    try:
+        return COLUMN_DECODER.decode(text)
     except (ValueError, RecursionError):
         return None
 

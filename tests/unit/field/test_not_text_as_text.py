@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 
 import pytest
 
@@ -18,6 +19,7 @@ NO = [{"role": "assistant", "content": "Nothing."}]
 TOOL = {"type": "function", "function": {"name": "tide", "parameters": {}}}
 PROMPT = "<|im_start|>user\nWhat's up?<|im_end|>\n<|im_start|>assistant\n"
 TEXTS = [[PROMPT, "The sun.<|im_end|>", "Nothing.<|im_end|>"]]
+BOM = "\ufeff"
 DICTS = [{"from": "human", "value": "What's up?"}]
 
 
@@ -58,6 +60,26 @@ def text(value):
             {"messages": text([*ASK, {"role": "assistant", "chosen_value": "The sun.", "rejected_value": "Nothing."}])},
             id="cvalues",
         ),
+        pytest.param({"prompt": BOM + text(ASK), "chosen": BOM + text(YES), "rejected": BOM + text(NO)}, id="marks"),
+        pytest.param(
+            {"prompt": "What's up?", "chosen": f"\n{BOM}{text(YES)}", "rejected": text(BOM + text(NO))}, id="mark"
+        ),
+        pytest.param(
+            {"conversations": BOM + text(DICTS), "chosen": "The sun.", "rejected": "Nothing."}, id="mark-dicts"
+        ),
+        pytest.param({"instruction": "What's up?", "output": BOM + text(["The sun.", "Nothing."])}, id="mark-output"),
+        pytest.param(
+            {
+                "prompt": text([ASK[0] | {"name": math.nan}]),
+                "chosen": text(YES),
+                "rejected": text([NO[0] | {"tool_calls": math.nan}]),
+            },
+            id="nan",
+        ),
+        pytest.param(
+            {"conversations": text([DICTS[0] | {"weight": math.nan}]), "chosen": "The sun.", "rejected": "Nothing."},
+            id="nan-dicts",
+        ),
     ],
 )
 def test_json_text_is_read(tmp_path, model, record):
@@ -89,6 +111,7 @@ NUMPY = "[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': \
         pytest.param({"prompt": str(ASK), "chosen": "Yes.", "rejected": "No."}, id="prompt"),
         pytest.param({"conversations": str(DICTS), "chosen": "Yes.", "rejected": "No."}, id="sharegpt"),
         pytest.param({"instruction": "Hi", "output": str(["Yes.", "No."])}, id="output"),
+        pytest.param({"prompt": "Hi", "chosen": BOM + str(ASK + YES), "rejected": str(ASK + NO)}, id="mark"),
         pytest.param({"instruction": "Hi", "history": str([["a", "b"]]), "output": ["Yes.", "No."]}, id="history"),
         pytest.param({"prompt": ASK, "chosen": YES, "rejected": NO, "tools": str([TOOL])}, id="tools"),
         pytest.param(
@@ -117,6 +140,19 @@ def test_damaged_json_of_messages_is_refused(tmp_path, model, chosen):
     assert (result.exit_code, result.dropped) == (65, {"messages_not_json": 1}), result.said
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Hi", "chosen": '[{"role": "assistant", "content": "Yes.", "content": "Yea."}]', "rejected": "No."},
+        {"instruction": "Hi", "output": ["Yes.", "No."], "history": '[{"role": "user", "role": "system"}]'},
+        {"prompt": ASK, "chosen": YES, "rejected": NO, "tools": '[{"name": "tide", "name": "wind"}]'},
+    ],
+)
+def test_json_text_with_a_key_that_stands_twice_is_refused(tmp_path, model, record):
+    result = read(tmp_path, model, [record])
+    assert (result.exit_code, result.dropped) == (65, {"key_twice": 1}), result.said
+
+
 def test_line_ends_inside_json_text_are_read(tmp_path, model):
     chosen = '[{"role": "assistant", "content": "The\nsun."}]'
     result = read(tmp_path, model, [{"prompt": "What's up?", "chosen": chosen, "rejected": "Nothing."}])
@@ -142,6 +178,9 @@ def test_line_ends_inside_json_text_are_read(tmp_path, model):
         '[{"role": "user", "content": "Hi"}] is how messages look.',
         '[{"role": "user", "content": "Hi"}, 3]',
         "[x for x in 'role']",
+        f"{BOM}[1] Smith, 2020.",
+        '{"city": "Rome", "city": "Oslo"}',
+        '[{"city": NaN}]',
     ],
 )
 def test_other_text_stays_text(tmp_path, model, chosen):
