@@ -18,6 +18,7 @@ _SAVED = "state.json"  # of a Dataset that save_to_disk wrote
 _SAVED_DICT = "dataset_dict.json"  # of a DatasetDict
 _TEXT_KINDS = (".txt", ".txt.gz")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.\w+(?:\.gz)?")  # how the hub and `datasets` name splits
+_OF_SHARDS = re.compile(r"data-\d{5}-of-(\d{5})\.arrow")  # how save_to_disk names a Dataset's files
 _SPLIT_FILE = re.compile(r"((train|test|validation|valid|val|dev|eval)(?:_[A-Za-z]+)?)\.\w+(?:\.gz)?")
 
 
@@ -40,9 +41,12 @@ def data_files(path: Path, root: Path, where: str, split: str | None = None) -> 
     if not path.resolve().is_relative_to(root):
         raise EntryProblem(f"{where}: {path} lies outside dataset_dir {root}; move it inside or change dataset_dir")
     path = path.resolve()
+    if split is not None and "[" in split:
+        raise EntryProblem(_part(where, split))
     if not path.is_dir():
         if not path.name.endswith(FILE_KINDS):
             raise EntryProblem(f"{where}: {path.name} is none of the kinds {', '.join(FILE_KINDS)}")
+        _check_split(path.parent, split, where)
         if split not in (None, DEFAULT_SPLIT):
             raise EntryProblem(f"{where}: {path.name} is one file and has no split {split}; take the split out")
         return (path,)
@@ -55,6 +59,18 @@ def data_files(path: Path, root: Path, where: str, split: str | None = None) -> 
         if not file.resolve().is_relative_to(root):
             raise EntryProblem(f"{where}: {file} points outside dataset_dir {root}; move the data inside")
     return tuple(file.resolve() for file in found)
+
+
+def _part(where: str, split: str) -> str:
+    """What to say of a part of a split, such as `train[:100]`."""
+    first = re.fullmatch(r"(\w*)\[:(\d+)\]", split)
+    name = split.partition("[")[0]
+    instead = (
+        f"num_samples: {first[2]} in the entry, or max_samples: {first[2]} for all sets"
+        if first
+        else ("num_samples in the entry reads the first so many records; write any other part to a file of its own")
+    )
+    return f"{where}: a part of a split ({split}) is read of hub sets alone; name {name or DEFAULT_SPLIT}: {instead}"
 
 
 def is_saved_dict(folder: Path) -> bool:
@@ -110,16 +126,59 @@ def _saved(folder: Path, split: str | None, where: str) -> tuple[Path, ...]:
         raise EntryProblem(
             f"{where}: {folder} was saved with a selection of its rows; save it again with flatten_indices"
         )
-    own = state.get("_split")
-    if split is not None and own is not None and re.fullmatch(r"\w+", str(own)) and own != split:
-        raise EntryProblem(f"{where}: {folder.name} holds the split {own}, not {split}; correct split")
+    _check_split(folder, split, where)
     files = tuple(folder / name for name in names)
+    _check_shards(folder, names, where)
     for file in files:
         if not file.is_file():
             raise EntryProblem(
                 f"{where}: {folder / _SAVED} names {file.name}, which is not there; copy the whole folder"
             )
     return files
+
+
+def _check_split(folder: Path, split: str | None, where: str) -> None:
+    """Raise EntryProblem where a saved Dataset is another split than the one that is asked for."""
+    if split is None or not (folder / _SAVED).is_file():
+        return
+    own = _read(folder / _SAVED, where).get("_split")
+    if is_saved_dict(folder.parent):
+        splits = _read(folder.parent / _SAVED_DICT, where).get("splits") or []
+        own = folder.name if folder.name in splits else own  # its Dataset may come from a set where it had another name
+    if own is not None and re.fullmatch(r"\w+", str(own)) and own != split:
+        raise EntryProblem(f"{where}: {folder.name} holds the split {own}, not {split}; correct split")
+
+
+def check_file_split(path: Path, split: str, where: str) -> None:
+    """Raise EntryProblem where a name asks a file for another split than the one that the file is named after.
+
+    An entry's `split: train` says nothing of a file: `datasets` calls every file so.
+    """
+    match = _SHARD.fullmatch(path.name) or _SPLIT_FILE.fullmatch(path.name)
+    if path.is_file() and match and match[1] != split and not (path.parent / _SAVED).is_file():
+        raise EntryProblem(f"{where}: {path.name} is named after the split {match[1]}, not {split}; take the split out")
+
+
+def _check_shards(folder: Path, names: list[str], where: str) -> None:
+    """Raise EntryProblem where state.json names some shards of a saved Dataset and not the others, or one twice."""
+    counts = {int(match[1]) for name in names if (match := _OF_SHARDS.fullmatch(name))}
+    if len(set(names)) < len(names) or (counts and counts != {len(names)}):
+        raise EntryProblem(
+            f"{where}: {folder / _SAVED} names {len(names)} files ({names[0]}, ...), and by their names there are "
+            f"{' or '.join(map(str, sorted(counts)))}; copy the whole folder again, or save the data set again"
+        )
+
+
+def check_saved_columns(file: Path, names: list[str]) -> None:
+    """Raise EntryProblem where a file has other columns than dataset_info.json says of the Dataset saved there."""
+    if not (file.parent / _SAVED).is_file() or not (file.parent / INFO_FILE).is_file():
+        return
+    features = _read(file.parent / INFO_FILE, file.parent.name).get("features")
+    if isinstance(features, dict) and set(features) != set(names):
+        raise EntryProblem(
+            f"{file} has the columns {', '.join(names)}, and {INFO_FILE} beside it says {', '.join(features)}: the "
+            "files are of different data sets; copy the whole folder again"
+        )
 
 
 def _read(path: Path, where: str) -> dict[str, Any]:

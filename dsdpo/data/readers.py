@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dsdpo.data.dropped import Dropped
+from dsdpo.data.folders import EntryProblem, check_saved_columns
 from dsdpo.data.json_decoder import DECODER
 from dsdpo.data.json_files import iter_json
 from dsdpo.data.registry import DatasetEntry
@@ -26,6 +27,7 @@ RawRow = dict[str, Any] | bytes
 
 _PARQUET_ROWS = 1024
 _HUB_ROWS = 1000
+_CONTINUES = b"\xff" * 4  # before each message of an Arrow stream
 _UNKNOWN_SPLIT = re.compile(r'Unknown split "(.*)"\. Should be one of \[(.*)\]')
 
 
@@ -65,6 +67,8 @@ def _all_rows(entry: DatasetEntry) -> Iterator[tuple[str, RawRow]]:
         try:
             for number, row in _file_rows(source, entry):
                 yield f"{source.label}:{number}", row
+        except EntryProblem as problem:
+            raise DataError(str(problem)) from problem
         except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
             raise DataError(f"{path} cannot be read: {error}; fetch it again or repair it") from error
 
@@ -158,14 +162,36 @@ def _arrow_batches(source: Source) -> Iterator[pa.RecordBatch]:
     """Arrow's file format, or the stream format that `datasets` writes. Not mapped: read pages are given back."""
     import pyarrow as pa
 
-    with source.path.open("rb") as stream:
-        head = stream.read(4096)
+    with source.path.open("rb") as start:
+        head = start.read(4096)
     if not head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) and (kind := kind_of_file(head)):
         raise source.error(1, 0, *kind)
     with pa.OSFile(str(source.path)) as file:
         if not head.startswith(b"ARROW1"):
-            yield from pa.ipc.open_stream(file)
+            stream = pa.ipc.open_stream(file)
+            check_saved_columns(source.path, stream.schema.names)
+            yield from stream
+            _check_stream_end(source, file)
             return
         reader = pa.ipc.open_file(file)
+        check_saved_columns(source.path, reader.schema.names)
         for number in range(reader.num_record_batches):
             yield reader.get_batch(number)
+
+
+def _check_stream_end(source: Source, file: pa.OSFile) -> None:
+    """Raise DataError unless a stream that has been read ends with its mark: a cut between two batches lacks it."""
+    end = file.tell()
+    file.seek(0)
+    begins = file.read(4)  # streams from before Arrow 0.15 begin and end without it
+    file.seek(max(end - 8, 0))
+    if begins == _CONTINUES and file.read(8) != _CONTINUES + bytes(4):
+        raise DataError(
+            f"{source.label}: an Arrow stream without its end, after byte {end}: it was cut off, or its writer did not "
+            "close it; copy it again, or write it again"
+        )
+    if end < file.size():
+        raise DataError(
+            f"{source.label}: the stream ends at byte {end} of {file.size()}, and what follows it would be lost; "
+            "give each stream a file of its own"
+        )

@@ -17,7 +17,15 @@ from typing import Any
 
 from dsdpo.config.aliases import did_you_mean
 from dsdpo.config.schema import RunConfig
-from dsdpo.data.folders import DEFAULT_SPLIT, FILE_KINDS, INFO_FILE, EntryProblem, data_files, is_saved_dict
+from dsdpo.data.folders import (
+    DEFAULT_SPLIT,
+    FILE_KINDS,
+    INFO_FILE,
+    EntryProblem,
+    check_file_split,
+    data_files,
+    is_saved_dict,
+)
 from dsdpo.data.formats.detect import COLUMNS, READS, TAGS, unread
 from dsdpo.errors import Problem
 
@@ -166,6 +174,7 @@ def _entry(name: str, info: dict[str, Any], root: Path) -> DatasetEntry:
     if with_split := _WITH_SPLIT.fullmatch(name):
         without, split = with_split.groups()
         if (found := _path(without, root)) is not None:
+            check_file_split(found, split, name)
             return DatasetEntry(name, root, files=data_files(found, root, name, split), split=split)
         if _HUB_ID.fullmatch(without) and not without.endswith(FILE_KINDS):
             return DatasetEntry(name, root, hub_id=without, split=split)

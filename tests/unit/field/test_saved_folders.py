@@ -63,6 +63,40 @@ def own_split(folder: Path) -> None:
     Dataset.from_list(records(4, "test"), split="test").save_to_disk(folder)
 
 
+def one_of_two(folder: Path) -> None:
+    """state.json names a part of the files that the folder was saved as."""
+    Dataset.from_list(records(4)).save_to_disk(folder, num_shards=2)
+    state = json.loads((folder / "state.json").read_text())
+    del state["_data_files"][0]
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def file_of_another(folder: Path) -> None:
+    """The file of another data set under the name of this one's."""
+    Dataset.from_list([{**record, "note": "x"} for record in records(4)]).save_to_disk(folder.parent / "other")
+    Dataset.from_list(records(4)).save_to_disk(folder)
+    name = "data-00000-of-00001.arrow"
+    (folder.parent / "other" / name).replace(folder / name)
+
+
+def renamed_split(folder: Path) -> None:
+    """A DatasetDict whose split `dev` was the split `train` of another set."""
+    DatasetDict({"dev": Dataset.from_list(records(4, "test"), split="train")}).save_to_disk(folder)
+
+
+def stream(end: int) -> Callable[[Path], object]:
+    """An Arrow stream of two batches, without its last `end` bytes; negative: with a second stream behind it."""
+
+    def write(path: Path) -> None:
+        table = pa.Table.from_pylist(records(4))
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+        content = path.read_bytes()
+        path.write_bytes(content[:-end] if end > 0 else content * (1 - end))
+
+    return write
+
+
 def hub_layout(folder: Path, **splits: int) -> None:
     folder.mkdir()
     for name, n in splits.items():
@@ -99,6 +133,27 @@ CASES: list[tuple[Callable[[Path], object], str, dict[str, Any] | None, int, lis
     (lambda p: hub_layout(p.with_name("hub"), train=2, test=4), "hub:test", None, 0, TEST),
     (lambda p: hub_layout(p, train_prefs=2), "hub", None, 64, []),
     (lambda p: hub_layout(p, train=2), "hub", None, 0, ["train 0?", "train 1?"]),
+    (one_of_two, "saved", None, 64, []),
+    (file_of_another, "saved", None, 65, []),
+    (lambda p: saved(p.parent, train=3, test=4), "saved/test:train", None, 64, []),
+    (lambda p: saved(p.parent, train=3, test=4), "saved/test:test", None, 0, TEST),
+    (lambda p: saved(p.parent, train=3, test=4), "saved/test", {"split": "train"}, 64, []),
+    (
+        lambda p: saved(p.parents[1], train=3, test=4),
+        "saved/test/data-00000-of-00001.arrow",
+        {"split": "train"},
+        64,
+        [],
+    ),
+    (lambda p: saved(p.parents[1], train=3, test=4), "saved/test/data-00000-of-00001.arrow", None, 0, TEST),
+    (lambda p: renamed_split(p.with_name("saved")), "saved:dev", None, 0, TEST),
+    (lambda p: renamed_split(p.parent), "saved/dev", {"split": "train"}, 64, []),
+    (stream(0), "stream.arrow", None, 0, TREES[:4]),
+    (stream(8), "stream.arrow", None, 65, []),
+    (stream(4), "stream.arrow", None, 65, []),
+    (stream(200), "stream.arrow", None, 65, []),
+    (stream(-1), "stream.arrow", None, 65, []),
+    (lambda p: saved(p, train=3), "saved", {"split": "train[:1]"}, 64, []),
     (lines_and_text, "mixed", None, 0, ["a 0?", "a 1?"]),
 ]
 
@@ -155,11 +210,13 @@ def test_files_named_like_splits_are_splits(tmp_path) -> None:
         "b:train_prefs": ["train_prefs.json"],
         "c": ["one.jsonl", "two.jsonl"],
         "c/one.jsonl:train": ["one.jsonl"],
+        "a/test.jsonl": ["test.jsonl"],
     }
     for name, files in read_files.items():
         entries, problems = resolve([name], tmp_path)
         assert not problems and [file.name for file in entries[0].files] == files
-    for name in ("a", "b", "a:val", "c:test", "c/one.jsonl:test"):
+    parts = ("c/one.jsonl:train[:1]", "a:train[1:]", "c:[:10%]")
+    for name in ("a", "b", "a:val", "c:test", "c/one.jsonl:test", "a/test.jsonl:train", *parts):
         assert [problem.code for problem in resolve([name], tmp_path)[1]] == ["dataset"], name
 
 
