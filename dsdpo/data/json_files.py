@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any
 
 from dsdpo.data.formats.detect import detect
-from dsdpo.data.utf8 import Source, first_character, iter_lines, iter_pieces, opened
+from dsdpo.data.utf8 import Line, Source, first_character, iter_lines, iter_pieces, opened, refuse_ascii_encodings
 from dsdpo.errors import DataError
 
 _TRIED_LINES = 10  # when none of a file's first lines is JSON, the file is at fault and not its records
@@ -20,8 +20,6 @@ _NEAR_END = 16  # an error this close to the end of what was read may only mean 
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[\s\ufeff]*")
 _WRAPPER = re.compile(r'\s*\{\s*(?:"[^"]*"\s*:\s*(?:"[^"]*"|[\w.]+)\s*,\s*)*"([^"]+)"\s*:\s*\[\s*(?=\{)')
-
-Line = tuple[int, int, str]  # number, first byte, text
 
 
 def iter_json(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[int, bytes]]:
@@ -63,6 +61,7 @@ def _iter_json_lines(source: Source, stream: BufferedReader, columns: Mapping[st
                 break
         fault = _several_lines(source, tried, columns)
         if fault or all(_parse_error(line[2]) for line in tried[:_TRIED_LINES]):
+            refuse_ascii_encodings(source, tried)
             raise fault or _not_json(source, tried[0], error)
     for number, _, text in chain(tried, lines):
         yield number, text.encode()

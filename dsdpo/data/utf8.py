@@ -5,18 +5,22 @@ from __future__ import annotations
 import codecs
 import gzip
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import cast
 
+from dsdpo.data.ascii_encodings import ISO_2022, ISO_2022_NAMES, AsciiEncodings
 from dsdpo.data.json_decoder import BOM
 from dsdpo.errors import DataError
 
 _HEAD = 4096  # bytes by which a kind of file is recognized
 _SAMPLE = 1 << 16  # bytes by which an encoding is guessed
+
+
+Line = tuple[int, int, str]  # number, first byte, text
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,6 @@ _SIGNS: tuple[tuple[bytes, str, str], ...] = (
 _BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
 _PICKLE = re.compile(rb"\x80[\x02-\x05][\x95\}\]cq]")
 _HTML = re.compile(rb"(?is)\s*(?:<!--.*?-->\s*)?(?:<\?xml[^>]*>\s*)?<(?:!doctype|html|head|body|script)")
-_ISO_2022 = re.compile("\x1b[$(][@A-Z(]")  # how such text changes its character set
 _BOMS = (
     (codecs.BOM_UTF8, ""),
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -109,20 +112,21 @@ def iter_lines(source: Source, stream: BufferedReader) -> Iterator[tuple[int, in
     Raises:
         DataError: the file is not UTF-8 text to its end.
     """
-    byte, is_ascii = 0, True
+    byte, is_ascii, may_be_encoded, encodings = 0, True, True, AsciiEncodings()
     for number, line in enumerate(stream, 1):
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
             raise _not_utf8(source, number, byte, line + stream.read(_SAMPLE), error, is_ascii) from None
+        _refuse_iso_2022(source, text, number, byte)
         is_ascii = is_ascii and line.isascii()
-        if found := _ISO_2022.search(text):
-            at = byte + len(text[: found.start()].encode())
-            raise source.error(number, at, "ISO-2022 text, and only UTF-8 is read", _iconv(source, "ISO-2022-JP"))
+        may_be_encoded = may_be_encoded and is_ascii and encodings.add(text, number, byte)
         if "\0" in text:
             raise _nul(source, number, byte + line.index(b"\0"))
         yield number, byte, text.removeprefix(BOM)
         byte += len(line)
+    if may_be_encoded:
+        _check_ascii_encodings(source, encodings)
 
 
 def iter_pieces(source: Source, stream: BufferedReader, size: int) -> Iterator[str]:
@@ -134,7 +138,7 @@ def iter_pieces(source: Source, stream: BufferedReader, size: int) -> Iterator[s
         DataError: as `iter_lines` does.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    line, byte, is_ascii = 1, 0, True
+    line, byte, is_ascii, may_be_encoded, encodings = 1, 0, True, True, AsciiEncodings()
     while True:
         piece = stream.read(size)
         pending = decoder.getstate()[0]
@@ -145,15 +149,44 @@ def iter_pieces(source: Source, stream: BufferedReader, size: int) -> Iterator[s
             raise _not_utf8(
                 source, line, byte - len(pending), error.object + stream.read(_SAMPLE), error, is_ascii
             ) from None
+        _refuse_iso_2022(source, text, line, byte)
         is_ascii = is_ascii and piece.isascii()
+        if may_be_encoded:  # the end of a piece may cut an escape, and quotes stand outside of them
+            may_be_encoded = is_ascii and (byte > 0 or encodings.add(text[: text.rfind('"')], line, byte))
         if "\0" in text:
             at = piece.index(b"\0")
             raise _nul(source, line + piece[:at].count(b"\n"), byte + at)
+        if not piece and may_be_encoded:
+            _check_ascii_encodings(source, encodings)
         yield text
         if not piece:
             return
         line += piece.count(b"\n")
         byte += len(piece)
+
+
+def _refuse_iso_2022(source: Source, text: str, line: int, byte: int) -> None:
+    if "\x1b$" in text and (found := ISO_2022.search(text)):
+        place = line + text.count("\n", 0, found.start()), byte + len(text[: found.start()].encode())
+        raise _encoded(source, *place, ISO_2022_NAMES.get("".join(found.groups("")), "ISO-2022-JP"))
+
+
+def refuse_ascii_encodings(source: Source, lines: Iterable[Line]) -> None:
+    """Raise DataError where the first lines of a file, which are no records, are in an encoding of ASCII bytes."""
+    found = AsciiEncodings()
+    if all(found.add(text, number, byte) for number, byte, text in lines):
+        _check_ascii_encodings(source, found)
+
+
+def _check_ascii_encodings(source: Source, found: AsciiEncodings) -> None:
+    """Raise DataError where a file that has been read to its end was in one of them."""
+    if likely := found.likely():
+        name, place = likely
+        raise _encoded(source, *place, name)
+
+
+def _encoded(source: Source, line: int, byte: int, name: str) -> DataError:
+    return source.error(line, byte, f"{name} text, and only UTF-8 is read", _iconv(source, name))
 
 
 def _nul(source: Source, line: int, byte: int) -> DataError:
@@ -165,7 +198,7 @@ def _check_text_head(source: Source, head: bytes) -> None:
         raise source.error(1, 0, *kind)
     name = next((name for bom, name in _BOMS if head.startswith(bom)), "") or _by_zero_bytes(head)
     if name:
-        raise source.error(1, 0, f"{name} text, and only UTF-8 is read", _iconv(source, name))
+        raise _encoded(source, 1, 0, name)
 
 
 def _by_zero_bytes(head: bytes) -> str:
@@ -185,6 +218,9 @@ def _by_zero_bytes(head: bytes) -> str:
 
 def _iconv(source: Source, encoding: str) -> str:
     name = source.path.name
+    if encoding == "HZ":  # few versions of iconv know it
+        code = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read().decode('hz').encode())"
+        return f'convert it: python -c "{code}" < {name} > utf8.{name}'
     if name.endswith(".gz"):
         return f"convert it: gunzip -c {name} | iconv -f {encoding} -t UTF-8 | gzip > utf8.{name}"
     return f"convert it: iconv -f {encoding} -t UTF-8 {name} > utf8.{name}"

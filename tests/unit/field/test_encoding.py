@@ -38,6 +38,7 @@ def csv(records: list[dict[str, Any]]) -> str:
     return "prompt,chosen,rejected\n" + "".join(",".join(f'"{v}"' for v in r.values()) + "\n" for r in records)
 
 
+PRETTY_JAPANESE = [{"prompt": "東京の天気は?", "chosen": "はれです。", "rejected": "いいえ"}]
 GZIPPED = gzip.compress(lines(PLAIN).encode())
 TWO_LINES = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "ü", "chosen": "b", "rejected": "c"}\n'
 
@@ -62,6 +63,19 @@ REFUSED = [
     ("utf32.jsonl", lines(PLAIN).encode("utf-32"), ":1, byte 0"),
     ("utf32le.jsonl", lines(PLAIN).encode("utf-32-le"), ":1, byte 0"),
     ("mail.csv", csv([{"p": "東京の天気は?", "c": "はれです。", "r": "いいえ"}]).encode("iso2022_jp"), ":2, byte 24"),
+    ("mail.json", json.dumps(PRETTY_JAPANESE, ensure_ascii=False).encode("iso2022_jp"), ":1, byte 13"),
+    ("korean.csv", csv([{"p": "서울은?", "c": "맑아요.", "r": "몰라요."}]).encode("iso2022_kr"), ":2, byte 24"),
+    ("hz.jsonl", lines(CHINESE).encode("hz"), ":1, byte 12"),
+    ("hz.csv", csv(CHINESE).encode("hz"), ":2, byte 24"),
+    ("utf7.jsonl", lines(LATIN).encode("utf-7"), ":1, byte 13"),
+    ("utf7.csv", csv(CHINESE).encode("utf-7"), ":2, byte 24"),
+    ("utf7.json", json.dumps(CHINESE, ensure_ascii=False).encode("utf-7"), ":1, byte 13"),
+    ("utf7.jsonl.gz", gzip.compress((json.dumps(PLAIN[0]) + "\n" + lines(CHINESE)).encode("utf-7")), ":2, byte"),
+    (
+        "iconv7.jsonl",
+        "".join(f"+AHsAIg-prompt+ACIAOgAi-O+APk +AOA c+APQ-t+AOk {i}+ACIAfQ-\n" for i in "abc").encode(),
+        ":1, byte",
+    ),
     ("damaged.jsonl", lines(CHINESE).encode() + b'{"prompt": "caf\xe9"}\n', ":3, byte"),
     ("commas.jsonl", lines(PLAIN).replace("\n", ",\n").encode(), f":1, byte {len(lines(PLAIN[:1])) - 1}"),
     ("cut.jsonl", lines(CHINESE).encode()[:-30], ":2, byte"),
@@ -130,6 +144,28 @@ def test_utf8_is_read_whatever_is_around_the_records(tmp_path, model_folder, nam
     found = read(tmp_path / "run", model_folder, content, name)
     assert (found.exit_code, found.dropped) == (0, {}), found.said
     assert found.texts == [[r["prompt"], f"{r['chosen']}<|im_end|>", f"{r['rejected']}<|im_end|>"] for r in PLAIN]
+
+
+ASCII = [
+    "Write +1-800-555 and C++17, or +foo.",
+    "In LaTeX: Fig.~{\\bf 3}, ~{, ~} and ~{ab~}.",
+    "UTF-7 writes é as +AOk- and à as +AOA-, 1 + 1 = 2.",
+    "HZ writes ~{<:Ky2;~} and ~{RV;~} in ~ASCII.",
+    "caf+AOk-",
+    "a+b+c",
+    "\x1b(B plain",
+    "~~~",
+]
+
+
+@pytest.mark.parametrize("text", ASCII)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_ascii_text_that_holds_a_mark_of_an_encoding_is_read(tmp_path, model_folder, name, text) -> None:  # noqa: F811
+    text = text.encode("ascii", "backslashreplace").decode() if name == "a.csv" else text
+    records = [{"prompt": text, "chosen": f"Yes {text}", "rejected": "No."}]
+    content = {"a.jsonl": json.dumps(records[0]), "a.json": json.dumps(records), "a.csv": csv(records)}[name]
+    found = read(tmp_path / "run", model_folder, content.encode(), name)
+    assert (found.exit_code, [texts[0] for texts in found.texts]) == (0, [text]), found.said
 
 
 LINES = [
