@@ -26,9 +26,9 @@ def check_first_records(rows: RowEncoder, entry: DatasetEntry, max_samples: int 
 
     Raises:
         ConfigError: the template does not fit the data.
-        DataError: a record has a fatal fault.
+        DataError: a record has a fatal fault, or there is none.
     """
-    end = None
+    end = source = None
     for source, raw in itertools.islice(iter_rows(entry, max_samples), LOOKED_AT):
         example = rows.example(raw, entry)
         if not isinstance(example, Example):
@@ -37,7 +37,19 @@ def check_first_records(rows: RowEncoder, entry: DatasetEntry, max_samples: int 
         else:
             rows.encoder.check_supports(example)
             end = end or rows.encoder.end_token(example)
+    if source is None:
+        raise DataError(no_records(entry))
     return end
+
+
+def no_records(entry: DatasetEntry) -> str:
+    """What to say of a set without records."""
+    files = ", ".join(path.name for path in entry.files[:3]) + (", ..." if len(entry.files) > 3 else "")
+    note = "; the first line of a CSV file names its columns and is no record" if ".csv" in files else ""
+    return (
+        f"{entry.name}{f' ({files})' if files and files != entry.name else ''} holds no record{note}: write it again "
+        "with its records, or take its name out of the run"
+    )
 
 
 def check_fatal(batch: pa.RecordBatch) -> None:

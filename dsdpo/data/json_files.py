@@ -10,7 +10,17 @@ from itertools import chain
 from typing import Any
 
 from dsdpo.data.formats.detect import detect
-from dsdpo.data.utf8 import Line, Source, first_character, iter_lines, iter_pieces, opened, refuse_ascii_encodings
+from dsdpo.data.json_shapes import piped, quoted, shape_of
+from dsdpo.data.utf8 import (
+    Line,
+    Source,
+    cr_alone,
+    first_character,
+    iter_lines,
+    iter_pieces,
+    opened,
+    refuse_ascii_encodings,
+)
 from dsdpo.errors import DataError
 
 _TRIED_LINES = 10  # when none of a file's first lines is JSON, the file is at fault and not its records
@@ -36,12 +46,25 @@ def iter_json(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[int,
         if first_character(stream) != "[":
             yield from _iter_json_lines(source, stream, columns)
         elif ".jsonl" not in source.path.suffixes:
-            yield from _ArrayReader(source, stream).items()
+            yield from _ArrayReader(source, stream).items(columns)
         else:
-            number, byte, _ = next(line for line in iter_lines(source, stream) if line[2].strip())
-            name = source.path.name.replace(".jsonl", ".json")
-            what = "a JSON array, where a .jsonl file has one object in each line"
-            raise source.error(number, byte, what, f"give it the name {name}, under which an array is read")
+            raise _array_in_lines(source, stream)
+
+
+def _array_in_lines(source: Source, stream: BufferedReader) -> DataError:
+    """What to say of a .jsonl file that begins with an array."""
+    lines = (line for line in iter_lines(source, stream) if line[2].strip())
+    number, byte, text = next(lines)
+    name = source.path.name
+    remedy = f"write one in each line: {piped(name, 'jq -c', quoted('.[]'))} > records.jsonl"
+    what = "a JSON array, where a .jsonl file has one object in each line"
+    if isinstance(values := _first_value(text, len(text) - len(text.lstrip())), list):
+        if values and not isinstance(values[0], dict):
+            remedy = 'write each record as an object that names its values: {"prompt": ..., "chosen": ...}'
+        if next(lines, None) is not None:  # and so in each line
+            return source.error(number, byte, what, remedy)
+    renamed = f", or give it the name {name.replace('.jsonl', '.json')}, under which one array is read"
+    return source.error(number, byte, what, remedy + renamed)
 
 
 def _iter_json_lines(source: Source, stream: BufferedReader, columns: Mapping[str, str]) -> Iterator[tuple[int, bytes]]:
@@ -51,7 +74,7 @@ def _iter_json_lines(source: Source, stream: BufferedReader, columns: Mapping[st
     if not tried:
         raise source.error(1, 0, "the file is empty", "fetch it again, or remove it")
     if (error := _parse_error(tried[0][2])) is None:
-        _refuse_wrapper(source, tried[0], json.loads(tried[0][2]), columns)
+        _refuse_shape(source, tried[0], json.loads(tried[0][2]), columns)
     else:
         length = 0
         for line in lines:
@@ -76,41 +99,34 @@ def _parse_error(text: str) -> Exception | None:
     return None
 
 
-def _refuse_wrapper(source: Source, line: Line, record: Any, columns: Mapping[str, str]) -> None:
-    """Raise DataError for `{"data": [records]}`: a record that has no format, around records that have one."""
-    if not isinstance(record, dict) or detect(record, columns):
-        return
-    for key, value in record.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict) and detect(value[0], columns):
-            raise _wrapper(source, line, key)
-
-
-def _wrapper(source: Source, line: Line, key: str) -> DataError:
-    what = f"one JSON object whose key {key!r} holds the records"
-    remedy = f"keep the list alone: jq -c '.[\"{key}\"][]' {source.path.name} > records.jsonl"
-    return source.error(line[0], line[1], what, remedy)
+def _refuse_shape(source: Source, line: Line, value: Any, columns: Mapping[str, str], at: str = ".") -> None:
+    """Raise DataError for a value that is no record, and holds records that are known."""
+    if shape := shape_of(value, columns, source.path.name, at):
+        raise source.error(line[0], line[1], *shape)
 
 
 def _several_lines(source: Source, lines: list[Line], columns: Mapping[str, str]) -> DataError | None:
     """The fault of a file whose first line begins an object that a later line ends."""
     whole = "".join(line[2] for line in lines)
     number, byte, text = lines[0]
-    if found := _WRAPPER.match(whole):
-        item = _first_value(whole, found.end())
-        if isinstance(item, dict) and detect(item, columns):
-            return _wrapper(source, lines[0], found[1])
+    start = len(whole) - len(whole.lstrip())
     try:
-        _, end = _DECODER.raw_decode(whole, len(whole) - len(whole.lstrip()))
+        value, end = _DECODER.raw_decode(whole, start)
     except json.JSONDecodeError as error:
-        if not (len(whole) >= _WHOLE_OBJECT // 2 and whole.lstrip().startswith("{") and _may_go_on(error, whole)):
+        found = _WRAPPER.match(whole)
+        if found and isinstance(item := _first_value(whole, found.end()), dict) and detect(item, columns):
+            _refuse_shape(source, lines[0], {found[1]: [item]}, columns)
+        if not (len(whole) >= _WHOLE_OBJECT // 2 and whole.startswith("{", start) and _may_go_on(error, whole)):
             return None
-        end = len(whole)
+        value, end = None, len(whole)
     except (ValueError, RecursionError):  # such as a number of more digits than Python converts
         return None
     if end <= len(text.rstrip()):
         return None
+    _refuse_shape(source, lines[0], value, columns)
     what = "a JSON object over several lines, where each line is to be one record"
-    return source.error(number, byte, what, f"write one in each line: jq -c . {source.path.name} > lines.jsonl")
+    remedy = f"write one in each line: {piped(source.path.name, 'jq -c .')} > lines.jsonl"
+    return source.error(number, byte, what, remedy)
 
 
 def _first_value(text: str, start: int) -> Any:
@@ -130,6 +146,8 @@ def _not_json(source: Source, line: Line, error: Exception) -> DataError:
     if text.lstrip().startswith(("{'", '{"')) and error.msg == "Extra data":
         if text[error.pos :].strip() == ",":
             return source.error(number, byte, "a comma after the record", "take it out: each line is one record")
+        if text[: error.pos].rstrip(" \t").endswith("\r"):
+            return source.error(number, byte, *cr_alone(source))
         return source.error(number, byte, "a second JSON value in the same line", "write one record in each line")
     remedy = "write each record as a JSON object in its own line"
     if text.lstrip().startswith("{'"):
@@ -158,15 +176,19 @@ class _ArrayReader:
         self._line, self._byte = 1, 0  # of the first character of the text
         self._ended = False
 
-    def items(self) -> Iterator[tuple[int, bytes]]:
-        """Number, from 1, and JSON text of each."""
+    def items(self, columns: Mapping[str, str]) -> Iterator[tuple[int, bytes]]:
+        """Number, from 1, and JSON text of each. Raises DataError for one that holds the records in it."""
         self._next()
         self._at += 1
         is_empty = self._next() == "]"
         number = 0
         while not is_empty:
             number += 1
-            yield number, self._item().encode()
+            place = self._place(self._at) if number == 1 else (0, 0)
+            item = self._item()
+            if number == 1:
+                _refuse_shape(self._source, (*place, item), json.loads(item), columns, ".[]")
+            yield number, item.encode()
             mark = self._next()
             if mark == "]":
                 break
@@ -175,6 +197,11 @@ class _ArrayReader:
             self._at += 1
             self._next()
         self._at += 1
+        if self._next() == "[":
+            remedy = (
+                f"write all records in one: {piped(self._source.path.name, 'jq -c', quoted('.[]'))} > records.jsonl"
+            )
+            raise self._error(self._at, "a second array after the first", remedy)
         if self._next():
             raise self._error(self._at, "more text after the end of the array")
 
@@ -223,8 +250,13 @@ class _ArrayReader:
                     return item
             self._read()
 
-    def _error(self, at: int, what: str) -> DataError:
+    def _place(self, at: int) -> tuple[int, int]:
+        """Line and byte of a character of the text."""
         passed = self._text[:at]
-        remedy = "repair the file, or fetch it again: one array of objects is read, or one object in each line"
-        line, byte = self._line + passed.count("\n"), self._byte + len(passed.encode())
-        return self._source.error(line, byte, f"not JSON: {what}", remedy)
+        return self._line + passed.count("\n"), self._byte + len(passed.encode())
+
+    def _error(self, at: int, what: str, remedy: str = "") -> DataError:
+        remedy = (
+            remedy or "repair the file, or fetch it again: one array of objects is read, or one object in each line"
+        )
+        return self._source.error(*self._place(at), f"not JSON: {what}", remedy)

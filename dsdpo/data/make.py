@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dsdpo.config.schema import RunConfig
-from dsdpo.data.account import LOOKED_AT, check_fatal, check_first_records, note_missing
+from dsdpo.data.account import LOOKED_AT, check_fatal, check_first_records, no_records, note_missing
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.encode import CUT_BOTH, Limits, RowEncoder
 from dsdpo.data.folders import INFO_FILE
@@ -72,8 +73,6 @@ def make_set(
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
         counts = _write(rows, config, temporary)
-        if counts["rows"] == 0:
-            raise DataError(f"{', '.join(config.dataset)}: there is no record at all")
         _check_refused(config, counts, temporary / DROPPED_ROWS, path.with_suffix(".dropped_rows.jsonl"))
         if CUT_BOTH in counts["notes"]:  # an earlier version dropped such records
             identity = replace(identity, earlier_fingerprint=None)
@@ -90,36 +89,52 @@ def _with_formatting(entry: DatasetEntry, config: RunConfig) -> DatasetEntry:
     """The entry with its format, told from the first rows where the entry does not say it."""
     if entry.formatting is not None:
         return entry
-    keys: set[str] = set()
-    for number, (_, raw) in enumerate(iter_rows(entry, config.max_samples)):
-        if number == LOOKED_AT:
-            break
+    seen: list[Any] = []
+    for _, raw in islice(iter_rows(entry, config.max_samples), LOOKED_AT):
         try:
             row = parse_row(raw)
-        except Dropped:
-            continue
-        if not isinstance(row, dict):
-            continue
-        row = {key: value for key, value in row.items() if key not in entry.ignore_columns}
-        if formatting := detect(row, entry.columns):
-            if left := unread(formatting, entry.columns):
-                raise DataError(
-                    f"{entry.name} looks like {formatting}, which does not read columns.{', columns.'.join(left)}; it "
-                    f"reads {', '.join(READS[formatting])}: change columns, or give the formatting in {INFO_FILE}"
-                )
-            return replace(entry, formatting=formatting)
-        if not entry.columns and (found := detect_in_any_case(row)):
-            return replace(entry, formatting=found[0], columns=found[1])
-        keys.update(str(key) for key in row)
-    holds = f"it has the columns {', '.join(sorted(keys))}" if keys else "it holds no JSON object"
-    if keys == {"text"}:
+        except Dropped as dropped:
+            row = dropped
+        if isinstance(row, dict):
+            row = {key: value for key, value in row.items() if key not in entry.ignore_columns}
+            if formatting := detect(row, entry.columns):
+                _check_unread(entry, formatting)
+                return replace(entry, formatting=formatting)
+            if not entry.columns and (found := detect_in_any_case(row)):
+                return replace(entry, formatting=found[0], columns=found[1])
+        seen.append(row)
+    raise DataError(_unknown_format(entry, seen, config.stage))
+
+
+def _check_unread(entry: DatasetEntry, formatting: str) -> None:
+    if left := unread(formatting, entry.columns):
         raise DataError(
-            f"{entry.name} holds plain text, which a stage that trains on text alone would take; stage {config.stage} "
+            f"{entry.name} looks like {formatting}, which does not read columns.{', columns.'.join(left)}; it reads "
+            f"{', '.join(READS[formatting])}: change columns, or give the formatting in {INFO_FILE}"
+        )
+
+
+def _unknown_format(entry: DatasetEntry, seen: list[Any], stage: str) -> str:
+    """What to say of a set whose first records have no format that is known. `seen`: as parsed, or why not."""
+    if not seen:
+        return no_records(entry)
+    keys = sorted({str(key) for row in seen if isinstance(row, dict) for key in row})
+    if keys == ["text"]:
+        return (
+            f"{entry.name} holds plain text, which a stage that trains on text alone would take; stage {stage} "
             "needs records with a chosen and a rejected answer"
         )
-    raise DataError(
-        f"cannot tell the format of {entry.name}: {holds}; describe it in {INFO_FILE} with formatting "
-        f"({', '.join(READS)}) and columns"
+    if keys:
+        return (
+            f"cannot tell the format of {entry.name}: it has the columns {', '.join(keys)}; describe it in {INFO_FILE} "
+            f"with formatting ({', '.join(READS)}) and columns"
+        )
+    if isinstance(seen[0], Dropped):
+        return f"{entry.name}: the first records cannot be read: {seen[0]}; repair them"
+    kind = "an object without a key" if isinstance(seen[0], dict) else f"a {type(seen[0]).__name__}"
+    return (
+        f"{entry.name}: the first record is {kind}; write each as a JSON object that names its values, such as "
+        '{"prompt": "...", "chosen": "...", "rejected": "..."}'
     )
 
 

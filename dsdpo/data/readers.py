@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import re
-import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from dsdpo.data.csv_files import iter_csv
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.folders import EntryProblem, check_saved_columns
 from dsdpo.data.json_decoder import DECODER
@@ -69,7 +68,7 @@ def _all_rows(entry: DatasetEntry) -> Iterator[tuple[str, RawRow]]:
                 yield f"{source.label}:{number}", row
         except EntryProblem as problem:
             raise DataError(str(problem)) from problem
-        except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise DataError(f"{path} cannot be read: {error}; fetch it again or repair it") from error
 
 
@@ -100,41 +99,10 @@ def _file_rows(source: Source, entry: DatasetEntry) -> Iterator[tuple[int, RawRo
     if name.endswith((".jsonl", ".json")):
         return iter_json(source, entry.columns)
     if name.endswith(".csv"):
-        return _csv_rows(source)
+        return iter_csv(source)
     if name.endswith(".txt"):
         return _text_rows(source)
     return _table_rows(_parquet_batches(source) if name.endswith(".parquet") else _arrow_batches(source))
-
-
-def _csv_rows(source: Source) -> Iterator[tuple[int, RawRow]]:
-    csv.field_size_limit(sys.maxsize)
-    with opened(source) as stream:
-        yield from _csv_records(source, csv.reader((text for _, _, text in iter_lines(source, stream)), strict=True))
-
-
-def _csv_records(source: Source, reader: Any) -> Iterator[tuple[int, RawRow]]:
-    names = next(reader, None)
-    if names is None:
-        raise source.error(1, 0, "the file is empty", "fetch it again, or remove it")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise source.error(1, 0, f"the column {twice[0]!r} stands twice in the first line", "rename one of them")
-    rows = iter(reader)
-    while True:
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            raise DataError(f"{source.label}:{reader.line_num}: not CSV: {error}; write double quotes twice") from error
-        if row is None:
-            return
-        if row == names:
-            raise DataError(f"{source.label}:{reader.line_num} names the columns again; keep the first such line alone")
-        if any(row[len(names) :]):
-            raise DataError(
-                f"{source.label}:{reader.line_num} has {len(row)} fields, the first line names {len(names)} columns; "
-                "put fields that hold commas or line breaks into double quotes"
-            )
-        if row:
-            yield reader.line_num, dict(itertools.zip_longest(names, row[: len(names)]))
 
 
 def _text_rows(source: Source) -> Iterator[tuple[int, RawRow]]:

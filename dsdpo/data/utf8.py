@@ -47,6 +47,12 @@ _SIGNS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x28\xb5\x2f\xfd", "zstd data", "unpack it with unzstd"),
     (b"\xfd7zXZ", "xz data", "unpack it with unxz"),
     (b"%PDF-", "a PDF document", "name a file of records"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it with 7z x"),
+    (b"Rar!\x1a\x07", "a RAR archive", "unpack it"),
+    (b"\x04\x22\x4d\x18", "lz4 data", "unpack it with unlz4"),
+    (b"\x89HDF\r\n", "an HDF5 file", "export its records as JSON lines"),
+    (b"\x93NUMPY", "a NumPy file", "export its records as JSON lines"),
+    (b"Obj\x01", "an Avro file", "export its records as JSON lines"),
     (b"SQLite format 3", "an SQLite database", "export its records as JSON lines"),
 )
 _BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
@@ -66,6 +72,8 @@ def kind_of_file(head: bytes) -> tuple[str, str] | None:
     for sign, what, remedy in _SIGNS:
         if head.startswith(sign):
             return what, remedy
+    if head[257:262] == b"ustar":
+        return "a tar archive", "unpack it: tar -xf"
     if _BZIP2.match(head):
         return "bzip2 data", "unpack it with bunzip2"
     if _PICKLE.match(head):
@@ -187,6 +195,13 @@ def _check_ascii_encodings(source: Source, found: AsciiEncodings) -> None:
 
 def _encoded(source: Source, line: int, byte: int, name: str) -> DataError:
     return source.error(line, byte, f"{name} text, and only UTF-8 is read", _iconv(source, name))
+
+
+def cr_alone(source: Source) -> tuple[str, str]:
+    """What to say of a file whose lines end with CR, and how to convert it."""
+    name = source.path.name
+    command = f"gunzip -c {name} | tr '\\r' '\\n' | gzip" if name.endswith(".gz") else f"tr '\\r' '\\n' < {name}"
+    return "lines that end with CR alone, as old Mac programs write them", f"convert them: {command} > lines.{name}"
 
 
 def _nul(source: Source, line: int, byte: int) -> DataError:

@@ -155,7 +155,7 @@ def test_no_row_and_unknown_format(settings, tmp_path):
     info = {"mine": {"file_name": "none.csv", "formatting": "trl"}}
     (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
     (tmp_path / "data/none.csv").write_text("prompt,chosen,rejected\n")
-    with pytest.raises(DataError, match="there is no record at all"):
+    with pytest.raises(DataError, match="holds no record"):
         prepared(settings, dataset=["mine"])
 
 

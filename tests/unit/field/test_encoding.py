@@ -5,13 +5,21 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
+import io
 import json
 import lzma
+import os
 import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -45,6 +53,15 @@ TWO_LINES = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "ü", "
 
 def pretty(value: object) -> bytes:
     return json.dumps(value, indent=2).encode()
+
+
+def tarred(text: str) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        member = tarfile.TarInfo("rows.jsonl")
+        member.size = len(text)
+        archive.addfile(member, io.BytesIO(text.encode()))
+    return stream.getvalue()
 
 
 # name of the file, its bytes, the place that is told
@@ -111,6 +128,31 @@ REFUSED = [
     ("workbook.csv", b"PK\x03\x04" + bytes(60), ":1, byte 0"),
     ("pickle.json", pickle.dumps(PLAIN), ":1, byte 0"),
     ("extra.csv", b"prompt,chosen,rejected\nName one, please,yes,no\n", ":2"),
+    ("cr.jsonl", lines(PLAIN).replace("\n", "\r").encode(), f":1, byte {len(lines(PLAIN[:1]))}"),
+    ("cr.csv", csv(PLAIN).replace("\n", "\r").encode(), ":1, byte 0"),
+    ("tabs.csv", csv(PLAIN).replace(",", "\t").encode(), ":1, byte 0"),
+    ("semicolons.csv", csv(PLAIN).replace(",", ";").encode(), ":1, byte 0"),
+    ("sep.csv", ("sep=;\n" + csv(PLAIN).replace(",", ";")).encode(), ":1, byte 0"),
+    ("sep_too.csv", ("sep=,\n" + csv(PLAIN)).encode(), ":1, byte 0"),
+    ("spaces.csv", csv(PLAIN).replace('","', '", "').encode(), ":2"),
+    ("spaces_too.csv", csv(PLAIN).replace(",", ", ").encode(), ":1, byte 0"),
+    ("archive.jsonl", tarred(lines(PLAIN)), ":1, byte 0"),
+    ("archive.jsonl.gz", gzip.compress(tarred(lines(PLAIN))), ":1, byte 0"),
+    ("arrays.jsonl", "".join(f"[{json.dumps(record)}]\n" for record in PLAIN).encode(), ":1, byte 0"),
+    ("arrays.json", "".join(f"[{json.dumps(record)}]\n" for record in PLAIN).encode(), ":2, byte"),
+    ("nested.json", json.dumps([PLAIN, PLAIN]).encode(), ":1, byte 1"),
+    ("by_column.json", pandas.DataFrame(PLAIN).to_json().encode(), ":1, byte 0"),
+    ("by_column_too.json", pretty({key: [record[key] for record in PLAIN] for key in PLAIN[0]}), ":1, byte 0"),
+    ("by_index.json", pandas.DataFrame(PLAIN).to_json(orient="index").encode(), ":1, byte 0"),
+    ("table.json", pandas.DataFrame(PLAIN).to_json(orient="table").encode(), ":1, byte 0"),
+    ("split.json", pandas.DataFrame(PLAIN).to_json(orient="split", indent=2).encode(), ":1, byte 0"),
+    (
+        "viewer.json",
+        json.dumps({"rows": [{"row_idx": 0, "row": PLAIN[0]}], "num_rows_total": 1}).encode(),
+        ":1, byte 0",
+    ),
+    ("viewer_rows.json", pretty([{"row_idx": 0, "row": PLAIN[0]}]), ":2, byte 4"),
+    ("splits.json", json.dumps({"data": {"train": PLAIN}}).encode(), ":1, byte 0"),
     ("again.csv", (csv(PLAIN) + csv(PLAIN)).encode(), ":5"),
     ("open.csv", b'prompt,chosen,rejected\n"a,b,c\nd,e,f\n', ":3"),
     ("same.csv", b"prompt,chosen,chosen\na,b,c\n", ":1, byte 0"),
@@ -122,6 +164,53 @@ def test_a_file_of_another_kind_is_refused_with_its_place(tmp_path, model_folder
     found = read(tmp_path / "run", model_folder, content, name, max_refused=1.0)
     assert found.exit_code == 65 and not found.dropped
     assert f"{name}{place}" in found.said
+
+
+NO_RECORDS = [
+    ("none.json", b"[]"),
+    ("header.csv", b"prompt,chosen,rejected\n"),
+    ("lists.json", b'[["a", "b", "c"]]'),
+    ("texts.jsonl", b'"a"\n"b"\n'),
+    ("objects.jsonl", b"{}\n{}\n"),
+    ("twice.jsonl", b'{"prompt": "a", "prompt": "b"}\n'),
+    ("values.json", pandas.DataFrame(PLAIN).to_json(orient="values").encode()),
+    ("rows.parquet", lambda path: pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path)),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), NO_RECORDS, ids=[name for name, _ in NO_RECORDS])
+def test_no_entry_is_asked_for_where_there_is_no_record_to_describe(tmp_path, model_folder, name, content) -> None:  # noqa: F811
+    found = read(tmp_path / "run", model_folder, content, name)
+    assert found.exit_code == 65 and "dataset_info.json" not in found.said, found.said
+    with_entry = read(tmp_path / "entry", model_folder, content, name, {"formatting": "trl"})
+    assert with_entry.exit_code == 65
+
+
+COMMAND = re.compile(r"((?:gunzip -c \S+ \| )?(?:jq|tr|tail|iconv) .*? > \S+|python -c '.*')")
+CONVERTED = [
+    "by_column.json",
+    "split.json",
+    "viewer.json",
+    "arrays.jsonl",
+    "nested.json",
+    "cr.csv",
+    "tabs.csv",
+    "table.json",
+]
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_the_command_that_is_told_converts_the_file(tmp_path, model_folder, name, monkeypatch) -> None:  # noqa: F811
+    content = next(content for other, content, _ in REFUSED if other == name)
+    command = COMMAND.search(read(tmp_path / "run", model_folder, content, name).said)
+    assert command is not None
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if shutil.which(command[1].split()[0]) is None:
+        pytest.skip(f"no {command[1].split()[0]} here")
+    subprocess.run(command[1], shell=True, check=True, cwd=tmp_path / "run/data")
+    [made] = [path for path in (tmp_path / "run/data").iterdir() if path.name != name]
+    found = read(tmp_path / "again", model_folder, made.read_bytes(), made.name)
+    assert {text[0] for text in found.texts} >= {PLAIN[0]["prompt"]}, found.said
 
 
 READ = [
