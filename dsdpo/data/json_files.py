@@ -60,7 +60,7 @@ def _array_in_lines(source: Source, stream: BufferedReader) -> DataError:
     what = "a JSON array, where a .jsonl file has one object in each line"
     if isinstance(values := _first_value(text, len(text) - len(text.lstrip())), list):
         if values and not isinstance(values[0], dict):
-            remedy = 'write each record as an object that names its values: {"prompt": ..., "chosen": ...}'
+            remedy = 'write each record as an object that names its values: {"prompt": ..., "answer": ...}'
         if next(lines, None) is not None:  # and so in each line
             return source.error(number, byte, what, remedy)
     renamed = f", or give it the name {name.replace('.jsonl', '.json')}, under which one array is read"

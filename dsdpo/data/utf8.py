@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -14,6 +14,7 @@ from typing import cast
 
 from dsdpo.data.ascii_encodings import ISO_2022, ISO_2022_NAMES, AsciiEncodings
 from dsdpo.data.json_decoder import BOM
+from dsdpo.data.likely_encoding import guess_encoding
 from dsdpo.errors import DataError
 
 _HEAD = 4096  # bytes by which a kind of file is recognized
@@ -255,51 +256,3 @@ def _not_utf8(
         return source.error(line, at, f"{found}; the text looks like {encoding}", _iconv(source, encoding))
     remedy = "find the encoding that it was written in and convert it with iconv, or repair the damaged place"
     return source.error(line, at, found, remedy)
-
-
-def _share_of(first: str, last: str) -> Callable[[str, bytes], bool]:
-    return lambda character, _: first <= character <= last
-
-
-def _lead(first: int, last: int) -> Callable[[str, bytes], bool]:
-    """Whether a two-byte character lies in the rows of an encoding that hold its frequent characters."""
-    return lambda _, written: len(written) == 2 and first <= written[0] <= last and written[1] >= 0x40
-
-
-# encoding as iconv knows it -> Python's codec, and what most characters of its usual text are; narrow ones first
-_ENCODINGS: tuple[tuple[str, str, Callable[[str, bytes], bool]], ...] = (
-    ("SHIFT_JIS", "cp932", _share_of("\u3041", "\u30fe")),
-    ("EUC-JP", "euc_jp", _share_of("\u3041", "\u30fe")),
-    ("EUC-KR", "cp949", lambda character, written: "\uac00" <= character <= "\ud7a3" and written[1] >= 0xA1),
-    ("GBK", "gb18030", lambda _, written: len(written) == 2 and 0xB0 <= written[0] <= 0xD7 and written[1] >= 0xA1),
-    ("BIG5", "cp950", _lead(0xA4, 0xC6)),
-    ("CP1251", "cp1251", _share_of("\u0410", "\u044f")),
-    ("CP1252", "cp1252", lambda character, _: "\u00c0" <= character <= "\u00ff" or "\u2013" <= character <= "\u20ac"),
-)
-
-
-_CYRILLIC = "оеаинтр"  # more than half of the letters of a text in Russian
-
-
-def guess_encoding(sample: bytes) -> str:
-    """The encoding that some bytes are most likely written in, as iconv names it; "" when none is likely."""
-    likely = {}
-    for name, codec, is_usual in _ENCODINGS:
-        try:
-            text = codecs.getincrementaldecoder(codec)().decode(sample)
-        except UnicodeDecodeError:
-            continue
-        foreign = [character for character in text if character > "\x7f"]
-        if not foreign:
-            continue
-        letters = [character for character in foreign if "\u0410" <= character <= "\u044f"]
-        if name == "CP1251" and sum(letter in _CYRILLIC for letter in letters) < 0.45 * len(letters):
-            continue  # Greek, Hebrew, Arabic and KOI8 have letters at the same bytes
-        usual = sum(is_usual(character, character.encode(codec)) for character in foreign) / len(foreign)
-        if name in ("CP1251", "CP1252"):  # accents stand alone between ASCII letters, other scripts in runs
-            runs = re.findall(rb"[\x80-\xff]+", sample)
-            alone = sum(len(run) == 1 for run in runs) / len(runs)
-            usual *= alone if name == "CP1252" else 1 - alone
-        likely[name] = usual * (2 if "JP" in name or name == "SHIFT_JIS" else 1)  # half of Japanese text is kanji
-    best = max(likely, key=lambda name: likely[name], default="")
-    return best if best and likely[best] >= 0.6 else ""

@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dsdpo.data.likely_encoding import guess_encoding
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import resolve
-from dsdpo.data.utf8 import guess_encoding
 from tests.helpers.field import read
 from tests.unit.data.conftest import model_folder  # noqa: F401
 
@@ -393,6 +393,18 @@ def _folder(folder: Path, content: str) -> Path:
         ("", "cp1253", "Ποια είναι η πρωτεύουσα της Ελλάδας;"),
         ("", "cp1255", "מה בירת ישראל?"),
         ("", "koi8-r", "Скажите, какая сегодня погода?"),
+        ("CP1252", "cp1252", "Don\u2019t say \u201cno\u201d, it costs 5 €."),
+        ("CP1252", "latin-1", "Wie schön ist die Straße?"),
+        ("CP1252", "cp1252", "le cœur, ¿dónde está?"),
+        ("", "mac_roman", "Où est le café? À côté de l'hôtel."),
+        ("", "mac_roman", "¿Dónde está? Aquí mañana."),
+        ("", "mac_roman", "It\u2019s the café\u2019s \u201cfault\u201d."),
+        ("", "cp850", "Wie schön ist die Straße? C'est l'été."),
+        ("", "cp1254", "Çok güzel bir şehir, ağaçlar İstanbul."),
+        ("", "cp1250", "Żółta łódź płynie."),
+        ("", "cp1250", "Az őszi erdő gyönyörű."),
+        ("", "cp1257", "Žmonės, ačiū."),
+        ("", "mac_cyrillic", "Какво имаме днес? Много хубаво."),
         ("", "ascii", "plain"),
     ],
 )
