@@ -211,7 +211,7 @@ def _publish(temporary: Path, path: Path) -> None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Delete what killed processes left of this set days ago."""
-    for folder in path.parent.glob(f".{path.name}.*.tmp"):
+    """Delete what killed processes left days ago, of this set and of others beside it."""
+    for folder in path.parent.glob(".*.tmp"):
         if time.time() - folder.stat().st_mtime > _ABANDONED_S:
             shutil.rmtree(folder, ignore_errors=True)

@@ -11,6 +11,8 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -120,9 +122,17 @@ def _encode_here(rows: RowEncoder, path: Path, batches: int) -> Iterator[pa.Reco
 _in_worker: tuple[RowEncoder, pa.ipc.RecordBatchFileReader]  # set in a worker process alone
 
 
-def _start_worker(rows: RowEncoder, path: Path) -> None:
+def _start_worker(rows: RowEncoder, path: Path, parent: int) -> None:
     global _in_worker
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _in_worker = rows, pa.ipc.open_file(pa.OSFile(str(path)))
+
+
+def _end_with(parent: int) -> None:
+    """End this worker once its parent was killed: it would wait for the next batch for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _work(number: int) -> bytes:
@@ -133,7 +143,9 @@ def _work(number: int) -> bytes:
 def _encode_in_workers(rows: RowEncoder, path: Path, batches: int, workers: int) -> Iterator[pa.RecordBatch]:
     """Forked workers read a batch by its number and send it back as Arrow's bytes, which cost this process little."""
     with _one_thread_per_worker():
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (rows, path))
+        pool = ProcessPoolExecutor(
+            workers, multiprocessing.get_context("fork"), _start_worker, (rows, path, os.getpid())
+        )
         waiting: deque[Future[bytes]] = deque()
         numbers = iter(range(batches))
         try:

@@ -419,6 +419,36 @@ def test_killed_at_the_end_leaves_nothing_that_looks_complete(settings):
     assert len(prepared(settings)) == 20 and not left.exists()
 
 
+def test_workers_end_with_the_process_that_was_killed(settings, tmp_path):
+    """A worker waits for its next batch, and the pipe that it waits at never ends."""
+    script = textwrap.dedent(f"""
+        import multiprocessing, os, signal
+        from dsdpo.config.schema import RunConfig
+        from dsdpo.data import make, prepare
+        def kill(batch):
+            with open({str(tmp_path / "pids")!r}, "w") as stream:
+                stream.write(" ".join(str(child.pid) for child in multiprocessing.active_children()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        make.check_fatal = kill
+        prepare.prepare(RunConfig(**{settings!r}, preprocessing_num_workers=2), "train")
+    """)
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    workers = [Path("/proc") / pid for pid in (tmp_path / "pids").read_text().split()]
+    deadline = time.monotonic() + 10
+    while any(worker.exists() and "Z" not in _state(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(workers) == 2 and len(prepared(settings)) == 20
+
+
+def _state(process: Path) -> str:
+    try:
+        return (process / "stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "Z"
+
+
 def test_unwritable_cache_is_an_io_failure(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(IOFailure):
