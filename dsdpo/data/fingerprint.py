@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.encode import Limits
-from dsdpo.data.readers import load_hub
+from dsdpo.data.hub_sets import NotCached, load_hub
 from dsdpo.data.registry import DatasetEntry
 from dsdpo.data.template_date import date_uses
 from dsdpo.errors import DataError
@@ -183,17 +183,24 @@ def source_digest(entry: DatasetEntry, stamps: Path, refresh: bool) -> str:
     Args:
         entry: files or a hub set.
         stamps: folder that remembers hashes, so that a file is read once and not by every rank.
-        refresh: ask the hub again; otherwise what it gave last time counts.
+        refresh: ask the hub again; otherwise what it gave last time counts, as it does where HF_HUB_OFFLINE is set and
+            the set is not in the cache of `datasets`.
 
     Raises:
-        DataError: a hub set that has not been loaded yet, when `refresh` is False.
+        DataError: a hub set that has not been loaded yet, when `refresh` is False, or that cannot be read.
+        ConfigError: the hub has no such set, or refuses it.
+        IOFailure: the hub gave no answer.
     """
     if entry.hub_id is None:
         return _digest([file_digest(path, stamps) for path in entry.files])
     identity = {"hub": entry.hub_id, "subset": entry.subset, "split": entry.split, "folder": entry.folder}
     stamp = stamps / f"{_digest({**identity, 'modelscope': entry.modelscope})}.json"
     if refresh:
-        write_atomically(stamp, json.dumps({**identity, "fingerprint": load_hub(entry)._fingerprint}))
+        try:
+            write_atomically(stamp, json.dumps({**identity, "fingerprint": load_hub(entry)._fingerprint}))
+        except NotCached:
+            if not stamp.exists():
+                raise
     elif not stamp.exists():
         raise DataError(f"{entry.hub_id} has not been loaded from the hub yet; run `dsdpo prepare` first")
     return str(json.loads(stamp.read_bytes())["fingerprint"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dsdpo.data.csv_files import iter_csv
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.folders import EntryProblem, check_saved_columns
+from dsdpo.data.hub_sets import load_hub
 from dsdpo.data.json_decoder import DECODER
 from dsdpo.data.json_files import iter_json
 from dsdpo.data.registry import DatasetEntry
@@ -27,7 +27,6 @@ RawRow = dict[str, Any] | bytes
 _PARQUET_ROWS = 1024
 _HUB_ROWS = 1000
 _CONTINUES = b"\xff" * 4  # before each message of an Arrow stream
-_UNKNOWN_SPLIT = re.compile(r'Unknown split "(.*)"\. Should be one of \[(.*)\]')
 
 
 def iter_rows(entry: DatasetEntry, max_samples: int | None = None) -> Iterator[tuple[str, RawRow]]:
@@ -70,28 +69,6 @@ def _all_rows(entry: DatasetEntry) -> Iterator[tuple[str, RawRow]]:
             raise DataError(str(problem)) from problem
         except (OSError, EOFError, ValueError, zlib.error) as error:
             raise DataError(f"{path} cannot be read: {error}; fetch it again or repair it") from error
-
-
-def load_hub(entry: DatasetEntry) -> Any:
-    """The hub set as a `datasets.Dataset`. Raises DataError."""
-    try:
-        if entry.modelscope:
-            from modelscope.msdatasets import MsDataset
-
-            return MsDataset.load(entry.hub_id, subset_name=entry.subset, split=entry.split).to_hf_dataset()
-        from datasets import load_dataset
-
-        return load_dataset(entry.hub_id, name=entry.subset, data_dir=entry.folder, split=entry.split)
-    except Exception as error:
-        if found := _UNKNOWN_SPLIT.search(str(error)):
-            splits = [name.strip("' \"") for name in found[2].split(",")]
-            raise DataError(
-                f"{entry.hub_id} has no split {found[1]}; it has {', '.join(splits)}: name one, as in "
-                f"{entry.hub_id}:{splits[0]}, or give split in the entry"
-            ) from error
-        raise DataError(
-            f"{entry.hub_id} cannot be loaded from the hub: {error}; check its name, subset, split and the network"
-        ) from error
 
 
 def _file_rows(source: Source, entry: DatasetEntry) -> Iterator[tuple[int, RawRow]]:

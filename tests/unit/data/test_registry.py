@@ -13,7 +13,7 @@ import pytest
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import resolve
-from dsdpo.errors import DataError
+from dsdpo.errors import ConfigError, DataError
 
 ROWS = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(5)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -257,5 +257,5 @@ def test_hub_set_is_loaded_by_datasets(folder, monkeypatch, tmp_path):
         rows_of("hub", folder)
     assert [source for source, _ in rows_of("org/pairs:train", folder)] == [f"org/pairs:{i}" for i in range(1, 6)]
     describe(folder, hub={"hf_hub_url": "org/elsewhere"})
-    with pytest.raises(DataError, match="org/elsewhere cannot be loaded"):
+    with pytest.raises(ConfigError, match="org/elsewhere"):
         rows_of("hub", folder)
