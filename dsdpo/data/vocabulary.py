@@ -19,7 +19,7 @@ def embedding_rows(model_name_or_path: str, adapter: str | None) -> tuple[int, s
     """
     folders = [Path(name) for name in (adapter, model_name_or_path) if name]
     for folder in folders:
-        found = [(rows, str(path)) for path in sorted(folder.glob("*.safetensors")) for rows in _embeddings(path)]
+        found = [(rows, str(path)) for path in _weight_files(folder) for rows in _embeddings(path)]
         if found:
             return max(found)
     path = folders[-1] / "config.json" if folders[-1].is_dir() else _cached_config(model_name_or_path)
@@ -29,6 +29,17 @@ def embedding_rows(model_name_or_path: str, adapter: str | None) -> tuple[int, s
     text = config.get("text_config")
     size = (text if isinstance(text, dict) else {}).get("vocab_size", config.get("vocab_size"))
     return (size, str(path)) if isinstance(size, int) else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that are loaded: others beside them may be left from before the embedding was resized."""
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        if (folder / name).is_file():
+            return [folder / name]
+    named = _json(folder / "model.safetensors.index.json").get("weight_map")
+    if isinstance(named, dict):
+        return sorted({folder / str(name) for name in named.values()})
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _embeddings(path: Path) -> Iterator[int]:

@@ -103,6 +103,23 @@ def test_an_adapter_with_embeddings_of_its_own_goes_before_the_model(tmp_path) -
     )
 
 
+def test_files_that_are_not_loaded_say_nothing(tmp_path) -> None:
+    """As after a larger model was saved in the folder, or in other parts."""
+    for name, rows in {
+        "model.safetensors": 8,
+        "model-00001-of-00002.safetensors": 9,
+        "consolidated.safetensors": 7,
+    }.items():
+        save_file({NAME: np.zeros((rows, 2), np.float32)}, tmp_path / name)
+    assert embedding_rows(str(tmp_path), None) == (8, str(tmp_path / "model.safetensors"))
+    (tmp_path / "model.safetensors").unlink()
+    assert embedding_rows(str(tmp_path), None) == (9, str(tmp_path / "model-00001-of-00002.safetensors"))
+    save_file({NAME: np.zeros((5, 2), np.float32)}, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {NAME: "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert embedding_rows(str(tmp_path), None) == (5, str(tmp_path / "model-00001-of-00001.safetensors"))
+
+
 def test_damaged_files_tell_nothing(tmp_path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
     (tmp_path / "config.json").write_text("[]")
