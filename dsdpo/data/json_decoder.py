@@ -32,4 +32,4 @@ COLUMN_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_con
 
 def without_bom(text: str) -> str:
     """A text without the byte order marks in front of it, and the spaces around them."""
-    return text.lstrip(BOM + " \t\r\n") if text[:8].lstrip().startswith(BOM) else text
+    return text.lstrip(BOM + " \t\r\n") if BOM in text[:8] and text.lstrip().startswith(BOM) else text
