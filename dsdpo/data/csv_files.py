@@ -77,14 +77,19 @@ def _next(source: Source, reader: Any) -> list[str] | None:
     try:
         found: list[str] | None = next(reader, None)
     except csv.Error as error:
+        if "new-line character" in str(error) and reader.line_num <= 1:
+            raise source.error(1, 0, *cr_alone(source)) from error
         if "new-line character" in str(error):
-            raise source.error(max(reader.line_num, 1), 0, *cr_alone(source)) from error
+            what = f"{source.label}:{reader.line_num}: a CR inside a field"
+            raise DataError(f"{what}; put such fields into double quotes, or take it out") from error
         raise DataError(f"{source.label}:{reader.line_num}: not CSV: {error}; write double quotes twice") from error
     return found
 
 
 def _check_names(source: Source, names: list[str], line: str) -> None:
     """Raise DataError where the first line names no columns between commas."""
+    if not names:
+        raise source.error(1, 0, "a blank line, where the columns are to be named", "take it out")
     if twice := [name for name in names if names.count(name) > 1]:
         raise source.error(1, 0, f"the column {twice[0]!r} stands twice in the first line", "rename one of them")
     line = line.lstrip('"') if line.lower().startswith('"sep=') else line

@@ -40,6 +40,7 @@ from dsdpo.runtime.files import fsync_path, write_atomically
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_KINDS = {dict: "an object without a key", list: "an array", str: "a text", bool: "true or false", type(None): "null"}
 _ABANDONED_S = 2 * 24 * 3600
 
 
@@ -131,7 +132,7 @@ def _unknown_format(entry: DatasetEntry, seen: list[Any], stage: str) -> str:
         )
     if isinstance(seen[0], Dropped):
         return f"{entry.name}: the first records cannot be read: {seen[0]}; repair them"
-    kind = "an object without a key" if isinstance(seen[0], dict) else f"a {type(seen[0]).__name__}"
+    kind = _KINDS.get(type(seen[0]), "a number")
     return (
         f"{entry.name}: the first record is {kind}; write each as a JSON object that names its values, such as "
         '{"prompt": "...", "chosen": "...", "rejected": "..."}'
