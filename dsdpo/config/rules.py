@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from dsdpo.config.load import LoadResult
@@ -248,15 +247,6 @@ def adapter_problems(settings: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _template(config: RunConfig, given: Given) -> str:
-    is_file = config.template.endswith((".jinja", ".jinja2"))
-    if is_file and not Path(config.template).is_file():
-        return f"template: there is no file {config.template}; give the path of a .jinja file"
-    if not is_file and config.template.startswith((".", "/", "~")) and not Path(config.template).is_dir():
-        return f"template: there is no folder {config.template}; name one with a chat template in it"
-    return ""
-
-
 def _trackers(config: RunConfig, given: Given) -> str:
     missing = [name for name in config.report_to if importlib.util.find_spec(name) is None]
     if missing:
@@ -310,7 +300,6 @@ RULES: list[tuple[str, tuple[str, ...], Callable[[RunConfig, Given], str]]] = [
         _lora_options,
     ),
     ("lora-target", ("lora_target",), _lora_target),
-    ("template", ("template",), _template),
     ("tracker-missing", ("report_to",), _trackers),
     ("attention", ("attn_implementation", "precision"), _attention),
 ]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from datetime import date
 
-from dsdpo.errors import ConfigError, config_error
-
 OWN = "default"
 PLAIN = ("none", "gpt2")
 NAMES = (
@@ -54,11 +52,6 @@ def template_hint(template: str) -> str:
     """`did you mean x? ` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(template, _KNOWN, n=1)
     return f"did you mean {close[0]}? " if close else ""
-
-
-def template_error(text: str) -> ConfigError:
-    """The error of a template that cannot be read, or does not fit the tokenizer or the data."""
-    return config_error("template", "template", text)
 
 
 def check_date(text: str | None) -> str | None:

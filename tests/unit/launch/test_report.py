@@ -104,8 +104,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, list[
     "value": ({"beta": "big"}, None, [], "value"),
     "missing option": ({"dataset": None}, None, [], "value"),
     "rule": ({"max_tokens_per_row": 100}, None, [], "row-too-short"),
-    "a template that is not there": ({"template": "ours.jinja"}, None, [], "template"),
-    "a folder of a template that is not there": ({"template": "./ours"}, None, [], "template"),
+    "a template that is not there": ({"template": "ours.jinja"}, None, [], "template-missing"),
+    "a folder of a template that is not there": ({"template": "./ours"}, None, [], "template-missing"),
     "no value": ({}, None, ["--plot_loss"], "no-value"),
     "data set": ({"dataset": "nowhere"}, None, [], "dataset"),
     "data folder": ({"dataset_dir": "nowhere"}, None, [], "dataset-dir"),
@@ -262,7 +262,7 @@ def test_one_report_has_each_mistake_once(tmp_path: Path, run: dict[str, Any], m
     assert found == sorted(
         [("value", option) for option in ("max_time", "report_to", "beta", "seed")]
         + [("unknown-option", "sede"), ("row-too-short", "max_tokens_per_row"), ("nothing-held-out", "eval_steps")]
-        + [("template", "template"), ("dataset-dir", "dataset"), ("unwritable", "output_dir")]
+        + [("template-missing", "template"), ("dataset-dir", "dataset"), ("unwritable", "output_dir")]
         + [("weights-damaged", "model_name_or_path"), ("tokenizer-damaged", "model_name_or_path")]
         + [("model-window", "max_length"), ("model-experts", "model_name_or_path")]
         + [("adapter", "adapter_name_or_path"), ("accelerate-launch", "deepspeed")]
