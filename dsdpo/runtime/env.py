@@ -95,9 +95,8 @@ class Allocation:
 
 
 def _from_env(rank_key: str, world_key: str, local_key: str) -> Mesh | None:
-    if rank_key not in os.environ or world_key not in os.environ:
-        return None
-    return Mesh(int(os.environ[rank_key]), int(os.environ[world_key]), int(os.environ.get(local_key, "0")))
+    rank, world, local = (os.environ.get(key, "").strip() for key in (rank_key, world_key, local_key))
+    return Mesh(int(rank), int(world), int(local or 0)) if rank and world else None  # a variable may be there, empty
 
 
 def launched() -> Mesh | None:

@@ -33,6 +33,13 @@ def put(monkeypatch: pytest.MonkeyPatch, *groups: dict[str, str]) -> None:
             monkeypatch.setenv(name, value)
 
 
+def test_empty_variables_are_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, dict.fromkeys(PLACE, ""))
+    assert launched() is None
+    put(monkeypatch, {"RANK": "1", "WORLD_SIZE": "2"})
+    assert launched() == Mesh(1, 2, 0)
+
+
 def test_data_and_sequence_parallel_ranks() -> None:
     mesh = [Mesh(rank, 6, rank, sp_size=2) for rank in range(6)]
     assert {(place.dp_size, place.sp_size) for place in mesh} == {(3, 2)}
