@@ -73,6 +73,8 @@ class TokenizedExample:
     @property
     def loss_tokens(self) -> list[int]:
         """Scored tokens of each completion."""
+        if self.loss_mask is None and len(self.prompt_ids):
+            return list(map(len, self.completion_ids))
         return [int(self.is_scored(k).sum()) for k in range(len(self.completion_ids))]
 
 

@@ -97,6 +97,11 @@ class Columns:
         self.used[name] = key
         return self.row[name]
 
+    @property
+    def all_read(self) -> bool:
+        """Whether no column is left, and the entry names none that could be read once more."""
+        return len(self.used) == len(self.row) and not self.columns
+
     def text(self, key: str) -> str:
         """A column that must be there and be text."""
         value = self.get(key)

@@ -224,9 +224,12 @@ def read_record(
 
 def _with_columns_beside(example: Example, row: Columns) -> Example:
     """Add what a record may have beside prompt and answers; text has no place for a system message or tools."""
+    is_bare = isinstance(example.prompt, str) or not example.prompt or len(example.prompt[0]) == 2
+    if is_bare and row.all_read:
+        return example
     if not isinstance(example.prompt, str):
         prompt, own = example.prompt, example.tools
-        if prompt and len(prompt[0]) > 2:
+        if not is_bare:
             prompt, own = _with_tools_of_first(prompt, own)
         system = row.optional_text("system")
         if system and is_empty(system):  # CSV files have "[]" and "null"
