@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dsdpo.data.dropped import Dropped
 from dsdpo.data.formats.detect import detect
+from dsdpo.data.formats.written import is_messages, read_written
 
 _DEEPEST = 4  # keys and lists around the records
 _AS_PANDAS = 'to_json("records.jsonl", orient="records", lines=True)'
@@ -71,6 +73,8 @@ def _is_split_table(value: Mapping[str, Any]) -> bool:
 def _is_table(value: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
     """{"prompt": {"0": "Hi", ...}, ...}, as pandas writes by default, or {"prompt": ["Hi", ...], ...}."""
     parts = list(value.values())
+    if any(map(_is_conversation, parts)):
+        return False
     if all(isinstance(part, dict) and part for part in parts):
         if any(part.keys() != parts[0].keys() for part in parts):
             return False
@@ -82,6 +86,14 @@ def _is_table(value: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
     else:
         return False
     return detect(dict(zip(value, first)), columns) is not None and not all(isinstance(item, dict) for item in first)
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a value is messages of one record, in any form that is read: objects around them, lists of JSON texts."""
+    try:
+        return is_messages(read_written(value, "a column"))
+    except Dropped:
+        return True  # the format says what is wrong with them
 
 
 def _inside(value: Mapping[str, Any], path: str, deepest: int) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -323,3 +323,19 @@ def test_openai_is_told_from_its_records(tmp_path, model):
     result = read(tmp_path, model, [{"input": {"messages": [system(), user()]}, **PREFERRED}])
     assert result.exit_code == 0 and "(openai)" in result.said
     assert "In rhyme." in result.texts[0][0] and result.texts[0][1:] == ["Two miles.<|im_end|>", "No.<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"chosen": {"messages": [user(), bot()]}, "rejected": {"messages": [user(), bot("No.")]}},
+        {"prompt": [json.dumps(user())], "chosen": [json.dumps(bot())], "rejected": [json.dumps(bot("No."))]},
+        {side: {key: [value] for key, value in message.items()} for side, message in
+         (("prompt", user()), ("chosen", bot()), ("rejected", bot("No.")))},
+    ],
+)  # fmt: skip
+def test_a_file_of_one_such_record_is_no_table_by_columns(tmp_path, model, record, name):
+    content = json.dumps(record if name.endswith("l") else [record]).encode() + b"\n"
+    result = read(tmp_path, model, content, name)
+    assert [texts[1:] for texts in result.texts] == [["Two miles.<|im_end|>", "No.<|im_end|>"]]
