@@ -16,7 +16,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class DsdpoError(Exception):
     exit_code = 1
     for_each_node = False  # whether each node says it, and not the main rank alone
 
+    def found_by(self, where: str) -> DsdpoError:
+        """The same error with the place where it was found in front, such as a rank."""
+        return type(self)(f"{where}: {self}")
+
 
 class ConfigError(DsdpoError):
     """Every problem found in a run config, in one report.
@@ -60,6 +65,14 @@ class ConfigError(DsdpoError):
         lines = [f"{count} {self.what.format(s='s' if count != 1 else '')}:"]
         lines += [f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1)]
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As pickle takes it: the problems, and not their text."""
+        return type(self), (self.problems,)
+
+    def found_by(self, where: str) -> ConfigError:
+        """See DsdpoError."""
+        return type(self)(replace(problem, text=f"{where}: {problem.text}") for problem in self.problems)
 
 
 def config_error(code: str, option: str, text: str) -> ConfigError:

@@ -30,20 +30,19 @@ def raise_on_any_rank(work: Callable[[], T]) -> T:
         This rank's result.
 
     Raises:
-        DsdpoError: of the first rank on which the work failed, with its text; IOFailure for an OSError.
+        DsdpoError: that of the first rank on which the work failed; IOFailure for an OSError.
     """
     result: T | None = None
-    error: tuple[type[DsdpoError], str] | None = None
+    error: DsdpoError | None = None
     try:
         result = work()
     except DsdpoError as caught:
-        error = (type(caught), str(caught))
+        error = caught
     except OSError as caught:
-        error = (IOFailure, f"{caught.filename or 'a file'}: {caught.strerror or caught}")
+        error = IOFailure(f"{caught.filename or 'a file'}: {caught.strerror or caught}")
     for rank, found in enumerate(all_gather_object(error)):
         if found is not None:
-            kind, text = found
-            raise kind(text if rank == 0 else f"rank {rank}: {text}")
+            raise found if rank == 0 else found.found_by(f"rank {rank}")
     return result  # type: ignore[return-value]
 
 

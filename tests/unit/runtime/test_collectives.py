@@ -16,7 +16,7 @@ from dsdpo.checkpoint.resume import find_resume_point
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.engine.engine import start_process_group
-from dsdpo.errors import CheckpointError
+from dsdpo.errors import CheckpointError, ConfigError, Problem, config_error
 from dsdpo.runtime.collectives import raise_on_any_rank, run_on_main
 from dsdpo.runtime.env import launched
 from dsdpo.runtime.rundir import RunDir
@@ -51,6 +51,7 @@ def agree(config: RunConfig) -> tuple[dict[str, Any], list[int], list[int]]:
         "error on main": _error(lambda: run_on_main(mesh.is_main, _fail)),
         "error on 0": _error(lambda: raise_on_any_rank(_fail if mesh.is_main else int)),
         "error on 1": _error(lambda: raise_on_any_rank(_fail if mesh.rank == 1 else int)),
+        "config error on 1": _error(lambda: raise_on_any_rank(_refuse if mesh.rank == 1 else int)),
     }
     gathered, sent = [], []
     gather, broadcast = torch.distributed.all_gather_object, torch.distributed.broadcast_object_list
@@ -75,11 +76,17 @@ def _fail() -> int:
     raise CheckpointError("damaged")
 
 
-def _error(work: Callable[[], object]) -> str | None:
+def _refuse() -> int:
+    raise config_error("model-config", "model_name_or_path", "no")
+
+
+def _error(work: Callable[[], object]) -> str | list[Problem] | None:
     try:
         work()
     except CheckpointError as error:
         return str(error)
+    except ConfigError as error:
+        return error.problems
     return None
 
 
@@ -88,6 +95,7 @@ def test_all_ranks_are_told_the_same_and_one_manifest_at_a_time(tmp_path: Path, 
     config = RunConfig(model_name_or_path="m", dataset=["d"], output_dir=str(tmp_path / "out"))
     folders = [save(config, step) for step in range(1, 9)]
     (folders[-1] / SHARD).write_bytes(b"y")
+    refused = Problem("model-config", "model_name_or_path", "rank 1: no")
     remark = f"checkpoint passed over: step-00000008: {SHARD} is damaged: its sha256 is not that of MANIFEST.json"
     for told, gathered, sent in run_ranks("tests.unit.runtime.test_collectives:agree", world_size, config):
         assert told == {
@@ -95,6 +103,7 @@ def test_all_ranks_are_told_the_same_and_one_manifest_at_a_time(tmp_path: Path, 
             "error on main": "damaged",
             "error on 0": "damaged",
             "error on 1": "rank 1: damaged" if world_size == 2 else None,
+            "config error on 1": [refused] if world_size == 2 else None,
             "start": (7, [remark], MANIFEST_BYTES),
         }
         assert max(gathered) < 1000, "each GPU holds it as many times as there are ranks"
