@@ -39,13 +39,14 @@ def run_metadata(
     """What may change from one process to the next."""
     model = engine.module.model
     adapter = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else None
+    generation = getattr(model, "generation_config", None)
     return {
         "order": {"examples": len(train_set), "train_batch_size": config.train_batch_size, "seed": config.seed},
         "world_size": mesh.world_size,
         "zero_stage": engine.zero_optimization_stage(),
         "row_tokens": row_tokens,
         "model_config": model.config.to_diff_dict(),
-        "generation_config": model.generation_config.to_diff_dict(),
+        "generation_config": generation and generation.to_diff_dict(),
         "adapter_config": adapter and {key: sorted(x) if isinstance(x, set) else x for key, x in adapter.items()},
         "versions": {"dsdpo": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
     }

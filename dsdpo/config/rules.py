@@ -11,6 +11,7 @@ from typing import Any
 from dsdpo.config.load import LoadResult
 from dsdpo.config.losses import LOSSES
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.stages import STAGES
 from dsdpo.errors import Problem
 
 Given = Mapping[str, str]  # explicitly set key -> place
@@ -37,6 +38,17 @@ def _row_fits_a_pair(config: RunConfig, given: Given) -> str:
         f"max_tokens_per_row is {config.row_tokens}, but a pair may take 2 * max_length = "
         f"{2 * config.max_length} tokens; raise max_tokens_per_row, lower max_length or leave it empty"
     )
+
+
+def _stage_options(config: RunConfig, given: Given) -> str:
+    own = STAGES[config.stage].options
+    for stage, spec in STAGES.items():
+        if foreign := [option for option in spec.options if option in given and option not in own]:
+            return (
+                f"{', '.join(foreign)} set beside stage {config.stage}, which does not read "
+                f"{'it' if len(foreign) == 1 else 'them'}; delete that, or set stage: {stage}"
+            )
+    return ""
 
 
 def _losses(config: RunConfig, given: Given) -> str:
@@ -283,6 +295,7 @@ def _attention(config: RunConfig, given: Given) -> str:
 
 RULES: list[tuple[str, tuple[str, ...], Callable[[RunConfig, Given], str]]] = [
     ("row-too-short", ("max_tokens_per_row", "max_length"), _row_fits_a_pair),
+    ("stage-options", ("stage", *(name for spec in STAGES.values() for name in spec.options)), _stage_options),
     ("losses", ("loss_type",), _losses),
     ("loss-weights", ("loss_weights", "loss_type"), _loss_weights),
     ("loss-options", ("loss_type", *_readers()), _loss_options),

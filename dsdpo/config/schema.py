@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from dsdpo.config.fields import CONSENT, FREE, Checked, OneOf, ResumePolicy, resume_policy
 from dsdpo.config.losses import LOSSES
-from dsdpo.config.stages import STAGES
+from dsdpo.config.stages import STAGE_ALIASES, STAGES
 from dsdpo.config.templates import DATE_WORDS, TEMPLATE_WORDS, check_date, check_template, template_hint
 from dsdpo.config.times import TIME_WORDS, check_time, seconds_of, time_hint
 
@@ -47,7 +47,8 @@ class RunConfig(BaseModel):
     """Hugging Face model id, or a local folder with `config.json`, weights and tokenizer."""
 
     stage: Annotated[str, OneOf(STAGES.keys)] = "dpo"
-    """Training stage. `dpo`: direct preference optimization on chosen/rejected pairs."""
+    """Training stage. `dpo`: direct preference optimization on chosen/rejected pairs. `rm` (or `rw`): a reward model on
+    such pairs, the language model with a head that gives a number for each answer."""
 
     finetuning_type: Literal["full", "lora"] = "lora"
     """`full` trains every parameter; `lora` trains low-rank adapters beside frozen weights."""
@@ -186,6 +187,13 @@ class RunConfig(BaseModel):
     odpo_alpha: float = Field(1.0, ge=0.0)
     """Weight of `odpo`'s margin, the logarithm of the difference between chosen_score and rejected_score."""
 
+    margin_from_scores: bool = False
+    """Stage `rm`: the chosen answer is to be better by chosen_score - rejected_score of the data, which every pair must
+    have (Llama 2)."""
+
+    center_rewards_coefficient: float = Field(0.0, ge=0.0)
+    """Stage `rm`: weight of the square of the sum of a pair's two rewards, which holds rewards around 0."""
+
     reference: Literal["auto", "cached", "live", "none"] = Field("auto", json_schema_extra=FREE)
     """Where reference log-probs come from. `cached`: one pass of the untrained policy over the data, stored and
     reused while weights, token ids and settings stay the same. `live`: computed in every step, by the policy with its
@@ -322,6 +330,12 @@ class RunConfig(BaseModel):
             return [part.strip() for part in value.split(",") if part.strip()]
         return value
 
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _stage_by_another_name(cls, value: object) -> object:
+        """Accept the names that other trainers have for a stage."""
+        return STAGE_ALIASES.get(value, value) if isinstance(value, str) else value
+
     @field_validator("lora_target")
     @classmethod
     def _words_of_peft(cls, value: list[str]) -> list[str]:
@@ -349,6 +363,8 @@ class RunConfig(BaseModel):
     @property
     def reference_kind(self) -> Literal["cached", "live", "none"]:
         """`reference`, with `auto` decided."""
+        if "reference" not in STAGES[self.stage].options:
+            return "none"
         if self.reference != "auto":
             return self.reference
         return "cached" if any(LOSSES[loss].reference for loss in self.loss_type) else "none"

@@ -2,5 +2,48 @@
 
 from __future__ import annotations
 
-# stage -> what it trains, for `--help`
-STAGES: dict[str, str] = {"dpo": "direct preference optimization on pairs of answers"}
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What a stage trains, and what the checks before a run must know of it.
+
+    Attributes:
+        text: for `--help`.
+        head: what the model computes, as in `dsdpo.objectives.base.Objective`.
+        options: options that it reads and some other stage does not.
+    """
+
+    text: str
+    head: Literal["logprob", "value"] = "logprob"
+    options: tuple[str, ...] = ()
+
+
+STAGES: dict[str, StageSpec] = {
+    "dpo": StageSpec(
+        "direct preference optimization on chosen/rejected pairs",
+        options=(
+            "loss_type",
+            "loss_weights",
+            "beta",
+            "label_smoothing",
+            "ld_alpha",
+            "f_divergence_type",
+            "f_alpha_divergence_coef",
+            "use_weighting",
+            "discopop_tau",
+            "simpo_gamma",
+            "cpo_alpha",
+            "odpo_alpha",
+            "reference",
+        ),
+    ),
+    "rm": StageSpec(
+        "a reward model on such pairs",
+        head="value",
+        options=("margin_from_scores", "center_rewards_coefficient"),
+    ),
+}
+STAGE_ALIASES = {"rw": "rm", "reward": "rm"}

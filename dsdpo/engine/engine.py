@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import deepspeed
 import torch
@@ -20,7 +19,7 @@ from dsdpo.engine.optimizer import build_optimizer, parameter_groups
 from dsdpo.errors import ConfigError
 from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora
 from dsdpo.model.attention.register import choose
-from dsdpo.model.load import load_causal_lm
+from dsdpo.model.load import Head, load_model
 from dsdpo.model.packed import PackedModel
 from dsdpo.plan.shape import ModelShape
 from dsdpo.runtime.env import Mesh
@@ -67,7 +66,7 @@ def build_engine(
     mesh: Mesh,
     hardware: Hardware,
     weights: str | None = None,
-    head: Literal["logprob", "value"] = "logprob",
+    head: Head = "logprob",
 ) -> DeepSpeedEngine:
     """The policy in a DeepSpeed engine: `engine(inputs)` gives what `PackedModel` does.
 
@@ -85,7 +84,7 @@ def build_engine(
     torch.manual_seed(config.seed)
     adapter = weights if weights is not None and is_adapter(weights) else None
     whole = config.model_name_or_path if weights is None or adapter else weights
-    base = load_causal_lm(whole, config, settings, attention, hardware.dtype)
+    base = load_model(whole, config, settings, attention, hardware.dtype, head)
     model: torch.nn.Module = base
     if adapter:
         model = load_lora(base, adapter)
@@ -109,7 +108,7 @@ def build_reference_engine(config: RunConfig, zero: ZeroConfig, mesh: Mesh, hard
     """The untrained model, frozen and sharded with ZeRO-3 over the ranks, whatever the policy's stage."""
     settings = reference_engine_config(config, zero, mesh.dp_size, hardware.bf16)
     attention = choose(config.attn_implementation, hardware.device, hardware.bf16)
-    base = load_causal_lm(config.model_name_or_path, config, settings, attention, hardware.dtype)
+    base = load_model(config.model_name_or_path, config, settings, attention, hardware.dtype)
     base.requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=PackedModel(base), config=settings)
     engine.eval()

@@ -43,8 +43,9 @@ def assemble(checkpoint: Checkpoint, folder: Path) -> None:
         raise CheckpointError(f"the tokenizer of {base}, which the run trained, cannot be loaded: {error}") from error
     exported = _exported(run, tokenizer)
     exported.put_into(tokenizer)
-    own = run["generation_config"].get("eos_token_id", run["model_config"].get("eos_token_id"))
-    run["generation_config"] |= {"eos_token_id": exported.end_ids(tokenizer, own), "_from_model_config": False}
+    if run["generation_config"] is not None:
+        own = run["generation_config"].get("eos_token_id", run["model_config"].get("eos_token_id"))
+        run["generation_config"] |= {"eos_token_id": exported.end_ids(tokenizer, own), "_from_model_config": False}
     manifest = checkpoint.manifest
     with Fragments(checkpoint.path, manifest["parameters"], manifest["world_size"]) as fragments:
         if run["adapter_config"]:
@@ -67,7 +68,7 @@ def _write_adapter(fragments: Fragments, run: dict[str, Any], base: str, folder:
     stored = {name.replace(".default.", "."): name for name in fragments.index}  # as PEFT names them on disk
     _write_weights(folder / "adapter_model.safetensors", fragments, stored, run["dtype"])
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
-    _write_json(folder / "generation_config.json", run["generation_config"])
+    _write_generation_config(folder, run)
     _write_json(folder / "adapter_config.json", {**run["adapter_config"], "base_model_name_or_path": base})
 
 
@@ -86,7 +87,13 @@ def _write_model(fragments: Fragments, run: dict[str, Any], folder: Path) -> Non
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
     _write_json(folder / "config.json", {**run["model_config"], "dtype": run["dtype"]})
-    _write_json(folder / "generation_config.json", run["generation_config"])
+    _write_generation_config(folder, run)
+
+
+def _write_generation_config(folder: Path, run: dict[str, Any]) -> None:
+    """A reward model has none."""
+    if run["generation_config"] is not None:
+        _write_json(folder / "generation_config.json", run["generation_config"])
 
 
 def _shards(fragments: Fragments, itemsize: int) -> Iterator[list[str]]:

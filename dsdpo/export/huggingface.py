@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 import peft
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dsdpo.checkpoint.commit import MANIFEST, RUN_FILE, Checkpoint, checkpoints, read, read_run, verify
@@ -20,6 +28,7 @@ from dsdpo.compat import is_partitioned
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.errors import CheckpointError, IOFailure
 from dsdpo.export.assemble import assemble
+from dsdpo.model.adapters import SCORE_WEIGHT
 from dsdpo.runtime.files import follow_umask, fsync_path, fsync_tree
 from dsdpo.runtime.progress import track
 from dsdpo.runtime.rundir import RunDir
@@ -76,7 +85,10 @@ def _write_folder(
     with new_folder(folder) as temporary:
         which = {"selected_adapters": ["default"]} if isinstance(model, peft.PeftModel) else {}
         model.save_pretrained(temporary, **which, **({} if state is None else {"state_dict": state}))
-        if isinstance(model, peft.PeftModel) and model.generation_config is not None:
+        if isinstance(model, peft.PeftModel) and state is not None and SCORE_WEIGHT in state:
+            file = temporary / "adapter_model.safetensors"  # PEFT writes its own copies of such layers alone
+            save_file({**load_file(file), SCORE_WEIGHT: state[SCORE_WEIGHT].contiguous()}, file, {"format": "pt"})
+        if isinstance(model, peft.PeftModel) and getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(temporary)  # an adapter's own would be its base's
         tokenizer.save_pretrained(temporary)
 
@@ -216,8 +228,13 @@ def check_target(to: Path) -> None:
 
 def merged(adapter: Path) -> PreTrainedModel:
     """An adapter's base model with the adapter folded in, on the CPU, in the precision that the base is stored in."""
-    base_name = peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    base = AutoModelForCausalLM.from_pretrained(base_name, dtype="auto")
+    settings = peft.PeftConfig.from_pretrained(str(adapter))
+    name = settings.base_model_name_or_path
+    if settings.task_type == peft.TaskType.SEQ_CLS:
+        base = AutoModelForSequenceClassification.from_pretrained(name, dtype="auto", num_labels=1)
+        base.config.pad_token_id = load_tokenizer(str(adapter)).pad_token_id
+    else:
+        base = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     whole = peft.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     if (adapter / GENERATION_CONFIG_NAME).is_file():
         whole.generation_config = GenerationConfig.from_pretrained(str(adapter))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,13 +17,16 @@ from transformers.pytorch_utils import Conv1D
 from dsdpo.compat import active_adapter
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import ConfigError, config_error
+from dsdpo.model.load import set_score
 from dsdpo.model.targets import target_problems
 
+SCORE = "score"  # the layer that gives a reward
+SCORE_WEIGHT = f"base_model.model.{SCORE}.weight"  # in an adapter's file
 REFERENCE = "reference"  # name of the frozen copy of a continued adapter
 
 
 def add_lora(model: PreTrainedModel, config: RunConfig) -> peft.PeftModel:
-    """Freeze `model` and put trainable adapters beside its linear layers.
+    """Freeze `model` and put trainable adapters beside its linear layers; a `score` layer trains whole.
 
     The matrices A are drawn from the CPU generator, which is seeded here, so that all ranks get the same ones. B
     is 0: the tuned model starts as the base model.
@@ -36,18 +41,40 @@ def add_lora(model: PreTrainedModel, config: RunConfig) -> peft.PeftModel:
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        task_type=peft.TaskType.CAUSAL_LM,
+        task_type=None if has_score(model) else peft.TaskType.CAUSAL_LM,
+        exclude_modules=[SCORE] if has_score(model) else None,
     )
-    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    layers = [(name, module) for name, module in model.named_modules() if name != SCORE]
+    linear = [name for name, module in layers if isinstance(module, (nn.Linear, Conv1D))]
     embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     if problems := target_problems(config.lora_target, linear, embeddings):
         raise ConfigError(problems)
     try:
-        return peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+        return _with_score(peft.get_peft_model(model, lora, autocast_adapter_dtype=False))
     except ValueError as error:
         raise config_error(
             "lora-target-unknown", "lora_target", f"lora_target {config.lora_target}: {error}"
         ) from error
+
+
+def has_score(model: nn.Module) -> bool:
+    """Whether a transformers model is one for sequence classification."""
+    return hasattr(model, SCORE)
+
+
+def _with_score(model: peft.PeftModel) -> peft.PeftModel:
+    """Train the `score` layer where there is one, and say so in the adapter's config as PEFT does.
+
+    PEFT would train a copy of the layer, which it cannot make of a partitioned one.
+    """
+    base: Any = model.get_base_model()
+    if has_score(base):
+        base.score.requires_grad_(True)
+        settings: Any = model.peft_config["default"]
+        settings.task_type, settings.modules_to_save, settings.exclude_modules = peft.TaskType.SEQ_CLS, [SCORE], None
+        if isinstance(settings.target_modules, set):
+            settings.target_modules.discard(SCORE)  # as PEFT spells all-linear out, before it excludes
+    return model
 
 
 def is_adapter(folder: str) -> bool:
@@ -61,11 +88,16 @@ def load_lora(model: PreTrainedModel, folder: str, dropout: float = 0.0) -> peft
     Raises:
         ConfigError: its matrices are not those of the model's modules.
     """
-    lora = peft.PeftConfig.from_pretrained(folder)
+    lora: Any = peft.PeftConfig.from_pretrained(folder)
     lora.lora_dropout = dropout
+    if has_score(model):
+        weights = load_file(Path(folder) / "adapter_model.safetensors")
+        if SCORE_WEIGHT in weights:
+            set_score(model, weights[SCORE_WEIGHT])
+        lora.task_type = lora.modules_to_save = None
     tuned = peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=lora, autocast_adapter_dtype=False)
     _check_complete(tuned, folder)
-    return tuned
+    return _with_score(tuned)
 
 
 def _check_complete(tuned: peft.PeftModel, folder: str) -> None:

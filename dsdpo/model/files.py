@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.stages import STAGES
 from dsdpo.errors import Problem
 from dsdpo.model import adapter_files, support
 from dsdpo.model.architecture import Architecture, module_prefix
@@ -166,8 +167,9 @@ def model_problems(folder: Path, config: RunConfig, faulty: frozenset[str]) -> l
     architecture = Architecture.read(settings)
     longest = 0 if "max_length" in faulty else config.max_length
     backend = "auto" if "attn_implementation" in faulty else config.attn_implementation
+    head = STAGES[config.stage].head
     found = [Problem("model-config", _MODEL, f"{_MODEL}: {path}: {text}; correct it") for _, text in wrong]
-    found += support.problems(architecture, longest, config.disable_dropout, backend)
+    found += support.problems(architecture, longest, config.disable_dropout, backend, head)
     shapes = _shapes(folder)
     if kind in support.COMPARED and not wrong:
         told = tensor_problems(settings, shapes, indexed(folder), narrow(weight_files(folder)[0]) if shapes else [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from dsdpo.compat import chunked_logps
 
@@ -49,7 +49,7 @@ class LogProbHead(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """A number from a hidden state: a linear map, which is the parameter `score.weight` of the model.
+    """A number from a hidden state: the layer `score` of a model for sequence classification with one label.
 
     Like LogProbHead it holds the parameter itself and is a module of its own, for ZeRO-3's hooks.
     """
@@ -57,18 +57,6 @@ class ValueHead(nn.Module):
     def __init__(self, score: nn.Linear) -> None:
         super().__init__()
         self.weight = score.weight
-
-    @classmethod
-    def attach(cls, model: PreTrainedModel) -> ValueHead:
-        """Give a causal language model a `score` layer, of zeros, and freeze an output head that nothing uses now."""
-        embeddings = next(model.get_input_embeddings().parameters())
-        score = nn.Linear(model.config.hidden_size, 1, bias=False, device=embeddings.device, dtype=embeddings.dtype)
-        nn.init.zeros_(score.weight)
-        model.score = score
-        output_embeddings = model.get_output_embeddings()
-        if output_embeddings is not None and output_embeddings.weight is not embeddings:
-            output_embeddings.requires_grad_(False)
-        return cls(model.score)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [S, hidden size] -> fp32 [S]."""

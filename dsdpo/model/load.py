@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from huggingface_hub import snapshot_download
@@ -15,11 +15,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
 
-from dsdpo.compat import zero3_loading
+from dsdpo.compat import is_partitioned, zero3_loading
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import config_error
 from dsdpo.model.support import check_supported
@@ -44,12 +45,17 @@ _NO_EFFECT = (
 )
 
 
-def load_causal_lm(
+Head: TypeAlias = Literal["logprob", "value"]
+_CLASSES = {"logprob": AutoModelForCausalLM, "value": AutoModelForSequenceClassification}
+
+
+def load_model(
     model_name_or_path: str,
     config: RunConfig,
     engine_config: dict[str, Any],
     attn_implementation: str,
     dtype: torch.dtype,
+    head: Head = "logprob",
 ) -> PreTrainedModel:
     """Load a whole model; with a stage 3 engine config, partitioned as it is loaded.
 
@@ -59,16 +65,20 @@ def load_causal_lm(
         engine_config: the DeepSpeed config that the engine will be made with.
         attn_implementation: a registered packed backend.
         dtype: of the weights in memory.
+        head: `logprob`: a causal language model. `value`: a model for sequence classification with one label; where
+            the weights have no `score` layer, it is drawn as transformers draws it, from the run's seed.
 
     Raises:
         ConfigError: the model's attention cannot run on packed rows, or its files are not those of one model.
     """
     model_config = _config_of(model_name_or_path)
-    check_supported(model_config, config.max_length, config.disable_dropout, attn_implementation)
+    check_supported(model_config, config.max_length, config.disable_dropout, attn_implementation, head)
     if config.disable_dropout:
         _zero_dropout(model_config)
+    if head == "value":
+        model_config.num_labels = 1
     with zero3_loading(engine_config), _shapes_that_differ(model_name_or_path):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _CLASSES[head].from_pretrained(
             model_name_or_path,
             config=model_config,
             dtype=dtype,
@@ -76,7 +86,12 @@ def load_causal_lm(
             output_loading_info=True,
         )
     model: PreTrainedModel = loaded[0]
-    _check_complete(model_name_or_path, sorted(loaded[1]["missing_keys"]))
+    model.config.architectures = [type(model).__name__]
+    missing = set(loaded[1]["missing_keys"])
+    if head == "value" and "score.weight" in missing:
+        missing.remove("score.weight")
+        set_score(model, draw_score(model, config.seed))
+    _check_complete(model_name_or_path, sorted(missing))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -111,6 +126,23 @@ def _check_complete(name: str, missing: list[str]) -> None:
             "be drawn at random. Take a complete copy, with the config.json that belongs to it"
         )
         raise config_error("weights-incomplete", _MODEL, text)
+
+
+def draw_score(model: Any, seed: int) -> torch.Tensor:
+    """Weights of a `score` layer, fp32 [1, hidden size]: the same for any number of ranks and ZeRO stage."""
+    weight = model.score.weight
+    drawn = torch.empty(getattr(weight, "ds_shape", weight.shape))
+    std = getattr(model.config, "initializer_range", 0.02)
+    return drawn.normal_(std=std, generator=torch.Generator().manual_seed(seed))
+
+
+def set_score(model: Any, weight: torch.Tensor) -> None:
+    """Put weights into the `score` layer of a model, which may be partitioned. A collective call then."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    score = model.score.weight
+    with GatheredParameters([score], modifier_rank=0, enabled=is_partitioned(score)):
+        score.data.copy_(weight)
 
 
 def _zero_dropout(model_config: PretrainedConfig) -> None:

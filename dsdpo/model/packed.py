@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -61,10 +61,10 @@ class ModelOutput(NamedTuple):
 
 
 class PackedModel(nn.Module):
-    """A causal language model seen as a function of micro-batches.
+    """A language model seen as a function of micro-batches.
 
     Args:
-        model: a transformers model, or a PEFT model around one, loaded with one of our attention backends.
+        model: a transformers model as `dsdpo.model.load.load_model` gives it, or a PEFT model around one.
         head: `logprob` gives log-probs of the scored tokens, `value` a number from the last token of each completion.
         weighting: whether `logprob` gives `token_log_sum_sq` too.
 
@@ -79,16 +79,16 @@ class PackedModel(nn.Module):
         self.weighting = weighting
         self.model = model
         causal_lm: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, assignment]
-        output_embeddings = causal_lm.get_output_embeddings()
-        if isinstance(output_embeddings, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        output_layer: Any = causal_lm.get_output_embeddings() if head == "logprob" else causal_lm.score
+        if isinstance(output_layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             text = f"the adapter tunes {HEAD}: train one that leaves it alone, or merge it into its base first"
             raise config_error("adapter", "adapter_name_or_path", text)
         self.config = causal_lm.config
         self.head: LogProbHead | ValueHead
         if head == "logprob":
-            self.head = LogProbHead(output_embeddings, causal_lm.config)
+            self.head = LogProbHead(output_layer, causal_lm.config)
         else:
-            self.head = ValueHead.attach(causal_lm)
+            self.head = ValueHead(output_layer)
         # Not registered as a submodule: it is part of `model`, and a parameter shall have one name.
         self._backbone = (causal_lm.base_model,)
 

@@ -21,11 +21,17 @@ COMPARED = frozenset({
     "gpt_neox", "granite", "helium", "hunyuan_v1_dense", "internlm3", "llama", "ministral", "mistral", "olmo", "olmo2",
     "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
 })
+# Those of them that transformers has no model for sequence classification of.
+NO_SCORE = frozenset({"apertus", "cohere", "cohere2", "ernie4_5", "granite", "internlm3"})
 # fmt: on
 
 
 def check_supported(
-    config: PretrainedConfig, max_length: int, disable_dropout: bool, attn_implementation: str = NAMES["sdpa"]
+    config: PretrainedConfig,
+    max_length: int,
+    disable_dropout: bool,
+    attn_implementation: str = NAMES["sdpa"],
+    head: str = "logprob",
 ) -> None:
     """Refuse models of which packed rows would compute something else.
 
@@ -34,12 +40,13 @@ def check_supported(
         max_length: the longest prompt + completion.
         disable_dropout: whether the model's dropout is set to 0.
         attn_implementation: a name that `choose` gave.
+        head: of the model, see `dsdpo.config.stages.StageSpec`.
 
     Raises:
         ConfigError: each reason that was found, and what to change.
     """
     backend = next(ours for ours, name in NAMES.items() if name == attn_implementation)
-    if found := problems(Architecture.of(config), max_length, disable_dropout, backend):
+    if found := problems(Architecture.of(config), max_length, disable_dropout, backend, head):
         raise ConfigError(found)
 
 
@@ -75,11 +82,14 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[Architecture], object], str], ...] = (
 )
 
 
-def problems(model: Architecture, max_length: int, disable_dropout: bool, backend: str = "auto") -> list[Problem]:
+def problems(
+    model: Architecture, max_length: int, disable_dropout: bool, backend: str = "auto", head: str = "logprob"
+) -> list[Problem]:
     """Why packed rows would compute something else than the model, and what to change.
 
     Args:
         backend: an `attn_implementation`; `auto` where the device that decides it is not known.
+        head: of the model, see `dsdpo.config.stages.StageSpec`.
     """
     if model.differing_layers:
         return [_problem("layers", "the model's layers differ (per_layer_config): train another model")]
@@ -90,6 +100,12 @@ def problems(model: Architecture, max_length: int, disable_dropout: bool, backen
         found.append(_problem("dropout", text))
     if model.model_type in COMPARED:
         found += head_problems(model, backend)
+        if head == "value" and model.model_type in NO_SCORE:
+            text = (
+                f"transformers has no sequence classification model for the type {model.model_type}, which a reward "
+                f"model is; allowed: {', '.join(sorted(COMPARED - NO_SCORE))}"
+            )
+            found.append(_problem("no-score", text))
     elif not found:
         text = (
             f"model type {model.model_type} has not been compared with transformers' own computation on packed "

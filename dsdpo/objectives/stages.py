@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dsdpo.config.schema import RunConfig
 from dsdpo.objectives.base import Objective
 from dsdpo.objectives.preference import PreferenceObjective
+from dsdpo.objectives.reward import RewardObjective
 
-OBJECTIVES: dict[str, Callable[[RunConfig], Objective]] = {"dpo": PreferenceObjective}
+OBJECTIVES: dict[str, Callable[[RunConfig], Objective]] = {"dpo": PreferenceObjective, "rm": RewardObjective}
 
 
 def objective_of(config: RunConfig) -> Objective:

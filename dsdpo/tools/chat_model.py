@@ -19,6 +19,7 @@ from dsdpo.data.messages import Message
 from dsdpo.data.templates import ExampleEncoder, load_tokenizer
 from dsdpo.errors import CheckpointError, DataError, Problem
 from dsdpo.export.huggingface import finished_weights
+from dsdpo.model.config_file import read_object
 from dsdpo.model.files import folder_problems
 from dsdpo.runtime.command import command_line
 from dsdpo.tools.answers import DEFAULT_MAX_NEW_TOKENS, GREEDY, AnswerSettings, CommandLineError, sampling
@@ -55,6 +56,7 @@ class ChatModel:
         """
         settings = settings.of_run(TrainedRun.find(name))
         folder = _weights(name)
+        _check_answers(folder)
         encoder = _encoder(folder, settings)
         base = _base_of(folder)
         model = _load(folder) if base is None else _with_adapter(_load(base), folder)
@@ -213,6 +215,18 @@ def _base_of(folder: str) -> str | None:
 
 def _same(one: str, other: str) -> bool:
     return one == other or (Path(one).is_dir() and Path(one).resolve() == Path(other).resolve())
+
+
+def _check_answers(folder: str) -> None:
+    """Raises CommandLineError for a reward model: a head that gives tokens would be drawn at random."""
+    signs = (("adapter_config.json", "task_type", "SEQ_CLS"), ("config.json", "architectures", "ForSequence"))
+    for file, key, sign in signs:
+        path = Path(folder) / file
+        if path.is_file() and sign in str(read_object(path)[0].get(key)):
+            text = (
+                f"{folder} is a reward model, which gives no answers; `dsdpo eval` tells how well it tells them apart"
+            )
+            raise CommandLineError(Problem("reward-model", "model", text))
 
 
 def _load(name: str) -> Any:

@@ -20,7 +20,7 @@ from dsdpo.train.metrics import MetricSums, StepTotals, brief
 _NAMED = 8  # examples that an error about numbers names
 
 
-def summary(run_dir: RunDir, first_step: int, done: int, total: int, seconds: float) -> list[str]:
+def summary(run_dir: RunDir, first_step: int, done: int, total: int, seconds: float, answers: bool = True) -> list[str]:
     """Time, steps, held-out figures, where the weights are, and the next two commands; for a run that was stopped, its
     checkpoint in place of these.
 
@@ -29,6 +29,7 @@ def summary(run_dir: RunDir, first_step: int, done: int, total: int, seconds: fl
         done: steps that have been taken.
         total: steps of the run.
         seconds: that this process trained, with evaluations and saves.
+        answers: whether the model answers; a reward model does not.
     """
     steps, evaluations = _records(run_dir)
     lines = ["", f"{_steps(first_step, done, total, seconds)}{_speed(steps, first_step)}"]
@@ -38,7 +39,7 @@ def summary(run_dir: RunDir, first_step: int, done: int, total: int, seconds: fl
         found = [checkpoint.path for checkpoint in checkpoints(run_dir) if not checkpoint.problem]
         return [*lines, *(f"checkpoint: {path}" for path in found[:1])]
     lines += [f"weights: {run_dir.final}", *filter(None, [adapter_remark(run_dir.final)])]
-    return [*lines, "next:", *(f"  {command}" for command in next_commands(run_dir))]
+    return [*lines, "next:", *(f"  {command}" for command in next_commands(run_dir, answers))]
 
 
 def _records(run_dir: RunDir) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -75,16 +76,16 @@ def _held_out(evaluations: list[dict[str, Any]]) -> str:
     return f"{'  '.join(figures)} (after steps {first['step']:.0f} and {last['step']:.0f})"
 
 
-def next_commands(run_dir: RunDir) -> list[str]:
+def next_commands(run_dir: RunDir, answers: bool = True) -> list[str]:
     """What a user may do next with the weights of a run that has ended, as it can be pasted into a shell."""
     has_adapter = (run_dir.final / "adapter_config.json").exists()
     target = f"{run_dir}-{'merged' if has_adapter else 'exported'}"
     taken = 1
     while Path(to := target if taken == 1 else f"{target}-{taken}").exists():
         taken += 1
-    chat = ["chat", str(run_dir), *(["--compare"] if has_adapter else [])]
+    ask = ["chat", str(run_dir), *(["--compare"] if has_adapter else [])] if answers else ["eval", str(run_dir)]
     export = ["export", str(run_dir), *(["--merge"] if has_adapter else []), "--to", to]
-    return [command_line(chat), command_line(export)]
+    return [command_line(ask), command_line(export)]
 
 
 def not_finite(done: int, batch: Batch, sums: MetricSums, totals: StepTotals, source: ExampleSource) -> str:

@@ -195,7 +195,8 @@ class Run:
         """Say how the run went and what comes next."""
         if self.mesh.is_main:
             seconds = time.perf_counter() - self._began
-            for line in summary(self.run_dir, self.first_step, self.done, self.schedule.total_steps, seconds):
+            total, answers = self.schedule.total_steps, self.objective.head == "logprob"
+            for line in summary(self.run_dir, self.first_step, self.done, total, seconds, answers):
                 self.reporter.say(line)
 
     # --- reports ---

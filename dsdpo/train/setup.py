@@ -107,8 +107,12 @@ def _metadata(
     tokenizer = load_tokenizer(config.model_name_or_path)
     exported = ExportedTemplate.of(tokenizer, config, train_set.end_token, train_set.template_date)
     model = engine.module.model
-    set_end_ids(model, exported.end_ids(tokenizer, model.generation_config.eos_token_id))
+    generation = getattr(model, "generation_config", None)  # a reward model generates nothing
+    if generation is not None:
+        set_end_ids(model, exported.end_ids(tokenizer, generation.eos_token_id))
     exported.put_into(tokenizer)
+    if exported.pad_token is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, {**run_metadata(config, mesh, engine, train_set, row_tokens), "exported": asdict(exported)}
 
 

@@ -27,7 +27,7 @@ def train_objectives(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Train each case for a few steps in one process group.
 
     Args:
-        cases: changes to `run_config`, and: `objective`, a stage of `register`; `folder`, of the run, where a
+        cases: changes to `run_config`, and: `objective`, rm or a stage of `register`; `folder`, of the run, where a
             checkpoint of an earlier case may be; `until`, the step to stop after; `save`, whether to save then.
 
     Returns:

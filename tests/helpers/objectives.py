@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
-from dsdpo.config.stages import STAGES
+from dsdpo.config.stages import STAGES, StageSpec
 from dsdpo.data.loader import Batch
 from dsdpo.data.packing import MicroBatch
 from dsdpo.model.packed import ModelOutput
@@ -86,42 +86,18 @@ class PlackettLuce:
         return loss_of
 
 
-@dataclass(frozen=True)
-class BradleyTerry:
-    """The loss of a reward model: log sigmoid of the difference of two values."""
-
-    head: ClassVar[Literal["value"]] = "value"
-    needs_reference: ClassVar[bool] = False
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracies")
-
-    def denominator(self, batch: Batch) -> float:
-        """Examples."""
-        return len(batch.lengths)
-
-    def bind(self, batch: Batch, reference: torch.Tensor | None, forward: Forward) -> LossFunction:
-        """See `Objective`."""
-
-        def loss_of(micro_batch: MicroBatch, output: ModelOutput) -> MicroBatchLoss:
-            assert output.values is not None
-            better, worse = output.values.view(-1, 2).unbind(1)
-            losses = -torch.nn.functional.logsigmoid(better - worse)
-            metrics = torch.stack([losses, (better > worse).float()]).detach()
-            return MicroBatchLoss(losses.sum(), losses.detach(), metrics)
-
-        return loss_of
-
-
 def register() -> None:
-    """Make the stages `likelihood`, `ranking` and `value` known to this process."""
+    """Make the stages `likelihood` and `ranking` known to this process."""
     OBJECTIVES["likelihood"] = lambda config: NegativeLogLikelihood()
     OBJECTIVES["ranking"] = lambda config: PlackettLuce(config.beta)
-    OBJECTIVES["value"] = lambda config: BradleyTerry()
-    STAGES.update(dict.fromkeys(("likelihood", "ranking", "value"), "a stage of the tests"))
+    spec = StageSpec("a stage of the tests")
+    STAGES.update({"likelihood": spec, "ranking": replace(spec, options=("reference",))})
 
 
 def examples_for(stage: str, n: int, seed: int = 0) -> ListOfExamples:
-    """Examples for a stage of `register`: weighted, but for `value`; with masks and empty prompts for `likelihood`."""
+    """Examples for stage rm, or for one of `register`: weighted, with masks and empty prompts for `likelihood`."""
     masked = stage == "likelihood"
-    counts = {"likelihood": (1,), "ranking": (4,), "value": (2,)}[stage]
-    weights = None if stage == "value" else np.random.default_rng(seed).choice([0.5, 1.0, 2.0], size=n)
-    return ListOfExamples(random_examples(n, counts, seed, masks=masked, empty=masked), weights=weights)
+    counts = {"likelihood": (1,), "ranking": (4,), "rm": (2,)}[stage]
+    weights = np.random.default_rng(seed).choice([0.5, 1.0, 2.0], size=n)
+    scores = np.random.default_rng(seed).normal(size=2 * n) if stage == "rm" else None
+    return ListOfExamples(random_examples(n, counts, seed, masks=masked, empty=masked), scores, weights)

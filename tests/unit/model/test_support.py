@@ -3,11 +3,18 @@
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, PretrainedConfig
+import torch
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 
 from dsdpo.errors import ConfigError
+from dsdpo.model.architecture import Architecture
 from dsdpo.model.attention.register import NAMES
-from dsdpo.model.support import COMPARED, check_supported
+from dsdpo.model.support import COMPARED, NO_SCORE, check_supported, problems
 
 
 def config(model_type: str, **changes: Any) -> PretrainedConfig:
@@ -122,3 +129,18 @@ def test_every_reason_is_told() -> None:
 
 def test_families_of_the_readme_are_compared() -> None:
     assert {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "phi", "phi3", "gpt2"} <= COMPARED
+
+
+@pytest.mark.parametrize("model_type", sorted(COMPARED))
+def test_reward_models_are_those_that_transformers_classifies_sequences_with(model_type: str) -> None:
+    """A bias or a second layer of the head would not be in the rewards here."""
+    config = AutoConfig.for_model(model_type, num_labels=1, num_hidden_layers=2)
+    assert (model_type in NO_SCORE) == (type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
+    codes = [problem.code for problem in problems(Architecture.of(config), 64, True, head="value")]
+    assert ("model-no-score" in codes) == (model_type in NO_SCORE)
+    if model_type not in NO_SCORE:
+        config.head_dim = 64  # the default of some is none
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+        own = [name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")]
+        assert own == ["score.weight"] and model.score.weight.shape[0] == 1

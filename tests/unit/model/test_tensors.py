@@ -16,7 +16,7 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.errors import ConfigError
 from dsdpo.model.attention import register
 from dsdpo.model.attention.names import NAMES
-from dsdpo.model.load import load_causal_lm
+from dsdpo.model.load import load_model
 from dsdpo.model.tensors import tensor_problems
 from dsdpo.runtime.weights import narrow, shapes, weight_files
 from tests.helpers.tiny import save_model, tiny_llama_config
@@ -35,7 +35,7 @@ def codes(folder: Path) -> list[str]:
 def load(folder: Path) -> list[str]:
     config = RunConfig(model_name_or_path=str(folder), dataset=["d"], output_dir="o", max_length=16)
     try:
-        load_causal_lm(str(folder), config, {}, NAMES["sdpa"], torch.float32)
+        load_model(str(folder), config, {}, NAMES["sdpa"], torch.float32)
     except ConfigError as error:
         return [problem.code for problem in error.problems]
     return []

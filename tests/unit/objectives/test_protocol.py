@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from dsdpo.data.loader import Batch, BatchLoader
 from dsdpo.data.packing import MicroBatch
@@ -17,7 +17,8 @@ from dsdpo.objectives.base import Objective
 from dsdpo.objectives.sums import completion_sums
 from dsdpo.runtime.env import Mesh
 from tests.helpers.alone import logps_alone, value_alone
-from tests.helpers.objectives import BradleyTerry, NegativeLogLikelihood, PlackettLuce, examples_for
+from tests.helpers.objective import reward_objective
+from tests.helpers.objectives import NegativeLogLikelihood, PlackettLuce, examples_for
 from tests.helpers.tiny import ListOfExamples, save_model, tiny_llama_config
 
 CPU = torch.device("cpu")
@@ -26,13 +27,15 @@ BETA = 0.5
 OBJECTIVES: dict[str, Objective] = {
     "likelihood": NegativeLogLikelihood(),
     "ranking": PlackettLuce(BETA),
-    "value": BradleyTerry(),
+    "rm": reward_objective(margin_from_scores=True, center_rewards_coefficient=0.1),
 }
 Gradients = dict[str, torch.Tensor]
 
 
-def load(folder: Path, attention: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).eval()
+def load(folder: Path, attention: str, head: str) -> PreTrainedModel:
+    kind = AutoModelForCausalLM if head == "logprob" else AutoModelForSequenceClassification
+    more = {} if head == "logprob" else {"num_labels": 1}
+    return kind.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32, **more).eval()
 
 
 def gradients(model: torch.nn.Module) -> Gradients:
@@ -59,10 +62,14 @@ def expected(stage: str, stock: PreTrainedModel, source: ListOfExamples) -> tupl
             parts.append(-float(weight) * torch.stack(chances).log().sum())
         loss = torch.stack(parts).mean()
     else:
-        stock.score = torch.nn.Linear(32, 1, bias=False)
         stock.score.weight.data = score_weight()
-        values = [[value_alone(stock, stock.score.weight, example, k) for k in range(2)] for example in examples]
-        loss = torch.stack([(1 + (worse - better).exp()).log() for better, worse in values]).mean()
+        scores = source.scores(np.arange(N)).reshape(-1, 2)
+        parts = []
+        for weight, example, (high, low) in zip(weights, examples, scores):
+            better, worse = (value_alone(stock, stock.score.weight, example, k) for k in range(2))
+            loss = (1 + (worse - better + high - low).exp()).log() + 0.1 * (better + worse) ** 2
+            parts.append(float(weight) * loss)
+        loss = torch.stack(parts).mean()
     loss.backward()
     return loss.item(), gradients(stock)
 
@@ -84,9 +91,9 @@ def test_packed_equals_each_completion_alone(tmp_path: Path, stage: str, share_p
     """Over two data-parallel ranks, of which each computes its own micro-batches here, one after the other."""
     save_model(tmp_path, tiny_llama_config(tied=False))
     objective, source = OBJECTIVES[stage], examples_for(stage, N)
-    wanted_loss, wanted = expected(stage, load(tmp_path, "eager"), source)
-    packed = PackedModel(load(tmp_path, NAMES["sdpa"]), objective.head)
-    if stage == "value":
+    wanted_loss, wanted = expected(stage, load(tmp_path, "eager", objective.head), source)
+    packed = PackedModel(load(tmp_path, NAMES["sdpa"], objective.head), objective.head)
+    if stage == "rm":
         packed.model.score.weight.data = score_weight()
 
     def forward(micro_batch: MicroBatch) -> ModelOutput:
