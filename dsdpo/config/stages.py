@@ -23,7 +23,7 @@ class StageSpec:
 
 STAGES: dict[str, StageSpec] = {
     "dpo": StageSpec(
-        "direct preference optimization on chosen/rejected pairs",
+        "direct preference optimization on pairs of answers",
         options=(
             "loss_type",
             "loss_weights",

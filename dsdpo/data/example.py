@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -161,11 +160,6 @@ class Lengths:
         """Tokens that each example takes in a micro-batch, int64 [B]: its prompt once, or once for each completion."""
         completions = np.bincount(self.examples, weights=self.completions, minlength=len(self)).astype(np.int64)
         return self.prompt * (1 if share_prefix else self.counts) + completions
-
-    @cached_property
-    def mean_first_loss_tokens(self) -> float:
-        """Scored tokens of an example's first completion, averaged over the examples."""
-        return float(self.loss_tokens[self.starts].mean())
 
     @property
     def padded(self) -> int:

@@ -79,6 +79,28 @@ class Packing(NamedTuple):
     idle_share: float
 
 
+class MeanOver(NamedTuple):
+    """The examples over which means are taken: those of a step in training, of the whole set in an evaluation.
+
+    Attributes:
+        lengths: of M examples.
+        weights: float64 [M].
+    """
+
+    lengths: Lengths
+    weights: np.ndarray
+
+    @property
+    def mean_weight(self) -> float:
+        return float(self.weights.mean())
+
+    @property
+    def mean_first_loss_tokens(self) -> float:
+        """Scored tokens of an example's first completion, averaged over the examples with their weights."""
+        first = self.lengths.loss_tokens[self.lengths.starts]
+        return float((self.weights * first).sum() / self.weights.sum())
+
+
 @dataclass(frozen=True)
 class Batch:
     """One optimizer step as this rank sees it: B examples with N completions over all ranks.
@@ -90,8 +112,7 @@ class Batch:
         weights: float64 [B].
         micro_batches: of this rank, one for each micro-step; all ranks have the same number.
         packing: see there.
-        mean_over: lengths of the examples over which a mean per token is taken: those of the step in training, those of
-            the whole set in an evaluation.
+        mean_over: see there.
     """
 
     example_ids: np.ndarray
@@ -100,7 +121,7 @@ class Batch:
     weights: np.ndarray
     micro_batches: list[MicroBatch]
     packing: Packing
-    mean_over: Lengths
+    mean_over: MeanOver
 
     def completion_indices(self, micro_batch: MicroBatch) -> np.ndarray:
         """int64 [S]: places of a micro-batch's completions among the batch's N."""
@@ -123,19 +144,19 @@ class BatchLoader:
         self.max_tokens_per_row = max_tokens_per_row
         self.share_prefix = share_prefix
 
-    def batch(self, example_ids: np.ndarray, mean_over: Lengths | None = None) -> Batch:
+    def batch(self, example_ids: np.ndarray, mean_over: MeanOver | None = None) -> Batch:
         """This rank's micro-batches for one step's examples. mean_over: see `Batch`; None: the step's."""
-        lengths = self.source.lengths(example_ids)
+        lengths, weights = self.source.lengths(example_ids), self.source.weights(example_ids)
         tokens = lengths.packed(self.share_prefix)
         plan = plan_step(tokens, self.mesh.dp_size, self.max_tokens_per_row)
         return Batch(
             example_ids=example_ids,
             lengths=lengths,
             scores=self.source.scores(example_ids),
-            weights=self.source.weights(example_ids),
+            weights=weights,
             micro_batches=[self._micro_batch(example_ids, step[self.mesh.dp_rank]) for step in plan],
             packing=Packing(lengths.padded, int(tokens.sum()), idle_share(plan, tokens)),
-            mean_over=lengths if mean_over is None else mean_over,
+            mean_over=MeanOver(lengths, weights) if mean_over is None else mean_over,
         )
 
     def _micro_batch(self, example_ids: np.ndarray, indices: list[int]) -> MicroBatch:
@@ -144,7 +165,7 @@ class BatchLoader:
         examples = [self.source.example(int(example_ids[i])) for i in indices]
         return build_micro_batch(examples, indices, self.share_prefix)
 
-    def stream(self, id_batches: Iterable[np.ndarray], mean_over: Lengths | None = None) -> Iterator[Batch]:
+    def stream(self, id_batches: Iterable[np.ndarray], mean_over: MeanOver | None = None) -> Iterator[Batch]:
         """Batches in order, each built on a thread while the one before it is in use."""
         with ThreadPoolExecutor(max_workers=1) as pool:
             ahead = None
@@ -161,7 +182,11 @@ class BatchLoader:
         n = len(self.source)
         return self.stream(step_example_ids(step, n, train_batch_size, seed) for step in steps)
 
-    def in_order(self, example_ids: np.ndarray, batch_size: int, mean_over: Lengths | None = None) -> Iterator[Batch]:
+    def mean_over(self, example_ids: np.ndarray) -> MeanOver:
+        """Of some of the set's examples."""
+        return MeanOver(self.source.lengths(example_ids), self.source.weights(example_ids))
+
+    def in_order(self, example_ids: np.ndarray, batch_size: int, mean_over: MeanOver | None = None) -> Iterator[Batch]:
         """Each of `example_ids` once, in order: for evaluation and for the reference pass."""
         starts = range(0, len(example_ids), batch_size)
         return self.stream((example_ids[start : start + batch_size] for start in starts), mean_over)

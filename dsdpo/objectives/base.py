@@ -36,7 +36,8 @@ class Objective(Protocol):
     Attributes:
         head: what the model computes: `logprob` of the scored tokens, or a `value` for each completion.
         needs_reference: whether `bind` gets log-probs of the reference.
-        metrics: M names; the first is `loss`, whose mean over a step's examples is the step's loss.
+        metrics: M names; the first is `loss`, whose mean over a step's examples is the step's loss. So it holds an
+            example's weight over their mean.
     """
 
     @property
@@ -49,7 +50,8 @@ class Objective(Protocol):
     def metrics(self) -> tuple[str, ...]: ...
 
     def denominator(self, batch: Batch) -> float:
-        """What the sum of a step's totals over all ranks is divided by: the number of examples, or of loss tokens.
+        """What the sum of a step's totals over all ranks is divided by: the sum of the examples' weights, or that of
+        their loss tokens times weights.
 
         It follows from the lengths alone, so every rank knows it.
         """

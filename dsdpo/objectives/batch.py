@@ -53,7 +53,7 @@ class EachPair:
         losses, metrics = self.losses_of(sums, reference, PairFacts.of(self.batch, examples, sums.device))
         weights = torch.from_numpy(self.batch.weights[examples].astype(np.float32)).to(sums.device, non_blocking=True)
         losses = losses * weights
-        reported = torch.cat([losses.detach()[None], metrics[1:]])  # the loss that is trained, with its weight
+        reported = torch.cat([losses.detach()[None] / self.batch.mean_over.mean_weight, metrics[1:]])
         return MicroBatchLoss(losses.sum(), losses.detach(), reported)
 
 

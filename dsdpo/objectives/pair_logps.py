@@ -21,7 +21,7 @@ class PairFacts(NamedTuple):
     Attributes:
         tokens: fp32 [P, 2], scored tokens of chosen and rejected.
         score_gaps: fp32 [P], the data's score of chosen minus that of rejected; NaN where there are none.
-        mean_chosen_tokens: chosen tokens per pair, averaged over the whole optimizer step.
+        mean_chosen_tokens: chosen tokens per pair, averaged over the whole optimizer step with the pairs' weights.
     """
 
     tokens: torch.Tensor

@@ -47,8 +47,8 @@ class PreferenceObjective:
         self._config = config
 
     def denominator(self, batch: Batch) -> float:
-        """The number of pairs."""
-        return len(batch.lengths)
+        """The sum of the pairs' weights."""
+        return float(batch.weights.sum())
 
     def bind(self, batch: Batch, reference: torch.Tensor | None, forward: Forward) -> LossFunction:
         """See `Objective`. Raises DataError where an example has not two completions."""

@@ -36,8 +36,8 @@ class RewardObjective:
         self._centering = config.center_rewards_coefficient
 
     def denominator(self, batch: Batch) -> float:
-        """The number of pairs."""
-        return len(batch.lengths)
+        """The sum of the pairs' weights."""
+        return float(batch.weights.sum())
 
     def bind(self, batch: Batch, reference: torch.Tensor | None, forward: Forward) -> LossFunction:
         """See `Objective`.
@@ -63,7 +63,8 @@ class RewardObjective:
             )
             losses = -F.logsigmoid(chosen - rejected - margin) + self._centering * (chosen + rejected) ** 2
             losses = losses * weight
-            columns = [losses, chosen, rejected, (chosen > rejected).float(), chosen - rejected]
-            return MicroBatchLoss(losses.sum(), losses.detach(), torch.stack(columns).detach())
+            reported = losses / batch.mean_over.mean_weight
+            metrics = torch.stack([reported, chosen, rejected, (chosen > rejected).float(), chosen - rejected])
+            return MicroBatchLoss(losses.sum(), losses.detach(), metrics.detach())
 
         return loss_of

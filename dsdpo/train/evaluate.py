@@ -44,7 +44,7 @@ def evaluate(
     left = False
     engine.eval()
     with torch.no_grad(), Progress("held-out", len(ids), "examples") as progress:
-        for batch in loader.in_order(ids, batch_size, mean_over=loader.source.lengths(ids)):
+        for batch in loader.in_order(ids, batch_size, mean_over=loader.mean_over(ids)):
             if left := not goes_on():
                 break
             loss_of = objective.bind(batch, reference.logps(batch), forward)

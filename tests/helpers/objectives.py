@@ -32,14 +32,15 @@ class NegativeLogLikelihood:
     metrics: ClassVar[tuple[str, ...]] = ("loss", "tokens")
 
     def denominator(self, batch: Batch) -> float:
-        """Loss tokens."""
-        return float(batch.lengths.loss_tokens.sum())
+        """Loss tokens, each with its example's weight."""
+        return float((batch.lengths.loss_tokens * batch.weights).sum())
 
     def bind(self, batch: Batch, reference: torch.Tensor | None, forward: Forward) -> LossFunction:
         """See `Objective`."""
         assert reference is None and (batch.lengths.counts == 1).all()
-        over = batch.mean_over
-        examples_per_token = len(over) / over.loss_tokens.sum()  # a mean over examples is then one over tokens
+        over, weights = batch.mean_over
+        # a mean over examples is then one over tokens
+        examples_per_token = len(over) / (over.loss_tokens * weights).sum()
 
         def loss_of(micro_batch: MicroBatch, output: ModelOutput) -> MicroBatchLoss:
             logps = completion_sums(output, micro_batch.completions).sum(1)
@@ -68,8 +69,8 @@ class PlackettLuce:
     metrics: ClassVar[tuple[str, ...]] = ("loss", "rewards/first")
 
     def denominator(self, batch: Batch) -> float:
-        """Examples."""
-        return len(batch.lengths)
+        """The sum of the weights."""
+        return float(batch.weights.sum())
 
     def bind(self, batch: Batch, reference: torch.Tensor | None, forward: Forward) -> LossFunction:
         """See `Objective`."""
@@ -80,7 +81,7 @@ class PlackettLuce:
             at = torch.from_numpy(batch.completion_indices(micro_batch))
             rewards = self.beta * (sums.sum(1) - reference[at].sum(1)).view(-1, 4)
             losses = ranking_losses(rewards) * weights_of(batch, micro_batch, sums.device)
-            metrics = torch.stack([losses, rewards[:, 0]]).detach()
+            metrics = torch.stack([losses / batch.mean_over.mean_weight, rewards[:, 0]]).detach()
             return MicroBatchLoss(losses.sum(), losses.detach(), metrics)
 
         return loss_of

@@ -52,7 +52,7 @@ def expected(stage: str, stock: PreTrainedModel, source: ListOfExamples) -> tupl
     if stage == "likelihood":
         logps = [logps_alone(stock, example, 0) for example in examples]
         parts = [-float(weight) * some.sum() for weight, some in zip(weights, logps)]
-        loss = torch.stack(parts).sum() / sum(map(len, logps))
+        loss = torch.stack(parts).sum() / sum(weight * len(some) for weight, some in zip(weights, logps))
     elif stage == "ranking":
         parts = []
         for weight, example in zip(weights, examples):
@@ -60,7 +60,7 @@ def expected(stage: str, stock: PreTrainedModel, source: ListOfExamples) -> tupl
             rewards = BETA * (sums - sums.detach() * 0.5)  # the reference of `found` is half the policy
             chances = [rewards[k].exp() / rewards[k:].exp().sum() for k in range(3)]
             parts.append(-float(weight) * torch.stack(chances).log().sum())
-        loss = torch.stack(parts).mean()
+        loss = torch.stack(parts).sum() / weights.sum()
     else:
         stock.score.weight.data = score_weight()
         scores = source.scores(np.arange(N)).reshape(-1, 2)
@@ -69,7 +69,7 @@ def expected(stage: str, stock: PreTrainedModel, source: ListOfExamples) -> tupl
             better, worse = (value_alone(stock, stock.score.weight, example, k) for k in range(2))
             loss = (1 + (worse - better + high - low).exp()).log() + 0.1 * (better + worse) ** 2
             parts.append(float(weight) * loss)
-        loss = torch.stack(parts).mean()
+        loss = torch.stack(parts).sum() / weights.sum()
     loss.backward()
     return loss.item(), gradients(stock)
 
