@@ -60,6 +60,7 @@ REASONS = {
     "no_pair": Reason("no pair of answers", "output must be [better, worse], or give chosen and rejected"),
     "bad_history": Reason("history is no list of [question, answer]", "name another column, or ignore_columns: [NAME]"),
     "bad_score": Reason("a score is no number"),
+    "bad_weight": Reason("the weight is no number above 0", "take records out that are not to count"),
     # messages
     "message_not_object": Reason("a message is no object"),
     "unknown_role": Reason("unknown role"),

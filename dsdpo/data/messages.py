@@ -203,6 +203,19 @@ def read_score(value: Any, what: str) -> float | None:
     return score
 
 
+def read_weight(value: Any) -> float:
+    """A number above 0; 1 where there is none."""
+    if is_empty(value):
+        return 1.0
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    if not (math.isfinite(weight) and weight > 0):
+        raise Dropped("bad_weight", repr(value)[:60])
+    return weight
+
+
 _MAY_FOLLOW = {
     None: ("system", "user"),
     "system": ("user",),

@@ -65,9 +65,11 @@ def prepare(config: RunConfig, split: Split) -> PreparedSet | None:
         except OSError as error:
             raise IOFailure(f"cannot write the index of val_size to {path}: {error}; set cache_dir") from error
     prepared = _opened(config, split, path)
+    if config.margin_from_scores:
+        _check_scores(prepared, "margin_from_scores", above=False)
     for loss in config.loss_type:
         if LOSSES[loss].needs_scores:
-            _check_scores(prepared, loss)
+            _check_scores(prepared, f"loss_type {loss}")
     return prepared
 
 
@@ -87,8 +89,12 @@ def _check_tokens(config: RunConfig, whole: PreparedSet, tokenizer: Callable[[],
     )
 
 
-def _check_scores(pairs: PreparedSet, loss: str) -> None:
-    """Refuse pairs without scores, or whose chosen side does not score higher, for a loss that needs them.
+def _check_scores(pairs: PreparedSet, reader: str, above: bool = True) -> None:
+    """Refuse pairs without scores, or whose chosen side does not score higher, for an option that needs them.
+
+    Args:
+        reader: the option.
+        above: whether the chosen side must score higher.
 
     Raises:
         DataError: naming the first such pair.
@@ -96,13 +102,13 @@ def _check_scores(pairs: PreparedSet, loss: str) -> None:
     for start in range(0, len(pairs), _AT_ONCE):
         ids = np.arange(start, min(start + _AT_ONCE, len(pairs)))
         scores = pairs.scores(ids).reshape(-1, 2)
-        bad = np.flatnonzero(~(scores[:, 0] > scores[:, 1]))
+        bad = np.flatnonzero(~(scores[:, 0] > scores[:, 1]) if above else np.isnan(scores).any(axis=1))
         if len(bad):
             chosen, rejected = scores[bad[0]]
             raise DataError(
-                f"loss_type {loss} needs a chosen_score above the rejected_score in every pair; "
-                f"{pairs.where(int(ids[bad[0]]))} has {chosen} and {rejected} (nan: none): mend the data, or choose "
-                "another loss_type"
+                f"{reader} needs a chosen_score {'above the' if above else 'and a'} rejected_score in every pair; "
+                f"{pairs.where(int(ids[bad[0]]))} has {chosen} and {rejected} (nan: none): mend the data, or set "
+                "something else"
             )
 
 

@@ -10,12 +10,13 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dsdpo.config.aliases import did_you_mean
+from dsdpo.config.losses import LOSSES
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.folders import (
     DEFAULT_SPLIT,
@@ -139,9 +140,21 @@ def problems(config: RunConfig, faulty: frozenset[str]) -> list[Problem]:
     for key in ("dataset", "eval_dataset"):
         names = getattr(config, key)
         if key not in faulty and names:
-            for problem in resolve(names, config.dataset_dir)[1]:
+            entries, wrong = resolve(names, config.dataset_dir)
+            for problem in [*wrong, *_weight_problems(entries, config, faulty)]:
                 found.setdefault(problem, []).append(key)
     return [replace(one, option=keys[0], text=f"{', '.join(keys)}: {one.text}") for one, keys in found.items()]
+
+
+def _weight_problems(entries: Sequence[DatasetEntry], config: RunConfig, faulty: frozenset[str]) -> Iterator[Problem]:
+    """Losses across pairs have no loss of one pair that its weight could scale."""
+    losses = [] if "loss_type" in faulty else [name for name in config.loss_type if LOSSES[name].spans_batch]
+    for entry in entries if losses else []:
+        if "weight" in entry.columns:
+            text = (
+                f"{entry.name} has columns.weight, but loss_type {', '.join(losses)} compares pairs with each other, "
+            )
+            yield Problem("weight", "dataset", text + "so that no loss belongs to one; delete it or change loss_type")
 
 
 def _read_info(path: Path) -> tuple[dict[str, Any], list[Problem]]:

@@ -31,9 +31,10 @@ class Column(NamedTuple):
     optional: bool = False
 
 
-_SCORES = {
+_NUMBERS = {
     "chosen_score": Column(("chosen_score", "score_chosen"), optional=True),
     "rejected_score": Column(("rejected_score", "score_rejected"), optional=True),
+    "weight": Column((), optional=True),  # a column of this name may hold anything
 }
 # What a conversation may have beside its messages; text has no place for it.
 BESIDE = {key: Column((key,), optional=True) for key in ("system", "tools", "chat_template_kwargs")}
@@ -50,32 +51,32 @@ READS: dict[str, dict[str, Column]] = {
         "history": Column(("history",), optional=True),
         **_SIDES,
         **BESIDE,
-        **_SCORES,
+        **_NUMBERS,
     },
-    "sharegpt": {"messages": Column(MESSAGES), **_SIDES, **BESIDE, **_SCORES},
-    "trl": {"prompt": Column(("prompt",)), **_SIDES, **BESIDE, **_SCORES},
-    "hh_rlhf": {**_SIDES, **BESIDE, **_SCORES},
+    "sharegpt": {"messages": Column(MESSAGES), **_SIDES, **BESIDE, **_NUMBERS},
+    "trl": {"prompt": Column(("prompt",)), **_SIDES, **BESIDE, **_NUMBERS},
+    "hh_rlhf": {**_SIDES, **BESIDE, **_NUMBERS},
     "cvalues": {
         "messages": Column(("messages", "conversations")),
         "prompt": Column(("prompt",)),
         "chosen": Column(("pos_resp",)),
         "rejected": Column(("neg_resp",)),
         **BESIDE,
-        **_SCORES,
+        **_NUMBERS,
     },
     "text_to_sql": {
         "question": Column(("question",)),
         "context": Column(("context",)),
         "answer": Column(("answer",)),
         **BESIDE,
-        **_SCORES,
+        **_NUMBERS,
     },
     "openai": {
         "prompt": Column(("input",)),
         "chosen": Column(("preferred_output",)),
         "rejected": Column(("non_preferred_output",)),
         **BESIDE,
-        **_SCORES,
+        **_NUMBERS,
     },
 }
 COLUMNS = tuple(dict.fromkeys(key for keys in READS.values() for key in keys))

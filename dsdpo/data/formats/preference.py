@@ -29,6 +29,7 @@ from dsdpo.data.messages import (
     read_score,
     read_template_kwargs,
     read_tools,
+    read_weight,
     reply,
     system_and,
     text_of,
@@ -239,6 +240,8 @@ def _with_columns_beside(example: Example, row: Columns) -> Example:
         if system or tools or kwargs or prompt is not example.prompt:
             prompt, tools = system_and(system, prompt), _one_of(tools, own)
             example = replace(example, prompt=prompt, tools=tools, template_kwargs=kwargs)
+    if "weight" in row.columns:
+        example = replace(example, weight=read_weight(row.get("weight")))
     if example.scores != (None, None):
         return example
     scores = tuple(read_score(row.get(key), key) for key in ("chosen_score", "rejected_score"))
