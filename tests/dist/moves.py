@@ -45,7 +45,7 @@ def go(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Several stretches of runs, one after another in one process group.
 
     Args:
-        tasks: changes to `run_config`, and: `folder`, of the run; `until`, the step to stop after (its learning rates
+        tasks: changes to `run_config`, and: `objective`, a stage, dpo by default; `folder`, of the run; `until`, the step to stop after (its learning rates
             are those of the whole run); `save`, whether to save then; `state`, whether to return what DeepSpeed holds
             before the first step.
 
@@ -58,9 +58,9 @@ def go(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for number, task in enumerate(tasks):
         task = dict(task)
         folder, until = Path(task.pop("folder")), task.pop("until")
-        saves, looks = task.pop("save", False), task.pop("state", False)
+        saves, looks, objective = task.pop("save", False), task.pop("state", False), task.pop("objective", "dpo")
         folder.mkdir(parents=True, exist_ok=True)
-        config = run_config(folder=folder, save_steps=None, **task)
+        config = run_config(folder=folder, save_steps=None, **task).model_copy(update={"stage": objective})
         zero = ZeroConfig.load(config)
         hardware = start_process_group(config, zero, mesh)
         pairs = ListOfExamples(random_pairs(PAIRS))

@@ -21,9 +21,11 @@ PLACES = [{"stage": 0}, {"stage": 1}, {"stage": 2}, {"stage": 3}, {"stage": 3, "
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full", "weight_decay": 0.1},
     "lora": {"finetuning_type": "lora", "learning_rate": 1e-2},
+    "reward": {"finetuning_type": "lora", "learning_rate": 1e-2, "objective": "rm"},
 }
 MORE_PLACES = [*PLACES, {"stage": 3, "persist": True}, {"stage": 2, "offload": True}]
-CASES = [(world, place, kind) for world in WORLDS for place in range(len(PLACES)) for kind in KINDS]
+CASES = [(world, place, kind) for world in WORLDS for place in range(len(PLACES)) for kind in ("full", "lora")]
+CASES += [(world, place, "reward") for world in WORLDS for place in (1, 3)]
 SAVED_AFTER, STEPS = 3, 6
 
 
@@ -69,7 +71,7 @@ def canonical(base: Path) -> dict[str, dict[str, Any]]:
     """For each kind: the state after SAVED_AFTER steps on one rank without ZeRO, and the losses of a run to the end."""
     tasks = [task(base, kind, f"canonical-{kind}", until=SAVED_AFTER, save=True) for kind in KINDS]
     tasks += [task(base, kind, f"whole-{kind}", until=STEPS) for kind in KINDS]
-    _, _, *whole = go(1, tasks)
+    whole = go(1, tasks)[len(KINDS) :]
     states = [saved_state(base / f"canonical-{kind}") for kind in KINDS]
     return {kind: {"state": s, "losses": w["losses"]} for kind, s, w in zip(KINDS, states, whole)}
 
@@ -119,7 +121,7 @@ def test_chains_of_moves(base: Path, canonical: dict[str, Any]) -> None:
     rng = random.Random(0)
     chains = []
     for number in range(12):
-        first, second = rng.sample([case for case in CASES if case[2] == list(KINDS)[number % 2]], 2)
+        first, second = rng.sample([case for case in CASES if case[2] == list(KINDS)[number % len(KINDS)]], 2)
         chains.append([first, second, first])
     losses: list[list[float]] = [[] for _ in chains]
     for stop, until in enumerate((2, 4, STEPS)):

@@ -40,6 +40,7 @@ SETTINGS = {
     "zero2": (2, False, "full"),
     "zero3": (3, False, "lora"),
     "zero3-offload": (3, True, "full"),
+    "zero2-reward": (2, False, "reward"),
 }
 
 
@@ -97,9 +98,10 @@ KILL_PLAN = list(plan(KILLS))
 
 def arguments(place: Place, kill: Kill) -> list[str]:
     stage, offload, kind = SETTINGS[kill.setting]
-    lora = ["--lora_dropout", "0.1"] if kind == "lora" else []
-    common = ["--deepspeed", place.zero(stage, offload), "--finetuning_type", kind]
-    return [*common, "--async_save", str(kill.asynchronous), *lora]
+    more = {"full": [], "lora": ["--lora_dropout", "0.1"], "reward": ["--stage", "rm"]}[kind]
+    finetuning = "full" if kind == "full" else "lora"
+    common = ["--deepspeed", place.zero(stage, offload), "--finetuning_type", finetuning]
+    return [*common, "--async_save", str(kill.asynchronous), *more]
 
 
 def carry_out(place: Place, kill: Kill, out: str) -> tuple[Run, bool]:

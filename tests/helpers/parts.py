@@ -32,7 +32,7 @@ SECONDS = {
 }
 KILL_SECONDS = 30
 _KILL = re.compile(r"(tests/faults/test_kills\.py)::test_a_kill\[(\d+)\]")
-_KILL_GROUPS = 5  # the settings of test_kills: those of one group share a run that nobody kills
+_KILL_GROUPS = 6  # the settings of test_kills: those of one group share a run that nobody kills
 
 
 def group_of(nodeid: str) -> str:
