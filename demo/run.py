@@ -58,7 +58,7 @@ def compare(rows: list[dict[str, str]]) -> tuple[list[str], list[str]]:
     """Answers of the base and of the tuned model to every row's question."""
     from transformers.utils.logging import disable_progress_bar
 
-    from dsdpo.data.formats.preference import SQL_PROMPT
+    from dsdpo.data.formats.conversations import SQL_PROMPT
     from dsdpo.tools.answers import AnswerSettings
     from dsdpo.tools.chat_model import load_both
 

@@ -6,6 +6,8 @@ objective, docs/losses.md and the tests read the row. No torch here: reading a c
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -105,12 +107,22 @@ LOSSES: dict[str, LossSpec] = {
     ),
 }
 
+# Losses of 2 to 16 answers to a prompt, the best first; of two they are `sigmoid`. h_i is that of the i-th best answer.
+RANKINGS: dict[str, LossSpec] = {
+    "plackett_luce": LossSpec(
+        "`-sum_i log(exp(b h_i) / (exp(b h_i) + sum_j exp(b h_j)))`, j worse than i", "2305.18290"
+    ),
+    "all_pairs": LossSpec("mean over all i, j of `-log s(b (h_i - h_j))`, j worse than i"),
+    "best_worst": LossSpec("`-log s(b (h_i - h_j))`, i the best and j the worst; of ties, the mean over them"),
+}
+ANY_LOSS: Mapping[str, LossSpec] = ChainMap(LOSSES, RANKINGS)
+
 
 def loss_table() -> str:
     """The table of docs/losses.md."""
     lines = ["| loss_type | per pair | paper (arXiv) | label_smoothing | f-divergence | reference |"]
     lines.append("| --- " * 6 + "|")
-    for name, spec in LOSSES.items():
+    for name, spec in {**LOSSES, **RANKINGS}.items():
         smoothing = "needed" if spec.needs_smoothing else "yes" if "label_smoothing" in spec.options else ""
         cells = (
             f"`{name}`",

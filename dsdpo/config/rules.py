@@ -5,16 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dsdpo.config.load import LoadResult
-from dsdpo.config.losses import LOSSES
+from dsdpo.config.loss_rules import LOSS_RULES, Given, Rule
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.stages import STAGES
 from dsdpo.errors import Problem
-
-Given = Mapping[str, str]  # explicitly set key -> place
 
 
 def check_rules(loaded: LoadResult) -> list[Problem]:
@@ -48,114 +46,6 @@ def _stage_options(config: RunConfig, given: Given) -> str:
                 f"{', '.join(foreign)} set beside stage {config.stage}, which does not read "
                 f"{'it' if len(foreign) == 1 else 'them'}; delete that, or set stage: {stage}"
             )
-    return ""
-
-
-def _losses(config: RunConfig, given: Given) -> str:
-    if len(set(config.loss_type)) != len(config.loss_type):
-        return f"loss_type names a loss twice: {', '.join(config.loss_type)}; name each once"
-    if not any(LOSSES[loss].preference for loss in config.loss_type):
-        return f"loss_type is {config.loss_type}; stage dpo needs a preference loss in it, such as [sigmoid, sft]"
-    return ""
-
-
-def _readers() -> dict[str, list[str]]:
-    """Option that not all losses read -> the losses that do, by name."""
-    readers: dict[str, list[str]] = {}
-    for loss, spec in sorted(LOSSES.items()):
-        for option in spec.options:
-            readers.setdefault(option, []).append(loss)
-    return readers
-
-
-def _loss_options(config: RunConfig, given: Given) -> str:
-    for option, losses in _readers().items():
-        if option in given and getattr(config, option) and not set(losses).intersection(config.loss_type):
-            return (
-                f"{option} is set, but no loss of loss_type {config.loss_type} reads it (those that do: "
-                f"{', '.join(losses)}); delete it or change loss_type"
-            )
-    for loss in config.loss_type:
-        if LOSSES[loss].needs_smoothing and config.label_smoothing == 0:
-            return f"loss_type {loss} needs label_smoothing above 0, such as 1e-3"
-    return ""
-
-
-def _divergence(config: RunConfig, given: Given) -> str:
-    if config.f_divergence_type == "reverse_kl":
-        useless = "f_alpha_divergence_coef" in given
-        return "f_alpha_divergence_coef is set, but f_divergence_type is reverse_kl; delete one" if useless else ""
-    if "f_alpha_divergence_coef" in given and config.f_divergence_type != "alpha_divergence":
-        return (
-            f"f_alpha_divergence_coef is set, but f_divergence_type is {config.f_divergence_type}; delete it or set "
-            "alpha_divergence"
-        )
-    others = [loss for loss in config.loss_type if not LOSSES[loss].divergence]
-    if others:
-        return (
-            f"f_divergence_type {config.f_divergence_type} is not defined for {', '.join(others)}; use it with "
-            f"{', '.join(sorted(loss for loss, spec in LOSSES.items() if spec.divergence))}, or set reverse_kl"
-        )
-    return ""
-
-
-def _ld_alpha(config: RunConfig, given: Given) -> str:
-    clash = sorted(loss for loss in config.loss_type if LOSSES[loss].per_token)
-    if config.ld_alpha is not None and clash:
-        return f"ld_alpha weighs log-prob sums, but {', '.join(clash)} takes means per token; delete ld_alpha"
-    return ""
-
-
-def _reference(config: RunConfig, given: Given) -> str:
-    needing = [loss for loss in config.loss_type if LOSSES[loss].reference]
-    if config.reference == "none" and needing:
-        return f"reference is none, but {', '.join(needing)} needs one; set auto, cached or live"
-    if config.reference in ("cached", "live") and not needing:
-        return (
-            f"reference is {config.reference}, but no loss of loss_type {config.loss_type} reads one; set auto or none"
-        )
-    return ""
-
-
-def _spans_batch(config: RunConfig, given: Given) -> str:
-    losses = [loss for loss in config.loss_type if LOSSES[loss].spans_batch]
-    if losses and (config.lora_dropout > 0 or not config.disable_dropout):
-        return (
-            f"loss_type {', '.join(losses)} computes each step's pairs twice, which dropout would make differ; set "
-            "lora_dropout: 0 and disable_dropout: true"
-        )
-    return ""
-
-
-def _weighting(config: RunConfig, given: Given) -> str:
-    if not config.use_weighting:
-        return ""
-    losses = [loss for loss in config.loss_type if LOSSES[loss].spans_batch]
-    if losses:
-        return (
-            f"use_weighting weighs each pair's loss, but loss_type {', '.join(losses)} sorts what it compares over all "
-            "pairs, so that no loss belongs to one pair; delete use_weighting or change loss_type"
-        )
-    if not _has_weighting_kernel():
-        return "use_weighting needs trl 1.15 or newer, which needs Python 3.11; delete it or use a newer Python"
-    return ""
-
-
-def _has_weighting_kernel() -> bool:
-    major, minor, *_ = importlib.metadata.version("trl").split(".")
-    return (int(major), int(minor)) >= (1, 15)
-
-
-def _loss_weights(config: RunConfig, given: Given) -> str:
-    if config.loss_weights is None:
-        return ""
-    if len(config.loss_weights) != len(config.loss_type):
-        return (
-            f"loss_weights has {len(config.loss_weights)} number(s) for the {len(config.loss_type)} loss(es) "
-            "of loss_type; give one each"
-        )
-    if min(config.loss_weights) < 0:
-        return f"loss_weights is {config.loss_weights}; a weight is at least 0"
     return ""
 
 
@@ -293,17 +183,10 @@ def _attention(config: RunConfig, given: Given) -> str:
     return missing_flash_package(wanted)
 
 
-RULES: list[tuple[str, tuple[str, ...], Callable[[RunConfig, Given], str]]] = [
+RULES: list[Rule] = [
     ("row-too-short", ("max_tokens_per_row", "max_length"), _row_fits_a_pair),
     ("stage-options", ("stage", *(name for spec in STAGES.values() for name in spec.options)), _stage_options),
-    ("losses", ("loss_type",), _losses),
-    ("loss-weights", ("loss_weights", "loss_type"), _loss_weights),
-    ("loss-options", ("loss_type", *_readers()), _loss_options),
-    ("divergence", ("f_divergence_type", "f_alpha_divergence_coef", "loss_type"), _divergence),
-    ("ld-alpha", ("ld_alpha", "loss_type"), _ld_alpha),
-    ("reference", ("reference", "loss_type"), _reference),
-    ("dropout-with-batch-loss", ("loss_type", "lora_dropout", "disable_dropout"), _spans_batch),
-    ("weighting", ("use_weighting", "loss_type"), _weighting),
+    *LOSS_RULES,
     ("held-out-twice", ("eval_dataset", "val_size"), _one_held_out_set),
     ("val-size", ("val_size",), _val_size),
     ("nothing-held-out", ("eval_steps", "eval_dataset", "val_size"), _something_to_evaluate),

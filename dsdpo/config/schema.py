@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dsdpo.config.fields import CONSENT, FREE, Checked, OneOf, ResumePolicy, resume_policy
-from dsdpo.config.losses import LOSSES
+from dsdpo.config.losses import ANY_LOSS, LOSSES, RANKINGS
 from dsdpo.config.stages import STAGE_ALIASES, STAGES
 from dsdpo.config.templates import DATE_WORDS, TEMPLATE_WORDS, check_date, check_template, template_hint
 from dsdpo.config.times import TIME_WORDS, check_time, seconds_of, time_hint
 
-LossType = Annotated[str, OneOf(LOSSES.keys)]
+LossType = Annotated[str, OneOf(lambda: [*LOSSES, *RANKINGS])]
 
 
 def options_with(policy: ResumePolicy) -> list[str]:
@@ -149,8 +149,9 @@ class RunConfig(BaseModel):
     # --- objective ---
     loss_type: list[LossType] = ["sigmoid"]
     """Losses to sum, under TRL's names. `sigmoid` is DPO, `sft` the negative log-likelihood per chosen token,
-    `odpo` takes its margin from the data's scores; `simpo`, `cpo` and `orpo` need no reference. docs/losses.md has
-    each with equation and paper."""
+    `odpo` takes its margin from the data's scores; `simpo`, `cpo` and `orpo` need no reference. `plackett_luce`,
+    `all_pairs` and `best_worst` take 2 to 16 ranked answers to a prompt, and stand alone. docs/losses.md has each with
+    equation and paper."""
 
     loss_weights: list[float] | None = None
     """One weight per loss_type. Empty: 1 each."""
@@ -367,7 +368,7 @@ class RunConfig(BaseModel):
             return "none"
         if self.reference != "auto":
             return self.reference
-        return "cached" if any(LOSSES[loss].reference for loss in self.loss_type) else "none"
+        return "cached" if any(ANY_LOSS[loss].reference for loss in self.loss_type) else "none"
 
     @property
     def cache_path(self) -> Path:

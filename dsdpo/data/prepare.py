@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dsdpo.config.losses import LOSSES
+from dsdpo.config.losses import ANY_LOSS, RANKINGS
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.fingerprint import earlier_fingerprint, known_tokenizer, set_fingerprint, source_digest
 from dsdpo.data.registry import DatasetEntry, resolve
@@ -65,10 +65,11 @@ def prepare(config: RunConfig, split: Split) -> PreparedSet | None:
         except OSError as error:
             raise IOFailure(f"cannot write the index of val_size to {path}: {error}; set cache_dir") from error
     prepared = _opened(config, split, path)
+    _check_numbers_of_answers(prepared, config)
     if config.margin_from_scores:
         _check_scores(prepared, "margin_from_scores", above=False)
     for loss in config.loss_type:
-        if LOSSES[loss].needs_scores:
+        if ANY_LOSS[loss].needs_scores:
             _check_scores(prepared, f"loss_type {loss}")
     return prepared
 
@@ -87,6 +88,35 @@ def _check_tokens(config: RunConfig, whole: PreparedSet, tokenizer: Callable[[],
         "(model.resize_token_embeddings(len(tokenizer))), take the tokenizer that the model came with, or take the "
         "token out of the data"
     )
+
+
+def _check_numbers_of_answers(examples: PreparedSet, config: RunConfig) -> None:
+    """Refuse rankings for losses of pairs, and such that are longer than a micro-batch.
+
+    Raises:
+        DataError: naming the first such example.
+    """
+    ranks = config.stage == "dpo" and config.loss_type[0] in RANKINGS
+    for start in range(0, len(examples), _AT_ONCE):
+        ids = np.arange(start, min(start + _AT_ONCE, len(examples)))
+        lengths = examples.lengths(ids)
+        several = np.flatnonzero(lengths.counts != 2)
+        if not len(several):
+            continue
+        where, count = examples.where(int(ids[several[0]])), lengths.counts[several[0]]
+        if not ranks:
+            reader = f"loss_type {', '.join(config.loss_type)}" if config.stage == "dpo" else f"stage {config.stage}"
+            raise DataError(
+                f"{where} has {count} answers, and {reader} compares two: set stage: dpo with loss_type "
+                f"{', '.join(RANKINGS)}, or take such records out"
+            )
+        tokens = lengths.packed(config.share_prefix)
+        if config.row_tokens is not None and tokens.max() > config.row_tokens:
+            longest = int(tokens.argmax())
+            raise DataError(
+                f"{examples.where(int(ids[longest]))} takes {tokens[longest]} tokens with its "
+                f"{lengths.counts[longest]} answers, max_tokens_per_row is {config.row_tokens}: raise it"
+            )
 
 
 def _check_scores(pairs: PreparedSet, reader: str, above: bool = True) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.config.aliases import did_you_mean
-from dsdpo.config.losses import LOSSES
+from dsdpo.config.losses import ANY_LOSS
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.folders import (
     DEFAULT_SPLIT,
@@ -148,7 +148,7 @@ def problems(config: RunConfig, faulty: frozenset[str]) -> list[Problem]:
 
 def _weight_problems(entries: Sequence[DatasetEntry], config: RunConfig, faulty: frozenset[str]) -> Iterator[Problem]:
     """Losses across pairs have no loss of one pair that its weight could scale."""
-    losses = [] if "loss_type" in faulty else [name for name in config.loss_type if LOSSES[name].spans_batch]
+    losses = [] if "loss_type" in faulty else [name for name in config.loss_type if ANY_LOSS[name].spans_batch]
     for entry in entries if losses else []:
         if "weight" in entry.columns:
             text = (

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dsdpo.config.losses import RANKINGS
 from dsdpo.config.schema import RunConfig
 from dsdpo.objectives.base import Objective
 from dsdpo.objectives.preference import PreferenceObjective
+from dsdpo.objectives.ranking import RankingObjective
 from dsdpo.objectives.reward import RewardObjective
 
-OBJECTIVES: dict[str, Callable[[RunConfig], Objective]] = {"dpo": PreferenceObjective, "rm": RewardObjective}
+
+def _of_preferences(config: RunConfig) -> Objective:
+    return RankingObjective(config) if config.loss_type[0] in RANKINGS else PreferenceObjective(config)
+
+
+OBJECTIVES: dict[str, Callable[[RunConfig], Objective]] = {"dpo": _of_preferences, "rm": RewardObjective}
 
 
 def objective_of(config: RunConfig) -> Objective:

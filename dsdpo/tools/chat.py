@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import TextStreamer
 
 from dsdpo.data.dropped import Dropped
-from dsdpo.data.formats.preference import SQL_PROMPT
+from dsdpo.data.formats.conversations import SQL_PROMPT
 from dsdpo.data.messages import Message, check_prompt, read_message
 from dsdpo.errors import ConfigError, DataError, OutOfMemory, Problem
 from dsdpo.runtime.progress import show_library_progress

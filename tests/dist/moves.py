@@ -45,9 +45,9 @@ def go(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Several stretches of runs, one after another in one process group.
 
     Args:
-        tasks: changes to `run_config`, and: `objective`, a stage, dpo by default; `folder`, of the run; `until`, the step to stop after (its learning rates
-            are those of the whole run); `save`, whether to save then; `state`, whether to return what DeepSpeed holds
-            before the first step.
+        tasks: changes to `run_config`, and: `objective`, a stage, dpo by default; `folder`, of the run; `until`, the
+            step to stop after (its learning rates are those of the whole run); `save`, whether to save then; `state`,
+            whether to return what DeepSpeed holds before the first step.
 
     Returns:
         For each: `losses` of all its steps so far, as its metrics say; `state`.

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsdpo.data.order import step_example_ids
+from tests.dist.objectives import EXAMPLES
+from tests.helpers.objectives import examples_for
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
 
@@ -19,8 +22,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "likelihood": {"objective": "likelihood", "max_tokens_per_row": 52},
-    "ranking, stored": {"objective": "ranking", "reference": "cached"},
-    "ranking, live": {"objective": "ranking", "reference": "live"},
+    "ranking, stored": {"objective": "dpo", "loss_type": "plackett_luce", "reference": "cached"},
+    "ranking, live": {"objective": "dpo", "loss_type": "plackett_luce", "reference": "live"},
 }
 CASES = [(kind, stage, layout) for kind in KINDS for stage in (0, 3) for layout in LAYOUTS]
 RESUMED = [{"until": SAVED_AFTER, "save": True, "stage": 3}, {"stage": 0}]
@@ -86,10 +89,13 @@ def test_stored_and_live_references_agree(results: Any) -> None:
 
 
 def test_the_first_ranking_loss_is_that_of_all_orders_alike(results: Any) -> None:
-    """The policy is its reference: each of 4! orders is as likely, whatever weights the examples have."""
+    """The policy is its reference: each of 3! orders is as likely; of 4 answers, the two in the middle tie."""
+    ids, source = step_example_ids(0, EXAMPLES, 4, seed=42), examples_for("dpo", EXAMPLES)
+    losses = {2: np.log(2), 3: np.log(6), 4: np.log(4 * 2 * 2)}
+    wanted = np.average([losses[count] for count in source.lengths(ids).counts], weights=source.weights(ids))
     first = results[1][0]["ranking, stored", 0, "plain"][0]["metrics"][0]
-    assert first["rewards/first"] == pytest.approx(0.0, abs=1e-4)
-    assert first["loss"] == pytest.approx(np.log(24), rel=1e-4)
+    assert first["rewards/chosen"] == pytest.approx(0.0, abs=1e-4)
+    assert first["loss"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_cases_cover_several_micro_steps_and_ranks_without_examples(results: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.objectives.preference import PreferenceObjective
+from dsdpo.objectives.ranking import RankingObjective
 from dsdpo.objectives.reward import RewardObjective
 
 _REQUIRED = {"model_name_or_path": "-", "dataset": "-", "output_dir": "-"}
@@ -21,3 +22,8 @@ def preference_objective(weights: dict[str, float], **options: Any) -> Preferenc
 def reward_objective(**options: Any) -> RewardObjective:
     """The objective of stage rm."""
     return RewardObjective(RunConfig(**_REQUIRED, stage="rm", **options))
+
+
+def ranking_objective(loss_type: str, **options: Any) -> RankingObjective:
+    """The objective of stage dpo over rankings."""
+    return RankingObjective(RunConfig(**_REQUIRED, loss_type=loss_type, **options))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -52,53 +52,21 @@ class NegativeLogLikelihood:
         return loss_of
 
 
-def ranking_losses(rewards: torch.Tensor) -> torch.Tensor:
-    """-log of the chance that a Plackett-Luce model draws the K completions in their order: [E, K] -> [E]."""
-    k = rewards.shape[1]
-    rest = torch.stack([rewards[:, i:].logsumexp(1) for i in range(k)], dim=1)
-    return (rest - rewards).sum(1)
-
-
-@dataclass(frozen=True)
-class PlackettLuce:
-    """DPO of a ranking of four completions, best first: appendix A.3 of Rafailov et al. (arXiv 2305.18290)."""
-
-    beta: float
-    head: ClassVar[Literal["logprob"]] = "logprob"
-    needs_reference: ClassVar[bool] = True
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "rewards/first")
-
-    def denominator(self, batch: Batch) -> float:
-        """The sum of the weights."""
-        return float(batch.weights.sum())
-
-    def bind(self, batch: Batch, reference: torch.Tensor | None, forward: Forward) -> LossFunction:
-        """See `Objective`."""
-        assert reference is not None and (batch.lengths.counts == 4).all()
-
-        def loss_of(micro_batch: MicroBatch, output: ModelOutput) -> MicroBatchLoss:
-            sums = completion_sums(output, micro_batch.completions)
-            at = torch.from_numpy(batch.completion_indices(micro_batch))
-            rewards = self.beta * (sums.sum(1) - reference[at].sum(1)).view(-1, 4)
-            losses = ranking_losses(rewards) * weights_of(batch, micro_batch, sums.device)
-            metrics = torch.stack([losses / batch.mean_over.mean_weight, rewards[:, 0]]).detach()
-            return MicroBatchLoss(losses.sum(), losses.detach(), metrics)
-
-        return loss_of
-
-
 def register() -> None:
-    """Make the stages `likelihood` and `ranking` known to this process."""
+    """Make the stage `likelihood` known to this process."""
     OBJECTIVES["likelihood"] = lambda config: NegativeLogLikelihood()
-    OBJECTIVES["ranking"] = lambda config: PlackettLuce(config.beta)
-    spec = StageSpec("a stage of the tests")
-    STAGES.update({"likelihood": spec, "ranking": replace(spec, options=("reference",))})
+    STAGES["likelihood"] = StageSpec("a stage of the tests")
 
 
 def examples_for(stage: str, n: int, seed: int = 0) -> ListOfExamples:
-    """Examples for stage rm, or for one of `register`: weighted, with masks and empty prompts for `likelihood`."""
+    """Weighted examples for a stage: rankings of 2 to 4 answers for `dpo`, with ties; masks and empty prompts for
+    `likelihood`."""
     masked = stage == "likelihood"
-    counts = {"likelihood": (1,), "ranking": (4,), "rm": (2,)}[stage]
+    counts = {"likelihood": (1,), "dpo": (4, 2, 3), "rm": (2,)}[stage]
     weights = np.random.default_rng(seed).choice([0.5, 1.0, 2.0], size=n)
+    examples = random_examples(n, counts, seed, masks=masked, empty=masked)
     scores = np.random.default_rng(seed).normal(size=2 * n) if stage == "rm" else None
-    return ListOfExamples(random_examples(n, counts, seed, masks=masked, empty=masked), scores, weights)
+    if stage == "dpo":
+        ranked = [{4: (3.0, 2.0, 2.0, 0.0), 3: (np.nan,) * 3, 2: (1.0, 1.0)}[len(e.completion_ids)] for e in examples]
+        scores = np.concatenate(ranked)
+    return ListOfExamples(examples, scores, weights)

@@ -49,12 +49,20 @@ READS: dict[str, dict[str, Column]] = {
         "query": Column(("input",), optional=True),
         "response": Column(("output",)),
         "history": Column(("history",), optional=True),
+        "scores": Column((), optional=True),
         **_SIDES,
         **BESIDE,
         **_NUMBERS,
     },
     "sharegpt": {"messages": Column(MESSAGES), **_SIDES, **BESIDE, **_NUMBERS},
     "trl": {"prompt": Column(("prompt",)), **_SIDES, **BESIDE, **_NUMBERS},
+    "ranked": {
+        "prompt": Column(("prompt",)),
+        "completions": Column(("completions",)),
+        "scores": Column(("scores",), optional=True),
+        **BESIDE,
+        "weight": _NUMBERS["weight"],
+    },
     "hh_rlhf": {**_SIDES, **BESIDE, **_NUMBERS},
     "cvalues": {
         "messages": Column(("messages", "conversations")),
@@ -136,6 +144,8 @@ def _likely(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
             found.append("alpaca")
         is_hh = _is_hh(chosen) and not has_turns and not _is_hh(row.get(columns.get("prompt", "prompt")))
         return [*found, "hh_rlhf"] if is_hh else [*found, "trl", "alpaca"]
+    if has("prompt") and has("completions"):
+        found.append("ranked")
     if has("question") and has("context") and has("answer"):
         found.append("text_to_sql")
     return [*found, "alpaca"] if has("prompt", "instruction") and has("response", "output") else found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsdpo.data.dropped import Dropped
-from dsdpo.data.example import Example, Message
+from dsdpo.data.example import MAX_COMPLETIONS, Example, Message
 from dsdpo.data.formats.names import tells_about
 from dsdpo.data.messages import assistant, system_and
 
@@ -23,6 +23,27 @@ def preference(
 ) -> Example:
     """An example of two completions, the chosen one first."""
     return Example(prompt, (chosen, rejected), scores, tools=tools, notes=notes)
+
+
+def ranking(
+    prompt: str | list[Message],
+    answers: Sequence[str | list[Message]],
+    scores: Sequence[float] | None,
+    notes: tuple[str, ...] = (),
+) -> Example:
+    """An example of several completions, the best first: as they stand, or by their scores.
+
+    Raises:
+        Dropped: too few or too many answers, or all have the same score.
+    """
+    if not 2 <= len(answers) <= MAX_COMPLETIONS:
+        raise Dropped("number_of_answers", f"{len(answers)}; 2 to {MAX_COMPLETIONS} are ranked")
+    if scores is None:
+        return Example(prompt, tuple(answers), (None,) * len(answers), notes=notes)
+    order = sorted(range(len(answers)), key=lambda i: -scores[i])
+    if scores[order[0]] == scores[order[-1]]:
+        raise Dropped("all_tied", str(scores[0]))
+    return Example(prompt, tuple(answers[i] for i in order), tuple(scores[i] for i in order), notes=notes)
 
 
 def split_dialogues(
@@ -123,21 +144,21 @@ def is_one_reply(messages: Sequence[Message]) -> bool:
     return len(messages) == 1 and messages[0]["role"] == "assistant"
 
 
-def without_prompt(prompt: str, chosen: str, rejected: str) -> tuple[str, str] | None:
-    """Both answers without the prompt that both begin with; None if one of them does not.
+def without_prompt(prompt: str, *answers: str) -> tuple[str, ...] | None:
+    """The answers without the prompt that all begin with; None if one of them does not.
 
     Spaces around the prompt may differ. An answer that goes on in the middle of a word does not repeat the prompt.
     """
     start = prompt.strip()
-    first, second = chosen.lstrip(), rejected.lstrip()
-    if not start or not first.startswith(start) or not second.startswith(start):
+    bare = [answer.lstrip() for answer in answers]
+    if not start or not all(answer.startswith(start) for answer in bare):
         return None
-    rests = first[len(start) :], second[len(start) :]
+    rests = tuple(answer[len(start) :] for answer in bare)
     if _is_word(start[-1]) and any(_is_word(rest[:1]) for rest in rests):
         return None
     space = prompt[len(prompt.rstrip()) :]
     if space and all(rest.startswith(space) for rest in rests):
-        return rests[0][len(space) :], rests[1][len(space) :]
+        return tuple(rest[len(space) :] for rest in rests)
     return rests
 
 

@@ -66,7 +66,8 @@ def _pair_of_texts(prompt: str, chosen: str, rejected: str) -> Example:
         return preference(prompt, chosen, rejected)
     if any(rest[:1].isspace() for rest in rests):
         prompt = prompt.rstrip()  # the answers have the space that follows it
-    return preference(prompt, *rests, notes=(REPEATED,))
+    chosen, rejected = rests
+    return preference(prompt, chosen, rejected, notes=(REPEATED,))
 
 
 def _messages(value: Any, side: str) -> list[Message]:

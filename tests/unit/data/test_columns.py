@@ -12,7 +12,8 @@ from dsdpo.data.dropped import Dropped
 from dsdpo.data.formats import detect, names
 from dsdpo.data.formats.columns import Columns, NotRead
 from dsdpo.data.formats.detect import READS, Column
-from dsdpo.data.formats.preference import preference, read_record
+from dsdpo.data.formats.dialogues import preference
+from dsdpo.data.formats.preference import read_record
 
 SIDES = {"chosen": "It is blue.", "rejected": "It is dry."}
 BESIDE = {
@@ -42,6 +43,7 @@ RECORDS = {
         {"prompt": USER, **SIDES, **BESIDE, **SCORES},
         {"prompt": "Describe the sea.", **SIDES, **TRL_SCORES},
     ],
+    "ranked": [{"prompt": USER, "completions": ["Blue.", "Dry.", "Red."], "scores": [1, 3, 2], **BESIDE}],
     "hh_rlhf": [
         {side: f"\n\nHuman: Hi\n\nAssistant: {text}" for side, text in SIDES.items()} | BESIDE | scores
         for scores in (SCORES, TRL_SCORES)

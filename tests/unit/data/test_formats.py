@@ -12,8 +12,10 @@ import pytest
 
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example
+from dsdpo.data.formats.conversations import SQL_PROMPT
 from dsdpo.data.formats.detect import detect
-from dsdpo.data.formats.preference import SQL_PROMPT, preference, to_example
+from dsdpo.data.formats.dialogues import preference
+from dsdpo.data.formats.preference import to_example
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import resolve
 
@@ -189,7 +191,6 @@ def test_alpaca_refusals():
     row = {"instruction": "Do"}
     assert "no prompt" in refusal({"output": ["a", "b"]}, "alpaca")
     assert "no pair of answers" in refusal({**row, "output": "one answer"}, "alpaca")
-    assert "no pair of answers" in refusal({**row, "output": ["a", "b", "c"]}, "alpaca")
     assert "chosen is not text" in refusal({**row, "output": [1, "b"]}, "alpaca")
     assert "no rejected" in refusal({**row, "chosen": "a"}, "alpaca")
     assert "history is no list" in refusal({**row, "history": ["q"], "output": ["a", "b"]}, "alpaca")

@@ -6,7 +6,7 @@ import pytest
 
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example
-from dsdpo.data.formats.preference import preference
+from dsdpo.data.formats.dialogues import preference
 from dsdpo.data.messages import assistant
 from dsdpo.data.named_templates import NAMED
 from dsdpo.data.templates import ExampleEncoder

@@ -15,7 +15,7 @@ from dsdpo.compat import set_end_ids
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.templates import NAMES
 from dsdpo.data.exported import ExportedTemplate
-from dsdpo.data.formats.preference import preference
+from dsdpo.data.formats.dialogues import preference
 from dsdpo.data.messages import assistant
 from dsdpo.data.named_templates import NAMED
 from dsdpo.data.templates import ExampleEncoder

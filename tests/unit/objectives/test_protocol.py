@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from dsdpo.config.losses import RANKINGS
 from dsdpo.data.loader import Batch, BatchLoader
 from dsdpo.data.packing import MicroBatch
 from dsdpo.model.attention.register import NAMES
@@ -17,8 +18,8 @@ from dsdpo.objectives.base import Objective
 from dsdpo.objectives.sums import completion_sums
 from dsdpo.runtime.env import Mesh
 from tests.helpers.alone import logps_alone, value_alone
-from tests.helpers.objective import reward_objective
-from tests.helpers.objectives import NegativeLogLikelihood, PlackettLuce, examples_for
+from tests.helpers.objective import ranking_objective, reward_objective
+from tests.helpers.objectives import NegativeLogLikelihood, examples_for
 from tests.helpers.tiny import ListOfExamples, save_model, tiny_llama_config
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ N = 6
 BETA = 0.5
 OBJECTIVES: dict[str, Objective] = {
     "likelihood": NegativeLogLikelihood(),
-    "ranking": PlackettLuce(BETA),
+    **{name: ranking_objective(name, beta=BETA) for name in RANKINGS},
     "rm": reward_objective(margin_from_scores=True, center_rewards_coefficient=0.1),
 }
 Gradients = dict[str, torch.Tensor]
@@ -53,13 +54,13 @@ def expected(stage: str, stock: PreTrainedModel, source: ListOfExamples) -> tupl
         logps = [logps_alone(stock, example, 0) for example in examples]
         parts = [-float(weight) * some.sum() for weight, some in zip(weights, logps)]
         loss = torch.stack(parts).sum() / sum(weight * len(some) for weight, some in zip(weights, logps))
-    elif stage == "ranking":
-        parts = []
-        for weight, example in zip(weights, examples):
-            sums = torch.stack([logps_alone(stock, example, k).sum() for k in range(4)])
+    elif stage in RANKINGS:
+        parts, scores, starts = [], source.scores(np.arange(N)), source.lengths(np.arange(N)).starts
+        for weight, example, start in zip(weights, examples, starts):
+            k = len(example.completion_ids)
+            sums = torch.stack([logps_alone(stock, example, i).sum() for i in range(k)])
             rewards = BETA * (sums - sums.detach() * 0.5)  # the reference of `found` is half the policy
-            chances = [rewards[k].exp() / rewards[k:].exp().sum() for k in range(3)]
-            parts.append(-float(weight) * torch.stack(chances).log().sum())
+            parts.append(float(weight) * ranking_loss(stage, rewards, list(scores[start : start + k])))
         loss = torch.stack(parts).sum() / weights.sum()
     else:
         stock.score.weight.data = score_weight()
@@ -72,6 +73,21 @@ def expected(stage: str, stock: PreTrainedModel, source: ListOfExamples) -> tupl
         loss = torch.stack(parts).sum() / weights.sum()
     loss.backward()
     return loss.item(), gradients(stock)
+
+
+def ranking_loss(name: str, rewards: torch.Tensor, scores: list[float]) -> torch.Tensor:
+    """By its formula, pair by pair."""
+    k = len(rewards)
+    ties = k > 2 and not np.isnan(scores).any()
+    worse = {(i, j) for i in range(k) for j in range(i + 1, k) if not (ties and scores[i] == scores[j])}
+    if name == "plackett_luce":
+        lower = [[j for j in range(k) if (i, j) in worse] for i in range(k)]
+        chances = [rewards[i].exp() / rewards[[i, *lower[i]]].exp().sum() for i in range(k)]
+        return -torch.stack(chances).log().sum()
+    if name == "best_worst":
+        beaten, beating = {j for _, j in worse}, {i for i, _ in worse}
+        worse = {(i, j) for i, j in worse if i not in beaten and j not in beating}
+    return torch.stack([(1 + (rewards[j] - rewards[i]).exp()).log() for i, j in worse]).mean()
 
 
 def reference_of(batch: Batch, packed: PackedModel) -> torch.Tensor:
@@ -90,7 +106,7 @@ def reference_of(batch: Batch, packed: PackedModel) -> torch.Tensor:
 def test_packed_equals_each_completion_alone(tmp_path: Path, stage: str, share_prefix: bool, max_tokens: int) -> None:
     """Over two data-parallel ranks, of which each computes its own micro-batches here, one after the other."""
     save_model(tmp_path, tiny_llama_config(tied=False))
-    objective, source = OBJECTIVES[stage], examples_for(stage, N)
+    objective, source = OBJECTIVES[stage], examples_for("dpo" if stage in RANKINGS else stage, N)
     wanted_loss, wanted = expected(stage, load(tmp_path, "eager", objective.head), source)
     packed = PackedModel(load(tmp_path, NAMES["sdpa"], objective.head), objective.head)
     if stage == "rm":

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dsdpo import cli
 from dsdpo.checkpoint.commit import MANIFEST
 from dsdpo.config.schema import RunConfig
-from dsdpo.data.formats.preference import SQL_PROMPT
+from dsdpo.data.formats.conversations import SQL_PROMPT
 from dsdpo.data.named_templates import NAMED
 from dsdpo.errors import CheckpointError, ConfigError, DataError
 from dsdpo.runtime.rundir import RunDir
