@@ -66,6 +66,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), fresh: bool = False) -
     values |= changes
     problems += _take_unknown(values, origins)
     _take_unset(values, origins)
+    _take_run(values)
     kept = earlier_values(values, fresh)
     config, faulty, value_problems = _validate(values | kept, origins, str(path))
     if config is not None and _is_recorded(path):
@@ -82,6 +83,16 @@ def _is_recorded(path: str | Path) -> bool:
 
 def _is_default(config: RunConfig, key: str) -> bool:
     return bool(getattr(config, key) == RunConfig.model_fields[key].get_default(call_default_factory=True))
+
+
+def _take_run(values: dict[str, Any]) -> None:
+    """Put a run's weights in place of its output_dir, where that is named as the model to begin with."""
+    name = values.get("model_name_or_path")
+    run_dir = RunDir(Path(name)) if isinstance(name, str) else None
+    if run_dir is None or (run_dir.path / "config.json").is_file():
+        return
+    if run_dir.run_config.is_file() and run_dir.final.is_dir():
+        values["model_name_or_path"] = str(run_dir.final)
 
 
 # --- command line ---

@@ -44,7 +44,8 @@ class RunConfig(BaseModel):
 
     # --- model ---
     model_name_or_path: str = Field(json_schema_extra=FREE)
-    """Hugging Face model id, or a local folder with `config.json`, weights and tokenizer."""
+    """Hugging Face model id, or a local folder with `config.json`, weights and tokenizer, or the output_dir of a run,
+    whose weights are taken: those of its `final/`."""
 
     stage: Annotated[str, OneOf(STAGES.keys)] = "dpo"
     """Training stage. `dpo`: direct preference optimization on chosen/rejected pairs. `rm` (or `rw`): a reward model on

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from dsdpo.runtime.command import command_line
+from dsdpo.runtime.rundir import RunDir
+
 # endings of files of weights in other forms -> what they are, and what to do
 _OTHER_WEIGHTS = (
     (
@@ -22,6 +25,9 @@ _VARIANT = re.compile(r"(model|pytorch_model)\.(\w+)\.(safetensors|bin)")
 def what_it_is(folder: Path) -> str:
     """The end of a sentence that begins with the folder's name; empty where nothing in it is known."""
     names = sorted(path.name for path in folder.iterdir())
+    if RunDir(folder).run_config.is_file():
+        export = command_line(["export", str(folder), "--to", f"{folder}-exported"])
+        return f"is the output_dir of a run that has not ended; `{export}` makes a model of its newest checkpoint"
     if (folder / "snapshots").is_dir():
         inner = sorted(str(path) for path in (folder / "snapshots").iterdir())
         return f"is a folder of the hub's cache; name the hub id, or {inner[-1] if inner else 'download it again'}"

@@ -53,6 +53,12 @@ def shards(*present: str) -> Callable[[Path], None]:
     return write
 
 
+def unfinished_run(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "run_config.yaml").write_text("stage: dpo\n")
+
+
 def renamed(name: str) -> Callable[[Path], object]:
     return lambda model: (model / "model.safetensors").rename(model / name)
 
@@ -169,6 +175,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, list[
     "shards without an index": ({}, renamed("model-00001-of-00002.safetensors"), [], "model-folder"),
     "a variant of the weights": ({}, renamed("model.fp16.safetensors"), [], "model-folder"),
     "a link to no weights": ({}, broken_link, [], "model-folder"),
+    "the output_dir of a run that has not ended": ({}, unfinished_run, [], "model-folder"),
     "a folder of the hub's cache": ({}, cache_folder, [], "model-folder"),
     "an adapter with a config.json": ({}, adapter_beside(False), [], "model-is-adapter"),
     "an adapter beside a model": ({}, adapter_beside(True), [], "model-is-adapter"),

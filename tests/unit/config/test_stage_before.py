@@ -1,0 +1,29 @@
+"""`model_name_or_path` may be the output_dir of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dsdpo.config.load import load
+
+
+@pytest.mark.parametrize(
+    ("files", "taken"),
+    [
+        (["run_config.yaml", "final/config.json"], "run/final"),
+        (["run_config.yaml", "final/adapter_config.json"], "run/final"),  # the check says how to go on with it
+        (["run_config.yaml"], "run"),
+        (["config.json", "run_config.yaml", "final/config.json"], "run"),
+        (["config.json"], "run"),
+        ([], "run"),
+    ],
+)
+def test_a_run_stands_for_its_weights(tmp_path: Path, files: list[str], taken: str) -> None:
+    for name in files:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("{}")
+    (tmp_path / "next.yaml").write_text(f"model_name_or_path: {tmp_path / 'run'}\ndataset: a\noutput_dir: out\n")
+    config = load(tmp_path / "next.yaml").config
+    assert config is not None and config.model_name_or_path == str(tmp_path / taken)
