@@ -257,6 +257,7 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | dict[
     with_aliases = getattr(chat_template_utils, "_alias_reasoning_fields", list)
 
     def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, for_reply: bool, **more: Any) -> str:
+        """The text of a conversation; each template is compiled once."""
         text = tokenizer.get_chat_template(pick(tools), tools)
         template = compiled.get(text)
         if template is None:

@@ -13,6 +13,7 @@ from dsdpo.config.deepspeed import check_deepspeed
 from dsdpo.config.load import LoadResult, load
 from dsdpo.config.rules import check_rules
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.stages import STAGES
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.data import registry, template_files
 from dsdpo.errors import CheckpointError, ConfigError, IOFailure, Problem
@@ -148,6 +149,8 @@ def _check_task(config: RunConfig, faulty: frozenset[str], task: str) -> list[Pr
         ]
     if task == "reference" and not faulty & {"reference", "loss_type"} and config.reference_kind != "cached":
         text = f"`dsdpo reference` fills a store, but this run's reference is {config.reference_kind}; set cached"
+        if "reference" not in STAGES[config.stage].options:
+            text = f"`dsdpo reference` fills a store, but stage {config.stage} has no reference; leave the command away"
         return [Problem("no-store", "reference", text)]
     return []
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import peft
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -91,7 +90,7 @@ def load_lora(model: PreTrainedModel, folder: str, dropout: float = 0.0) -> peft
     lora: Any = peft.PeftConfig.from_pretrained(folder)
     lora.lora_dropout = dropout
     if has_score(model):
-        weights = load_file(Path(folder) / "adapter_model.safetensors")
+        weights = peft.load_peft_weights(folder, device="cpu")
         if SCORE_WEIGHT in weights:
             set_score(model, weights[SCORE_WEIGHT])
         lora.task_type = lora.modules_to_save = None

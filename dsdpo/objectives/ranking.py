@@ -121,6 +121,7 @@ class RankingObjective:
             raise DataError(f"example {where} has one completion, and a ranking takes at least two; choose another set")
 
         def loss_of(micro_batch: MicroBatch, output: ModelOutput) -> MicroBatchLoss:
+            """The loss of a micro-batch; of one without examples, 0 with a gradient path."""
             sums = completion_sums(output, micro_batch.completions).sum(1)
             at = torch.from_numpy(batch.completion_indices(micro_batch)).to(sums.device, non_blocking=True)
             ranks = Ranks.of(batch, micro_batch)

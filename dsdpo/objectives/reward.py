@@ -55,6 +55,7 @@ class RewardObjective:
             raise DataError(f"margin_from_scores is set, and example {where} has no scores; unset it, or add them")
 
         def loss_of(micro_batch: MicroBatch, output: ModelOutput) -> MicroBatchLoss:
+            """The loss of a micro-batch."""
             assert output.values is not None, "rewards need a value head"
             chosen, rejected = output.values.view(-1, 2).unbind(1)
             weight, margin = (
