@@ -139,8 +139,8 @@ def _check_scores(pairs: PreparedSet, reader: str, above: bool = True) -> None:
             chosen, rejected = scores[bad[0]]
             raise DataError(
                 f"{reader} needs a chosen_score {'above the' if above else 'and a'} rejected_score in every pair; "
-                f"{pairs.where(int(ids[bad[0]]))} has {chosen} and {rejected} (nan: none): mend the data, or set "
-                "something else"
+                f"{pairs.where(int(ids[bad[0]]))} has {chosen} and {rejected} (nan: none): mend the data, or "
+                f"{'choose another loss_type' if above else 'unset the option'}"
             )
 
 
