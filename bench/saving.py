@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -96,7 +96,7 @@ class _Endless:
     """10^8 examples of made-up ids."""
 
     fingerprint = ""
-    earlier_fingerprint = None
+    earlier_fingerprints: ClassVar[dict[int, str]] = {}
     template_date = None
     end_token = None
 

@@ -144,12 +144,12 @@ def _earlier_reading(run: dict[str, Any], now: dict[str, Any]) -> str:
     """
     if run.get("template_date", now.get("template_date")) != now.get("template_date"):
         return f" (the chat template wrote the date {run['template_date']}, now it is {now['template_date']})"
-    if "template_date" not in run and now.get("template_date") and not now.get("earlier_fingerprint"):
+    if "template_date" not in run and now.get("template_date") and 3 not in now["earlier_fingerprints"]:
         return (
             " (the chat template writes the date, and an earlier version took that of the day on which the data were "
             "prepared; set template_date to that day)"
         )
-    if run["fingerprints"].get("data") != now.get("earlier_fingerprint"):
+    if run["fingerprints"].get("data") not in now["earlier_fingerprints"].values():
         return " (other files or settings)"
     made = run["order"].get("examples", run["order"].get("pairs"))
     if made != now["examples"]:

@@ -27,7 +27,7 @@ def identity(config: RunConfig, mesh: Mesh, hardware: Hardware, train_set: Examp
         "config": config.model_dump(mode="json"),
         "dtype": str(hardware.dtype).removeprefix("torch."),
         "fingerprints": {**weights_digests(config, mesh), "data": train_set.fingerprint},
-        "earlier_fingerprint": train_set.earlier_fingerprint,
+        "earlier_fingerprints": train_set.earlier_fingerprints,
         "template_date": train_set.template_date,
         "examples": len(train_set),
     }

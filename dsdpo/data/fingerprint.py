@@ -21,10 +21,9 @@ from dsdpo.runtime.files import file_digest, file_state, is_settled, write_atomi
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Raise it when the same inputs would give other examples: runs are not continued then. How shards are written is
-# shards.SHARD_FORMAT.
-CODE_VERSION = 4
-_EARLIER_VERSION = 3  # its runs continue, see `earlier_fingerprint`
+# Raise it when the same inputs would give other examples, and add the last one to `earlier_fingerprints`. How shards
+# are written is shards.SHARD_FORMAT.
+CODE_VERSION = 5
 
 # What turns a tokenizer's files into a tokenizer.
 _TOKENIZER_PACKAGES = ("transformers", "tokenizers", "sentencepiece", "tiktoken")
@@ -111,6 +110,7 @@ def set_fingerprint(
     sources: list[str],
     template: str | dict[str, str] | None,
     date: str | None,
+    version: int = CODE_VERSION,
 ) -> str:
     """What a prepared set holds, as one hash.
 
@@ -121,6 +121,7 @@ def set_fingerprint(
         sources: digest of each entry's content.
         template: text of the chat template, or of several by name; None: the tokenizer's own, or none.
         date: the day that the template writes, or None.
+        version: CODE_VERSION of the preparation, 4 or later.
     """
     described = []
     for entry, source in zip(entries, sources):
@@ -130,7 +131,7 @@ def set_fingerprint(
         described.append({**fields, "labels": [entry.label(file) for file in entry.files], "content": source})
     return _digest(
         {
-            "version": CODE_VERSION,
+            "version": version,
             "tokenizer": tokenizer,
             "template": config.template if template is None else {"text": template},
             "date": date,
@@ -142,7 +143,25 @@ def set_fingerprint(
     )
 
 
-# What the fingerprint of version 3 was made of. Its sets are not read again, but their runs continue.
+def earlier_fingerprints(
+    config: RunConfig,
+    entries: list[DatasetEntry],
+    tokenizer: str,
+    sources: list[str],
+    template: str | dict[str, str] | None,
+    date: str | None,
+) -> dict[int, str]:
+    """CODE_VERSION -> what `set_fingerprint` gave the same inputs then. Those sets are made anew; their runs continue.
+
+    A version is left out where it cannot have held the same examples.
+    """
+    found = {4: set_fingerprint(config, entries, tokenizer, sources, template, date, version=4)}
+    if (third := _third_fingerprint(config, entries, tokenizer, sources, date)) is not None:
+        found[3] = third
+    return found
+
+
+# What the fingerprint of version 3 was made of.
 _EARLIER_TEMPLATES = ("default", "llama2", "llama3", "chatml", "qwen", "none", "gpt2")
 _EARLIER_LIMITS = ("max_length", "truncation_mode", "row_tokens", "share_prefix")
 _EARLIER_FIELDS = ("name", "hub_id", "subset", "split", "folder", "modelscope") + (
@@ -150,10 +169,10 @@ _EARLIER_FIELDS = ("name", "hub_id", "subset", "split", "folder", "modelscope") 
 )
 
 
-def earlier_fingerprint(
+def _third_fingerprint(
     config: RunConfig, entries: list[DatasetEntry], tokenizer: str, sources: list[str], date: str | None
 ) -> str | None:
-    """The fingerprint that version 3 gave the same inputs; None where it could not have held the same examples.
+    """The fingerprint of version 3, or None.
 
     A date is known to be the same only where template_date says it: version 3 took the day of preparation.
     """
@@ -166,7 +185,7 @@ def earlier_fingerprint(
         described.append({**kept, "labels": [entry.label(file) for file in entry.files], "content": source})
     return _digest(
         {
-            "version": _EARLIER_VERSION,
+            "version": 3,
             "tokenizer": tokenizer,
             "template": config.template,
             "default_system": config.default_system,

@@ -24,8 +24,8 @@ class ExampleSource(Protocol):
         ...
 
     @property
-    def earlier_fingerprint(self) -> str | None:
-        """What `fingerprint` was in an earlier version, or None."""
+    def earlier_fingerprints(self) -> dict[int, str]:
+        """Version of the preparation -> what `fingerprint` was in it; without those that made other examples."""
         ...
 
     @property

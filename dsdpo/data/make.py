@@ -75,8 +75,9 @@ def make_set(
     try:
         counts = _write(rows, config, temporary)
         _check_refused(config, counts, temporary / DROPPED_ROWS, path.with_suffix(".dropped_rows.jsonl"))
-        if CUT_BOTH in counts["notes"]:  # an earlier version dropped such records
-            identity = replace(identity, earlier_fingerprint=None)
+        if CUT_BOTH in counts["notes"]:  # version 3 dropped such records
+            earlier = {version: known for version, known in identity.earlier_fingerprints.items() if version != 3}
+            identity = replace(identity, earlier_fingerprints=earlier)
         described = [f"{entry.name} ({entry.formatting})" for entry in rows.entries]
         end = next((end for end in ends if end is not None), None)
         manifest = {**asdict(identity), "end_token": end, "datasets": described, **_settings(config), **counts}

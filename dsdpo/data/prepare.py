@@ -13,7 +13,7 @@ import numpy as np
 
 from dsdpo.config.losses import ANY_LOSS, RANKINGS
 from dsdpo.config.schema import RunConfig
-from dsdpo.data.fingerprint import earlier_fingerprint, known_tokenizer, set_fingerprint, source_digest
+from dsdpo.data.fingerprint import earlier_fingerprints, known_tokenizer, set_fingerprint, source_digest
 from dsdpo.data.registry import DatasetEntry, resolve
 from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SHARD_FORMAT, PreparedSet, SetIdentity
 from dsdpo.data.split import is_split, split_folder, write_split
@@ -219,11 +219,8 @@ def _set_path(
     template = find_template(config.template)
     uses = date_uses(template.text) if template.text is not None else ([] if template.is_plain else known.date_uses)
     date = date_for(config, uses, refresh)
-    identity = SetIdentity(
-        set_fingerprint(config, entries, known.digest, sources, template.text, date),
-        earlier_fingerprint(config, entries, known.digest, sources, date),
-        date,
-    )
+    inputs = (config, entries, known.digest, sources, template.text, date)
+    identity = SetIdentity(set_fingerprint(*inputs), earlier_fingerprints(*inputs), date)
     return folder / f"{identity.fingerprint}-{SHARD_FORMAT}", identity
 
 

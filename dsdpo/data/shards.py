@@ -14,8 +14,8 @@ from __future__ import annotations
 import itertools
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +125,12 @@ class SetIdentity:
 
     Attributes:
         fingerprint: of all that its token ids depend on.
-        earlier_fingerprint: that an earlier version gave the same inputs, or None.
+        earlier_fingerprints: those that earlier versions gave the same inputs, by version.
         template_date: the day that its chat template writes as today's, or None.
     """
 
     fingerprint: str
-    earlier_fingerprint: str | None = None
+    earlier_fingerprints: Mapping[int, str] = field(default_factory=dict)
     template_date: str | None = None
 
 
@@ -167,10 +167,9 @@ class PreparedSet:
         return self._with_split(str(self.manifest["fingerprint"]))
 
     @property
-    def earlier_fingerprint(self) -> str | None:
-        """What `fingerprint` was in an earlier version, or None."""
-        base = self.manifest.get("earlier_fingerprint")
-        return None if base is None else self._with_split(str(base))
+    def earlier_fingerprints(self) -> dict[int, str]:
+        """Version of the preparation -> what `fingerprint` was in it; without those that made other examples."""
+        return {int(key): self._with_split(base) for key, base in self.manifest["earlier_fingerprints"].items()}
 
     @property
     def template_date(self) -> str | None:

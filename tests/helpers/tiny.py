@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from hashlib import sha256
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -116,7 +117,7 @@ class ListOfExamples:
     def fingerprint(self) -> str:
         return sha256(self.digests(np.arange(len(self))).tobytes()).hexdigest()
 
-    earlier_fingerprint = None
+    earlier_fingerprints: ClassVar[dict[int, str]] = {}
     template_date = None
     end_token = None
 
