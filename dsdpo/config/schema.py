@@ -48,8 +48,9 @@ class RunConfig(BaseModel):
     whose weights are taken: those of its `final/`."""
 
     stage: Annotated[str, OneOf(STAGES.keys)] = "dpo"
-    """Training stage. `dpo`: direct preference optimization on chosen/rejected pairs. `rm` (or `rw`): a reward model on
-    such pairs, the language model with a head that gives a number for each answer."""
+    """Training stage. `sft`: supervised training on the assistant's words. `dpo`: direct preference optimization on
+    chosen/rejected pairs. `rm` (or `rw`): a reward model on such pairs, the language model with a head that gives a
+    number for each answer."""
 
     finetuning_type: Literal["full", "lora"] = "lora"
     """`full` trains every parameter; `lora` trains low-rank adapters beside frozen weights."""
@@ -124,6 +125,13 @@ class RunConfig(BaseModel):
 
     default_system: str | None = None
     """System message for conversations without one. Empty: what the template itself does."""
+
+    mask_history: bool = False
+    """Stage `sft`: train on the last reply of a dialogue alone, as in LLaMA-Factory. By default on all replies."""
+
+    mask_thinking: bool = False
+    """Leave the thoughts of replies (`<think>...</think>`, reasoning_content) out of the loss; they are still read.
+    Stages `sft` and `dpo`."""
 
     max_length: int = Field(1024, ge=8)
     """Longest prompt + completion, in tokens. What happens beyond it: `truncation_mode`."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
+
+Records: TypeAlias = Literal["pairs", "replies"]
 
 
 @dataclass(frozen=True)
@@ -12,16 +14,23 @@ class StageSpec:
 
     Attributes:
         text: for `--help`.
+        records: what its records are: `pairs` of answers (or rankings), or `replies` to train.
         head: what the model computes, as in `dsdpo.objectives.base.Objective`.
         options: options that it reads and some other stage does not.
     """
 
     text: str
+    records: Records = "pairs"
     head: Literal["logprob", "value"] = "logprob"
     options: tuple[str, ...] = ()
 
 
 STAGES: dict[str, StageSpec] = {
+    "sft": StageSpec(
+        "supervised training on the assistant's words",
+        records="replies",
+        options=("mask_history", "mask_thinking"),
+    ),
     "dpo": StageSpec(
         "direct preference optimization on pairs of answers",
         options=(
@@ -38,6 +47,7 @@ STAGES: dict[str, StageSpec] = {
             "cpo_alpha",
             "odpo_alpha",
             "reference",
+            "mask_thinking",
         ),
     ),
     "rm": StageSpec(

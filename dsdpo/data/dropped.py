@@ -158,7 +158,23 @@ REASONS = {
     "end_inside": Reason("the end-of-turn token stands inside a completion"),
     "broken_unicode": Reason("broken Unicode"),
     "same_tokens": Reason("two completions are the same"),
+    "content_not_found": Reason(
+        "train_detail counts characters of a content that the chat template does not write as it is, once",
+        "set template to one that writes it, or take train_detail out",
+    ),
+    "bad_train_detail": Reason(
+        "train_detail is no list of objects with begin_offset and end_offset within the content, and train"
+    ),
+    "nothing_trained": Reason("no reply is to be trained", "take such records out"),
+    "empty_text": Reason("an empty text"),
+    "empty_reply": Reason("an empty reply", "take it out, or mark it with train: false"),
+    "no_reply_in_it": Reason("no message of the assistant", "name the tags of the roles, or take such records out"),
+    "pairs_not_replies": Reason(
+        "the answer is a list of answers, which are ranked",
+        "stage dpo and rm train on rankings; for supervised training of all, give prompt and completions",
+    ),
     # lengths
+    "no_loss": Reason("no token is left that the loss sees", "raise max_length, or mask less"),
     "too_long": Reason("longer than max_length", "raise max_length, or set truncation_mode: keep_end or keep_start"),
     "prompt_too_long": Reason(
         "the prompt alone reaches max_length", "raise max_length, or set truncation_mode: keep_end"

@@ -15,7 +15,8 @@ from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import DIGEST_BYTES, Example, TokenizedExample, example_digest
 from dsdpo.data.formats.columns import NotRead
 from dsdpo.data.formats.detect import READS
-from dsdpo.data.formats.preference import to_example
+from dsdpo.data.formats.record import to_example
+from dsdpo.data.formats.replies import last_reply_alone
 from dsdpo.data.formats.suggest import remedy
 from dsdpo.data.readers import RawRow, parse_row
 from dsdpo.data.registry import DatasetEntry
@@ -81,12 +82,16 @@ def fit(example: EncodedExample, limits: Limits, bos_id: int | None) -> tuple[En
         room = limits.max_length - len(prompt)
         if room < 1:
             raise Dropped("prompt_too_long", f"{len(prompt)} tokens, max_length is {limits.max_length}")
+        mask = example.loss_mask
         if max(map(len, completions)) > room:
             completions = [ids[:room] for ids in completions]
+            mask = mask and [seen[:room] for seen in mask]
             notes = notes if limits.truncation_mode == "keep_start" else (*notes, CUT_BOTH)
-        if has_equal(completions):
+        if example.compares and has_equal(completions):
             raise Dropped("same_once_cut", size)
-        example = replace(example, prompt_ids=prompt, completion_ids=completions, notes=notes)
+        example = replace(example, prompt_ids=prompt, completion_ids=completions, loss_mask=mask, notes=notes)
+    if example.loss_mask is not None and not all(map(any, example.loss_mask)):
+        raise Dropped("no_loss", size if over > 0 else "")
     _check_micro_batch(len(prompt), [len(ids) for ids in completions], limits)
     return example, over > 0
 
@@ -113,9 +118,13 @@ class RowEncoder:
         encoder: tokenizer and template.
         entries: the sets, each with its formatting known.
         limits: in tokens.
+        mask_history: whether only the last reply of a dialogue is trained.
     """
 
-    def __init__(self, encoder: ExampleEncoder, entries: Sequence[DatasetEntry], limits: Limits) -> None:
+    def __init__(
+        self, encoder: ExampleEncoder, entries: Sequence[DatasetEntry], limits: Limits, mask_history: bool = False
+    ) -> None:
+        self.mask_history = mask_history
         self.encoder = encoder
         self.entries = list(entries)
         self.limits = limits
@@ -157,7 +166,8 @@ class RowEncoder:
             record = parse_row(raw)
             if isinstance(record, dict):
                 has = [name for name in expected_columns(entry) if name in record]
-            return _example(record, entry), has
+            example = _example(record, entry)
+            return last_reply_alone(example) if self.mask_history else example, has
         except NotRead as missed:
             key = (entry.name, missed.names)
             told = self._remedies[key] = self._remedies.get(key) or remedy(record, entry, missed.names)
@@ -174,8 +184,10 @@ class RowEncoder:
             fitted, truncated = fit(encoded, self.limits, self.encoder.tokenizer.bos_token_id)
         except Dropped as dropped:
             return _dropped(dropped)
+        n = len(fitted.completion_ids)  # a dialogue may take several
+        scores = example.scores if len(example.scores) == n else (None,) * n
         return {
-            **shard_row(fitted.prompt_ids, fitted.completion_ids, example.scores, example.weight),
+            **shard_row(fitted.prompt_ids, fitted.completion_ids, scores, example.weight, fitted.loss_mask),
             "code": "",
             "reason": "",
             "detail": "",
@@ -189,13 +201,19 @@ class RowEncoder:
 def _example(record: Any, entry: DatasetEntry) -> Example:
     assert entry.formatting is not None
     return to_example(
-        record, entry.formatting, entry.columns, entry.tags, entry.allow_empty_rejected, entry.ignore_columns
+        record,
+        entry.formatting,
+        entry.columns,
+        entry.tags,
+        entry.allow_empty_rejected,
+        entry.ignore_columns,
+        entry.records,
     )
 
 
 def expected_columns(entry: DatasetEntry) -> list[str]:
     """Columns that an entry names and single records may lack; where all records lack one, the name is wrong."""
-    reads = READS[entry.formatting or ""]
+    reads = READS[entry.records][entry.formatting or ""]
     return [*(name for key, name in entry.columns.items() if reads[key].optional), *entry.ignore_columns]
 
 

@@ -23,14 +23,15 @@ class Example:
 
     Attributes:
         prompt: text, or messages ({"role", "content"}) from an optional system message to a user or tool message.
-        completions: K of 1 to 16; each is text, or one assistant message in a list. A preference has the chosen one
-            first.
+        completions: K of 1 to 16; each is text, or messages in a list: one of the assistant, or for supervised training
+            turns that begin and end with one. A preference has the chosen one first.
         scores: a rating for each completion that came with the record, None where there is none. They are no
             log-probs.
         weight: factor on the example's loss.
         tools: function descriptions for the chat template, or None.
         template_kwargs: further variables of the chat template, from the record's chat_template_kwargs.
         notes: what happened to the record on its way that is no reason to drop it; the summary counts each text.
+        compares: whether the completions are compared with each other, and so must differ.
     """
 
     prompt: str | list[Message]
@@ -40,6 +41,7 @@ class Example:
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    compares: bool = True
 
     def __post_init__(self) -> None:
         assert 1 <= len(self.completions) <= MAX_COMPLETIONS, f"{len(self.completions)} completions"
@@ -155,6 +157,11 @@ class Lengths:
     def examples(self) -> np.ndarray:
         """int64 [N]: the example that each completion belongs to."""
         return np.repeat(np.arange(len(self)), self.counts)
+
+    @property
+    def loss_tokens_of_examples(self) -> np.ndarray:
+        """int64 [B]: scored tokens of each example, over all of its completions."""
+        return np.bincount(self.examples, weights=self.loss_tokens, minlength=len(self)).astype(np.int64)
 
     def packed(self, share_prefix: bool) -> np.ndarray:
         """Tokens that each example takes in a micro-batch, int64 [B]: its prompt once, or once for each completion."""

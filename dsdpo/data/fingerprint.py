@@ -126,8 +126,9 @@ def set_fingerprint(
     described = []
     for entry, source in zip(entries, sources):
         fields = {key: value for key, value in asdict(entry).items() if key not in ("root", "files")}
-        if not entry.ignore_columns:
-            del fields["ignore_columns"]  # sets of earlier versions, which did not have it, are found again
+        for key, default in (("ignore_columns", ()), ("records", "pairs")):
+            if fields[key] == default:
+                del fields[key]  # sets of earlier versions, which did not have it, are known again
         described.append({**fields, "labels": [entry.label(file) for file in entry.files], "content": source})
     return _digest(
         {
@@ -139,6 +140,7 @@ def set_fingerprint(
             "max_samples": config.max_samples,
             "limits": asdict(Limits.of(config)),
             "entries": described,
+            **{option: True for option in ("mask_history", "mask_thinking") if getattr(config, option)},
         }
     )
 

@@ -9,7 +9,7 @@ from io import BufferedReader
 from itertools import chain
 from typing import Any
 
-from dsdpo.data.formats.detect import detect
+from dsdpo.data.formats.detect import is_record
 from dsdpo.data.json_shapes import piped, quoted, shape_of
 from dsdpo.data.utf8 import (
     Line,
@@ -114,7 +114,7 @@ def _several_lines(source: Source, lines: list[Line], columns: Mapping[str, str]
         value, end = _DECODER.raw_decode(whole, start)
     except json.JSONDecodeError as error:
         found = _WRAPPER.match(whole)
-        if found and isinstance(item := _first_value(whole, found.end()), dict) and detect(item, columns):
+        if found and isinstance(item := _first_value(whole, found.end()), dict) and is_record(item, columns):
             _refuse_shape(source, lines[0], {found[1]: [item]}, columns)
         if not (len(whole) >= _WHOLE_OBJECT // 2 and whole.startswith("{", start) and _may_go_on(error, whole)):
             return None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsdpo.data.dropped import Dropped
-from dsdpo.data.formats.detect import detect
+from dsdpo.data.formats.detect import is_record
 from dsdpo.data.formats.written import is_messages, read_written
 
 _DEEPEST = 4  # keys and lists around the records
@@ -31,10 +31,10 @@ def shape_of(value: Any, columns: Mapping[str, str], name: str, at: str = ".") -
         return "a table with its columns in one list and its values in another", _by_pandas(name, "split")
     if _is_table(value, columns):
         return "a table by columns, each with a value for every record", _by_pandas(name)
-    if detect(value, columns):
+    if is_record(value, columns):
         return None
     for path, record in _inside(value, at, _DEEPEST):
-        if detect(record, columns):
+        if is_record(record, columns):
             remedy = _by_jq(name, path)
             if "num_rows_total" in value:
                 remedy += "; a hub's viewer gives the first 100, the set's hub id reads all"
@@ -85,7 +85,7 @@ def _is_table(value: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
             return False
     else:
         return False
-    return detect(dict(zip(value, first)), columns) is not None and not all(isinstance(item, dict) for item in first)
+    return is_record(dict(zip(value, first)), columns) and not all(isinstance(item, dict) for item in first)
 
 
 def _is_conversation(value: Any) -> bool:

@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dsdpo.config.schema import RunConfig
-from dsdpo.data.account import LOOKED_AT, check_fatal, check_first_records, no_records, note_missing
-from dsdpo.data.dropped import Dropped
+from dsdpo.data.account import check_fatal, check_first_records, note_missing
 from dsdpo.data.encode import CUT_BOTH, Limits, RowEncoder
 from dsdpo.data.folders import INFO_FILE
-from dsdpo.data.formats.detect import READS, detect, detect_in_any_case, unread
+from dsdpo.data.formats.tell import with_formatting
 from dsdpo.data.pipeline import encode
-from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import DatasetEntry
 from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SCHEMA, SetIdentity, write_shards
 from dsdpo.data.split import PROMPT_KEYS
@@ -40,7 +37,6 @@ from dsdpo.runtime.files import fsync_path, write_atomically
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_KINDS = {dict: "an object without a key", list: "an array", str: "a text", bool: "true or false", type(None): "null"}
 _ABANDONED_S = 2 * 24 * 3600
 
 
@@ -66,8 +62,12 @@ def make_set(
             `<path>.dropped_rows.jsonl`.
         OSError: the file system refused a write.
     """
-    encoder = ExampleEncoder(tokenizer, config.template, config.default_system, identity.template_date)
-    rows = RowEncoder(encoder, [_with_formatting(entry, config) for entry in entries], Limits.of(config))
+    encoder = ExampleEncoder(
+        tokenizer, config.template, config.default_system, identity.template_date, config.mask_thinking
+    )
+    rows = RowEncoder(
+        encoder, [with_formatting(entry, config) for entry in entries], Limits.of(config), config.mask_history
+    )
     ends = [check_first_records(rows, entry, config.max_samples) for entry in rows.entries]
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
@@ -85,59 +85,6 @@ def make_set(
         _publish(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _with_formatting(entry: DatasetEntry, config: RunConfig) -> DatasetEntry:
-    """The entry with its format, told from the first rows where the entry does not say it."""
-    if entry.formatting is not None:
-        return entry
-    seen: list[Any] = []
-    for _, raw in islice(iter_rows(entry, config.max_samples), LOOKED_AT):
-        try:
-            row = parse_row(raw)
-        except Dropped as dropped:
-            row = dropped
-        if isinstance(row, dict):
-            row = {key: value for key, value in row.items() if key not in entry.ignore_columns}
-            if formatting := detect(row, entry.columns):
-                _check_unread(entry, formatting)
-                return replace(entry, formatting=formatting)
-            if not entry.columns and (found := detect_in_any_case(row)):
-                return replace(entry, formatting=found[0], columns=found[1])
-        seen.append(row)
-    raise DataError(_unknown_format(entry, seen, config.stage))
-
-
-def _check_unread(entry: DatasetEntry, formatting: str) -> None:
-    if left := unread(formatting, entry.columns):
-        raise DataError(
-            f"{entry.name} looks like {formatting}, which does not read columns.{', columns.'.join(left)}; it reads "
-            f"{', '.join(READS[formatting])}: change columns, or give the formatting in {INFO_FILE}"
-        )
-
-
-def _unknown_format(entry: DatasetEntry, seen: list[Any], stage: str) -> str:
-    """What to say of a set whose first records have no format that is known. `seen`: as parsed, or why not."""
-    if not seen:
-        return no_records(entry)
-    keys = sorted({str(key) for row in seen if isinstance(row, dict) for key in row})
-    if keys == ["text"]:
-        return (
-            f"{entry.name} holds plain text, which a stage that trains on text alone would take; stage {stage} "
-            "needs records with a chosen and a rejected answer"
-        )
-    if keys:
-        return (
-            f"cannot tell the format of {entry.name}: it has the columns {', '.join(keys)}; describe it in {INFO_FILE} "
-            f"with formatting ({', '.join(READS)}) and columns"
-        )
-    if isinstance(seen[0], Dropped):
-        return f"{entry.name}: the first records cannot be read: {seen[0]}; repair them"
-    kind = _KINDS.get(type(seen[0]), "a number")
-    return (
-        f"{entry.name}: the first record is {kind}; write each as a JSON object that names its values, such as "
-        '{"prompt": "...", "chosen": "...", "rejected": "..."}'
-    )
 
 
 def _write(rows: RowEncoder, config: RunConfig, folder: Path) -> dict[str, Any]:

@@ -227,21 +227,32 @@ _MAY_FOLLOW = {
 
 def check_prompt(messages: Sequence[Message]) -> list[Message]:
     """The prompt of a conversation, without an empty system message. Raises Dropped if turns are out of order."""
+    kept = in_order(messages)
+    if not kept:
+        raise Dropped("empty_prompt")
+    if kept[-1]["role"] not in ("user", "tool"):
+        raise Dropped("prompt_ends_with_reply", kept[-1]["role"])
+    return kept
+
+
+def says_nothing(message: Message) -> bool:
+    """Whether a message has no text, no calls and no reasoning."""
+    return not (message["content"] or "").strip() and "tool_calls" not in message and not has_thoughts(message)
+
+
+def in_order(messages: Sequence[Message]) -> list[Message]:
+    """Messages without an empty system message. Raises Dropped if turns are out of order, or one says nothing."""
     kept = [m for m in messages if m["role"] != "system" or (m["content"] or "").strip()]
     before = None
     for message in kept:
         role = message["role"]
         if role not in _MAY_FOLLOW[before]:
             raise Dropped("roles_do_not_alternate", f"{role} after {before or 'nothing'}")
-        if not (message["content"] or "").strip() and "tool_calls" not in message and not has_thoughts(message):
+        if says_nothing(message):
             raise Dropped("empty_message", role)
         if len(message) > 2:
             _check_no_tools(message)
         before = role
-    if before is None:
-        raise Dropped("empty_prompt")
-    if before not in ("user", "tool"):
-        raise Dropped("prompt_ends_with_reply", before)
     return kept
 
 

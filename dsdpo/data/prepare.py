@@ -13,6 +13,7 @@ import numpy as np
 
 from dsdpo.config.losses import ANY_LOSS, RANKINGS
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.stages import STAGES
 from dsdpo.data.fingerprint import earlier_fingerprints, known_tokenizer, set_fingerprint, source_digest
 from dsdpo.data.registry import DatasetEntry, resolve
 from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SHARD_FORMAT, PreparedSet, SetIdentity
@@ -96,7 +97,7 @@ def _check_numbers_of_answers(examples: PreparedSet, config: RunConfig) -> None:
     Raises:
         DataError: naming the first such example.
     """
-    if "completion 3" not in examples.manifest["mean_tokens"]:
+    if STAGES[config.stage].records != "pairs" or "completion 3" not in examples.manifest["mean_tokens"]:
         return  # pairs alone, which a row holds: nothing is read of them
     ranks = config.stage == "dpo" and config.loss_type[0] in RANKINGS
     for start in range(0, len(examples), _AT_ONCE):
@@ -203,7 +204,7 @@ def _names(config: RunConfig, split: Split) -> list[str] | None:
 
 
 def _resolved(names: list[str], config: RunConfig) -> list[DatasetEntry]:
-    entries, problems = resolve(names, config.dataset_dir)
+    entries, problems = resolve(names, config.dataset_dir, STAGES[config.stage].records)
     if problems:
         raise ConfigError(problems)
     return [replace(entry, ignore_columns=(*entry.ignore_columns, *config.ignore_columns)) for entry in entries]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from typing import Any
 from dsdpo.config.aliases import did_you_mean
 from dsdpo.config.losses import ANY_LOSS
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.stages import STAGES, Records
 from dsdpo.data.folders import (
     DEFAULT_SPLIT,
     FILE_KINDS,
@@ -27,37 +27,10 @@ from dsdpo.data.folders import (
     data_files,
     is_saved_dict,
 )
-from dsdpo.data.formats.detect import COLUMNS, READS, TAGS, unread
+from dsdpo.data.formats.detect import READS, unread
+from dsdpo.data.info_file import check_keys, read_info
 from dsdpo.errors import Problem
 
-_KEYS: dict[str, type] = {
-    "hf_hub_url": str,
-    "ms_hub_url": str,
-    "file_name": str,
-    "file_sha1": str,
-    "formatting": str,
-    "ranking": bool,
-    "columns": dict,
-    "tags": dict,
-    "split": str,
-    "subset": str,
-    "folder": str,
-    "num_samples": int,
-    "allow_empty_rejected": bool,
-    "ignore_columns": list,
-}
-_UNSUPPORTED = {
-    "script_url": "loading scripts are not run; export the rows to a .jsonl file and give file_name",
-    "cloud_file_name": "copy the file into dataset_dir and give file_name",
-    "om_hub_url": "give hf_hub_url, or copy the files into dataset_dir and give file_name",
-    "load_from": "give hf_hub_url, ms_hub_url or file_name alone",
-}
-_UNSUPPORTED_COLUMNS = {
-    "images": "only text is trained on",
-    "videos": "only text is trained on",
-    "audios": "only text is trained on",
-    "kto_tag": "single labelled answers are no pairs; give chosen and rejected",
-}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WITH_SPLIT = re.compile(r"(.+):(\w+(?:\.\w+)*(?:\[[\d:%-]*\])?)")  # with a part, as `datasets` takes it: train[:10%]
 _HASH_BLOCK = 1 << 22
@@ -73,7 +46,8 @@ class DatasetEntry:
         files: local data files in reading order; empty for a hub set.
         hub_id: `org/name`, or None for files.
         modelscope: the hub is ModelScope instead of Hugging Face.
-        formatting: a key of READS, or None to tell it from `columns` and the first rows.
+        records: what the records are, as the stage takes them.
+        formatting: a key of READS[records], or None to tell it from `columns` and the first rows.
         columns, tags: renamed columns and message keys, as in LLaMA-Factory.
         num_samples: read only the first so many rows.
         allow_empty_rejected: an empty rejected side is meant, and is trained as the end-of-turn token alone.
@@ -85,6 +59,7 @@ class DatasetEntry:
     files: tuple[Path, ...] = ()
     hub_id: str | None = None
     modelscope: bool = False
+    records: Records = "pairs"
     formatting: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -105,12 +80,15 @@ class DatasetEntry:
         return path.relative_to(self.root).as_posix()
 
 
-def resolve(names: list[str], dataset_dir: str | Path) -> tuple[list[DatasetEntry], list[Problem]]:
+def resolve(
+    names: list[str], dataset_dir: str | Path, records: Records = "pairs"
+) -> tuple[list[DatasetEntry], list[Problem]]:
     """Look the names of `dataset` or `eval_dataset` up.
 
     Args:
         names: names from dataset_info.json, paths inside dataset_dir, or hub ids (`org/name`), tried in this order.
         dataset_dir: folder that holds dataset_info.json.
+        records: what the stage takes.
 
     Returns:
         The entries that are valid, in the order asked for, and what is wrong with the others.
@@ -119,14 +97,14 @@ def resolve(names: list[str], dataset_dir: str | Path) -> tuple[list[DatasetEntr
     if not root.is_dir():
         text = f"dataset_dir {root} is no folder; give the folder that holds {INFO_FILE} and the data files"
         return [], [Problem("dataset-dir", "dataset_dir", text)]
-    info, problems = _read_info(root / INFO_FILE)
+    info, problems = read_info(root / INFO_FILE)
     entries = []
     for position, name in enumerate(names):
         if name in names[:position]:
             problems.append(Problem("dataset", "dataset", f"{name} is named twice; name each set once"))
             continue
         try:
-            entries.append(_entry(name, info, root.resolve()))
+            entries.append(replace(_entry(name, info, root.resolve(), records), records=records))
         except EntryProblem as problem:
             problems.append(Problem("dataset", "dataset", str(problem)))
     return entries, problems
@@ -140,7 +118,7 @@ def problems(config: RunConfig, faulty: frozenset[str]) -> list[Problem]:
     for key in ("dataset", "eval_dataset"):
         names = getattr(config, key)
         if key not in faulty and names:
-            entries, wrong = resolve(names, config.dataset_dir)
+            entries, wrong = resolve(names, config.dataset_dir, STAGES[config.stage].records)
             for problem in [*wrong, *_weight_problems(entries, config, faulty)]:
                 found.setdefault(problem, []).append(key)
     return [replace(one, option=keys[0], text=f"{', '.join(keys)}: {one.text}") for one, keys in found.items()]
@@ -157,31 +135,9 @@ def _weight_problems(entries: Sequence[DatasetEntry], config: RunConfig, faulty:
             yield Problem("weight", "dataset", text + "so that no loss belongs to one; delete it or change loss_type")
 
 
-def _read_info(path: Path) -> tuple[dict[str, Any], list[Problem]]:
-    if not path.exists():
-        return {}, []
-    try:
-        info = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
-    except (ValueError, OSError) as error:
-        return {}, [Problem("dataset-info", "dataset_dir", f"{path} cannot be read: {error}")]
-    if not isinstance(info, dict):
-        text = f"{path} must hold one JSON object, name -> entry; it holds a {type(info).__name__}"
-        return {}, [Problem("dataset-info", "dataset_dir", text)]
-    return info, []
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} stands twice in one object; delete one of them")
-        found[key] = value
-    return found
-
-
-def _entry(name: str, info: dict[str, Any], root: Path) -> DatasetEntry:
+def _entry(name: str, info: dict[str, Any], root: Path, records: Records) -> DatasetEntry:
     if name in info:
-        return _described(name, info[name], root)
+        return _described(name, info[name], root, records)
     if (found := _path(name, root)) is not None:
         return DatasetEntry(name, root, files=data_files(found, root, name))
     if with_split := _WITH_SPLIT.fullmatch(name):
@@ -213,25 +169,28 @@ def _path(name: str, root: Path) -> Path | None:
     return None
 
 
-def _described(name: str, described: Any, root: Path) -> DatasetEntry:
+def _described(name: str, described: Any, root: Path, records: Records) -> DatasetEntry:
     """An entry of dataset_info.json, checked key by key."""
     where = f"{INFO_FILE}, {name}"
     if not isinstance(described, dict):
         raise EntryProblem(f"{where}: must be an object with file_name or hf_hub_url")
-    _check_keys(where, described)
-    if described.get("ranking") is False:
+    check_keys(where, described)
+    if described.get("ranking") is not None and described["ranking"] is not (records == "pairs"):
+        holds = "preference pairs or rankings" if described["ranking"] else "no preference pairs"
+        stages = " or ".join(name for name, spec in STAGES.items() if (spec.records == "pairs") is described["ranking"])
         raise EntryProblem(
-            f"{where}: ranking is false, so it holds no preference pairs; name another set for stage dpo"
+            f"{where}: ranking is {str(described['ranking']).lower()}, so it holds {holds}: name another set, set "
+            f"stage to {stages}, or correct the key"
         )
-    formatting = described.get("formatting")
-    if formatting is not None and formatting not in READS:
-        raise EntryProblem(f"{where}: formatting {formatting!r} is not one of {', '.join(READS)}")
+    formatting, reads = described.get("formatting"), READS[records]
+    if formatting is not None and formatting not in reads:
+        raise EntryProblem(f"{where}: formatting {formatting!r} is not one of {', '.join(reads)}")
     # LLaMA-Factory takes "" as unset
     columns = {key: value for key, value in (described.get("columns") or {}).items() if value != ""}
-    if formatting is not None and (left := unread(formatting, columns)):
+    if formatting is not None and (left := unread(formatting, columns, records)):
         raise EntryProblem(
             f"{where}: formatting {formatting} does not read columns.{', columns.'.join(left)}; "
-            f"it reads {', '.join(READS[formatting])}: delete the others, or give the formatting that the rows have"
+            f"it reads {', '.join(reads[formatting])}: delete the others, or give the formatting that the rows have"
         )
     files, hub_id, modelscope = _source(where, described, root, name)
     return DatasetEntry(
@@ -250,38 +209,6 @@ def _described(name: str, described: Any, root: Path) -> DatasetEntry:
         allow_empty_rejected=bool(described.get("allow_empty_rejected")),
         ignore_columns=tuple(described.get("ignore_columns") or ()),
     )
-
-
-def _check_keys(where: str, described: dict[str, Any]) -> None:
-    for key, value in described.items():
-        if key in _UNSUPPORTED:
-            raise EntryProblem(f"{where}: {key} is not supported; {_UNSUPPORTED[key]}")
-        if key not in _KEYS:
-            hint = did_you_mean(key, _KEYS) or f"known keys are {', '.join(_KEYS)}"
-            raise EntryProblem(f"{where}: unknown key {key!r}; {hint}")
-        kind = _KEYS[key]
-        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-            raise EntryProblem(f"{where}: {key} must be a {kind.__name__}, not {value!r}")
-    samples = described.get("num_samples")
-    if samples is not None and samples < 1:
-        raise EntryProblem(f"{where}: num_samples must be at least 1, not {samples}")
-    for key, known in (("columns", COLUMNS), ("tags", TAGS)):
-        for inner, value in (described.get(key) or {}).items():
-            if key == "columns" and value == "":
-                continue
-            if inner in _UNSUPPORTED_COLUMNS:
-                raise EntryProblem(f"{where}: {key}.{inner} is not supported; {_UNSUPPORTED_COLUMNS[inner]}")
-            if inner not in known:
-                hint = did_you_mean(inner, known) or f"known are {', '.join(known)}"
-                raise EntryProblem(f"{where}: unknown key {key}.{inner}; {hint}")
-            if not isinstance(value, str):
-                raise EntryProblem(f"{where}: {key}.{inner} must be a string, not {value!r}")
-    ignored = described.get("ignore_columns") or ()
-    if not all(isinstance(name, str) for name in ignored):
-        raise EntryProblem(f"{where}: ignore_columns must be a list of column names, not {ignored!r}")
-    for inner, value in (described.get("columns") or {}).items():
-        if value in ignored:
-            raise EntryProblem(f"{where}: {value} stands in columns.{inner} and in ignore_columns; take one out")
 
 
 def _source(where: str, described: dict[str, Any], root: Path, name: str) -> tuple[tuple[Path, ...], str | None, bool]:

@@ -9,7 +9,7 @@ What stands before the prompt's last special token is tokenized once: the ids be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, cast
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example, Message
 from dsdpo.data.texts import ExampleTexts, Texts, plain_prompt
-from dsdpo.data.tokens import Tokens
+from dsdpo.data.tokens import Tokens, shared_ids
+from dsdpo.data.turns import Range, Reply
 from dsdpo.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -33,9 +34,11 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """An example as token ids, not truncated; each completion ends with its only end-of-turn token.
+    """An example as token ids, not truncated; each reply ends with its only end-of-turn token.
 
     Attributes:
+        loss_mask: for each completion, which of its tokens the loss sees; None: all.
+        compares: whether the completions are compared with each other, and so must differ.
         diverged: the prompt's last tokens merged with a completion and belong to the completions now.
         notes: what the template did that is no reason to drop the record; the summary counts each text.
     """
@@ -44,6 +47,8 @@ class EncodedExample:
     completion_ids: list[list[int]]
     diverged: bool
     notes: tuple[str, ...] = ()
+    loss_mask: list[list[bool]] | None = None
+    compares: bool = True
 
 
 class ExampleEncoder:
@@ -54,6 +59,7 @@ class ExampleEncoder:
         template: as the run config names it.
         default_system: system message for conversations without one.
         date: YYYY-MM-DD that a template writes as today's; None: today.
+        mask_thinking: whether the loss does not see thoughts.
 
     Raises:
         ConfigError: the tokenizer lacks tokens that the template needs, or the template cannot be rendered.
@@ -65,6 +71,7 @@ class ExampleEncoder:
         template: str,
         default_system: str | None = None,
         date: str | None = None,
+        mask_thinking: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
             text = "model_name_or_path: the tokenizer has no eos_token; set one in tokenizer_config.json"
@@ -72,7 +79,7 @@ class ExampleEncoder:
         self.tokenizer = tokenizer
         self.tokens = Tokens(tokenizer)
         self.eos_id: int = tokenizer.eos_token_id
-        self._texts = ExampleTexts(tokenizer, template, default_system, date)
+        self._texts = ExampleTexts(tokenizer, template, default_system, date, mask_thinking)
         self._chat = self._texts.chat
         self.end_id: int = cast(int, tokenizer.convert_tokens_to_ids(self._texts.end))
         self._bos = _implied_bos(tokenizer)
@@ -93,7 +100,8 @@ class ExampleEncoder:
 
     def end_token(self, example: Example) -> str:
         """The token that ends the completions of such examples."""
-        wrapped = self._chat is not None and (self._texts.found.text is not None or not isinstance(example.prompt, str))
+        as_chat = bool(example.prompt) and self._texts.found.text is not None
+        wrapped = self._chat is not None and (as_chat or not isinstance(example.prompt, str))
         return self._texts.end if wrapped else str(self.tokenizer.eos_token)
 
     @property
@@ -118,49 +126,95 @@ class ExampleEncoder:
                 prepared.append(dropped)
         ids = self.tokens.encode(part for some in prepared if not isinstance(some, Dropped) for part in some[1])
         encoded: list[EncodedExample | Dropped] = []
-        for some in prepared:
+        for some, example in zip(prepared, examples):
             if isinstance(some, Dropped):
                 encoded.append(some)
                 continue
-            texts, (shared, *rests) = some
+            texts, parts = some
             try:
-                encoded.append(self._encoded(texts, [ids[shared] + ids[rest] for rest in rests]))
+                encoded.append(self._encoded(texts, parts, ids, example.compares))
             except Dropped as dropped:
                 encoded.append(dropped)
         return encoded
 
     def _parts(self, texts: Texts) -> list[str]:
-        """What the texts share up to a border, then the rest of each; the ids of a text are those of its two parts."""
+        """What the texts share up to a border, then the rest of each; the ids of a text are those of its two parts.
+
+        Behind that, what tells the tokens of its turns.
+        """
         given = _given(texts)
         border = self.tokens.last_border(texts.prompt)
         if not all(text.startswith(texts.prompt[:border]) for text in given):
             border = 0
-        return [texts.prompt[:border], *(text[border:] for text in given)]
+        parts = [texts.prompt[:border], *(text[border:] for text in given)]
+        for reply in texts.replies:
+            if (text := reply.text) is not None and _is_seen_in_part(reply, texts):
+                places = (place for range in (*reply.turns, *reply.masked) for place in range)
+                parts += [*self.tokens.segments(text), *self.tokens.beginnings(text, places)]
+        return parts
 
-    def _encoded(self, texts: Texts, ids: list[list[int]]) -> EncodedExample:
-        """ids: of the prompt, then of each text with a completion that is not empty."""
-        prompt, *given = [self._with_bos(some, texts.as_chat) for some in ids]
-        end_ids = [self.eos_id if end is None else self._id_of(end) for end in texts.ends]
+    def _encoded(
+        self, texts: Texts, parts: list[str], known: Mapping[str, list[int]], compares: bool
+    ) -> EncodedExample:
+        """known: ids by text, of all `parts`."""
+        start, rests = known[parts[0]], parts[1 : 1 + len(_given(texts))]
+        prompt, *given = [self._with_bos(start + known[rest], texts.as_chat) for rest in rests]
         rest = iter(given)
-        whole = []
-        for text, end, end_id in zip(texts.replied, texts.ends, end_ids):
-            replied = prompt if text is None else next(rest)
-            whole.append(replied if text is not None and end is not None else [*replied, end_id])
-        shared = min(_shared_length(prompt, some) for some in whole)
-        if shared == 0:
+        wholes = []
+        for reply in texts.replies:
+            replied = prompt if reply.text is None else next(rest)
+            wholes.append(replied if reply.text is not None and reply.end is not None else [*replied, self._end(reply)])
+        shared = min(shared_ids(prompt, some) for some in wholes)
+        if shared == 0 and (prompt or compares):
             raise Dropped("no_shared_token", "an empty prompt, or one that merges with the reply")
-        completions = [some[shared:] for some in whole]
-        for completion, text, end_id in zip(completions, texts.replied, end_ids):
-            if text is not None and completion == [end_id]:
-                raise Dropped("template_leaves_out", "nothing but the end of the turn is left", "a reply")
-            if completion[-1:] != [end_id]:
-                found, wanted = (self.tokenizer.decode(some) for some in (completion[-3:], [end_id]))
-                raise Dropped("own_end", f"it ends with {found!r}, others with {wanted}")
-            if sum(map(completion.count, self._all_end_ids if texts.as_chat else (end_id,))) != 1:
-                raise Dropped("end_inside")
-        if has_equal(completions):
+        completions = [whole[shared:] for whole in wholes]
+        masks: dict[int, list[bool]] = {}
+        for number, (reply, whole) in enumerate(zip(texts.replies, wholes)):
+            turns = [(shared if compares else shared_ids(prompt, whole), len(whole))]
+            if turns[0][0] > shared:
+                masks[number] = _mask(len(whole), turns, [])[shared:]
+            if reply.text is not None and _is_seen_in_part(reply, texts):
+                turns, masked = self._ranges(reply, reply.text, whole, known)
+                masks[number] = _mask(len(whole), turns, masked)[shared:]
+            for first, last in turns:
+                self._check_turn(whole[first:last], reply, texts)
+        if compares and has_equal(completions):
             raise Dropped("same_tokens")
-        return EncodedExample(prompt[:shared], completions, shared < len(prompt), texts.notes)
+        loss_mask = [masks.get(n, [True] * len(ids)) for n, ids in enumerate(completions)] if masks else None
+        return EncodedExample(prompt[:shared], completions, shared < len(prompt), texts.notes, loss_mask, compares)
+
+    def _end(self, reply: Reply) -> int:
+        return self.eos_id if reply.end is None else self._id_of(reply.end)
+
+    def _ranges(
+        self, reply: Reply, text: str, whole: list[int], known: Mapping[str, list[int]]
+    ) -> tuple[list[Range], list[Range]]:
+        """First and last token (excluded) of the turns and of the masked ranges of a text with the ids `whole`.
+
+        A token that merges over the beginning of a turn belongs to it. One of which a part is masked is masked.
+        """
+        own = [token for segment in self.tokens.segments(text) for token in known[segment]]
+        shift = int(whole[: len(own)] != own)  # a BOS in front
+        places = {
+            place: self.tokens.before(text, place, known) for range in (*reply.turns, *reply.masked) for place in range
+        }
+        turns = [(places[start][0] + shift, places[end][0] + shift) for start, end in reply.turns]
+        masked = [
+            (places[start][0] + shift, places[end][0] + shift + (not places[end][1])) for start, end in reply.masked
+        ]
+        return [*turns[:-1], (turns[-1][0], len(whole))], masked
+
+    def _check_turn(self, turn: list[int], reply: Reply, texts: Texts) -> None:
+        """Raises Dropped where a turn does not end with its only end-of-turn token, or has nothing else."""
+        end_id = self._end(reply)
+        if reply.text is not None and turn == [end_id]:
+            raise Dropped("template_leaves_out", "nothing but the end of the turn is left", "a reply")
+        if turn[-1:] != [end_id]:
+            found, wanted = (self.tokenizer.decode(some) for some in (turn[-3:], [end_id]))
+            raise Dropped("own_end", f"it ends with {found!r}, others with {wanted}")
+        ends = self._all_end_ids if texts.as_chat else (end_id,)
+        if texts.prompt and sum(map(turn.count, ends)) != 1:
+            raise Dropped("end_inside")
 
     def _id_of(self, token: str) -> int:
         if token not in self._ids:
@@ -203,7 +257,21 @@ def _implied_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def _given(texts: Texts) -> list[str]:
     """The texts to tokenize, prompt first."""
-    return [texts.prompt, *(text for text in texts.replied if text is not None)]
+    return [texts.prompt, *(reply.text for reply in texts.replies if reply.text is not None)]
+
+
+def _is_seen_in_part(reply: Reply, texts: Texts) -> bool:
+    """Whether the loss sees less of a text than all tokens after the prompt."""
+    return len(reply.turns) > 1 or bool(reply.masked) or reply.turns[0][0] > len(texts.prompt)
+
+
+def _mask(size: int, turns: Sequence[Range], masked: Sequence[Range]) -> list[bool]:
+    """Which of so many tokens the loss sees."""
+    mask = [False] * size
+    for ranges, is_seen in ((turns, True), (masked, False)):
+        for first, last in ranges:
+            mask[first:last] = [is_seen] * (last - first)
+    return mask
 
 
 def _checked(texts: Texts) -> Texts:
@@ -214,10 +282,3 @@ def _checked(texts: Texts) -> Texts:
         except UnicodeEncodeError as error:
             raise Dropped("broken_unicode", "a lone surrogate") from error
     return texts
-
-
-def _shared_length(prompt: list[int], whole: list[int]) -> int:
-    """Number of tokens that both begin with."""
-    if whole[: len(prompt)] == prompt:
-        return len(prompt)
-    return next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))

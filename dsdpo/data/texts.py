@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dsdpo.config.templates import NAMES
@@ -15,6 +16,7 @@ from dsdpo.data.messages import assistant
 from dsdpo.data.named_templates import NAMED
 from dsdpo.data.shapes import REASONING, Conversation, shared_length
 from dsdpo.data.template_files import find_template, template_beside
+from dsdpo.data.turns import Reply, Turn, is_trained, joined, masked_in
 from dsdpo.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -29,15 +31,13 @@ class Texts:
 
     Attributes:
         prompt: alone.
-        replied: the prompt with each completion; None: an empty one.
-        ends: the token at the end of each completion, where a chat template writes it; None: it is to be put there.
+        replies: it with each completion.
         as_chat: whether a chat template wrote them.
         notes: what it did that is no reason to drop the record.
     """
 
     prompt: str
-    replied: tuple[str | None, ...]
-    ends: tuple[str | None, ...]
+    replies: tuple[Reply, ...]
     as_chat: bool
     notes: tuple[str, ...] = ()
 
@@ -50,6 +50,7 @@ class ExampleTexts:
         template: as the run config names it.
         default_system: system message for conversations without one.
         date: YYYY-MM-DD that a template writes as today's; None: today.
+        mask_thinking: whether the loss does not see thoughts.
 
     Attributes:
         found: what `template` names.
@@ -61,9 +62,15 @@ class ExampleTexts:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, default_system: str | None, date: str | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        default_system: str | None,
+        date: str | None,
+        mask_thinking: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
+        self._mask_thinking = mask_thinking
         self.template = template
         self.default_system = default_system if default_system and not default_system.isspace() else None
         self.found = find_template(template)
@@ -112,15 +119,15 @@ class ExampleTexts:
     def of(self, example: Example, with_system: bool = True) -> Texts:
         """The texts of an example. Raises Dropped where the template cannot hold it."""
         prompt, completions = example.prompt, example.completions
-        if isinstance(prompt, str) and self.found.text is not None:
+        if isinstance(prompt, str) and prompt and self.found.text is not None:
             prompt = [{"role": "user", "content": prompt}]
             completions = tuple(assistant(str(text)) for text in completions)
         if isinstance(prompt, str):
             return self._plain_texts(prompt, [str(text) for text in completions])
-        answers = [answer[0] for answer in completions if not isinstance(answer, str)]
+        answers = [answer for answer in completions if not isinstance(answer, str)]
         assert len(answers) == len(completions), "an example is all text or all messages"
         prompt = self.with_system(prompt) if with_system else prompt
-        spoken = [*prompt, *answers]
+        spoken = [*prompt, *(message for answer in answers for message in answer)]
         if (self.chat is None or self.found.is_named) and (example.tools or any(map(_uses_tools, spoken))):
             raise Dropped("no_tools_in_template", f"template {self.template} does not")
         if self.chat is None:
@@ -129,58 +136,92 @@ class ExampleTexts:
             return self._bare_texts(prompt, answers, _not_read(example.template_kwargs, None))
         return self._chat_texts(self.chat, prompt, answers, example)
 
-    def _plain_texts(self, prompt: str, completions: Sequence[str], notes: tuple[str, ...] = ()) -> Texts:
-        end = self.tokenizer.eos_token
-        replied = tuple(prompt + _without_end(text, end) if text else None for text in completions)
-        return Texts(prompt, replied, (None,) * len(replied), as_chat=False, notes=notes)
+    def _plain_texts(self, prompt: str, completions: Sequence[str]) -> Texts:
+        turns = [self._plain_turn(prompt, text) for text in completions]
+        replies = (Reply(turn.whole, None, (turn.range,)) if turn else Reply(None, None) for turn in turns)
+        return Texts(prompt, tuple(replies), as_chat=False)
 
-    def _bare_texts(self, prompt: Sequence[Message], answers: Sequence[Message], notes: tuple[str, ...]) -> Texts:
+    def _plain_turn(self, before: str, text: str) -> Turn | None:
+        return Turn(before, before + _without_end(text, self.tokenizer.eos_token), None) if text else None
+
+    def _bare_texts(self, prompt: list[Message], answers: Sequence[list[Message]], notes: tuple[str, ...]) -> Texts:
         """Without a template, contents alone are written."""
+        replies: list[Reply] = []
         for answer in answers:
-            if any(answer.get(key) for key in REASONING):
-                raise Dropped("template_leaves_out", f"template {self.template}", "the reasoning of a reply")
+            for message in answer:
+                if message["role"] == "assistant" and any(message.get(key) for key in REASONING):
+                    raise Dropped("template_leaves_out", f"template {self.template}", "the reasoning of a reply")
+            if not answer[-1]["content"]:
+                replies.append(Reply(None, None))
+                continue
+            turns = []
+            for number in _trained(answer):
+                turn = self._plain_turn(plain_prompt([*prompt, *answer[:number]]), answer[number]["content"])
+                assert turn is not None, "of several replies, none is empty"
+                turns.append(self._with_masks(turn, answer[number]))
+            replies += joined(turns)
         thoughts = any(message.get(key) for message in prompt for key in REASONING)
         notes = (EARLIER_THOUGHTS, *notes) if thoughts else notes
-        return self._plain_texts(plain_prompt(prompt), [answer["content"] for answer in answers], notes)
+        return Texts(plain_prompt(prompt), tuple(replies), as_chat=False, notes=notes)
+
+    def _with_masks(self, turn: Turn, message: Message) -> Turn:
+        if len(message) == 2 and not self._mask_thinking:
+            return turn
+        return replace(turn, masked=masked_in(message, turn.before, turn.whole, self._mask_thinking))
 
     def _chat_texts(
-        self, chat: ChatTemplate, prompt: list[Message], answers: Sequence[Message], example: Example
+        self, chat: ChatTemplate, prompt: list[Message], answers: Sequence[list[Message]], example: Example
     ) -> Texts:
         """The conversation as the template writes it, which contains all that was said."""
-        for message in (*prompt, *answers):
+        for message in itertools.chain(prompt, *answers):
             if isinstance(message.get("content"), str):
                 chat.check_not_rendered(message["content"])
 
         def render(messages: Sequence[Message], tools: list[dict[str, Any]] | None, for_reply: bool) -> str:
             return chat.render(messages, tools, for_reply, example.template_kwargs)
 
-        text = render(prompt, example.tools, True)
-        conversation = Conversation(prompt, example.tools, example.template_kwargs, render)
-        notes = self._containment.check_prompt(conversation, text)
-        replied: list[str | None] = []
-        ends: list[str | None] = []
+        def asks(messages: list[Message]) -> tuple[Conversation, str, tuple[str, ...]]:
+            text = render(messages, example.tools, True)
+            conversation = Conversation(messages, example.tools, example.template_kwargs, render)
+            return conversation, text, self._containment.check_prompt(conversation, text)
+
+        first, replies = asks(prompt), list[Reply]()
+        notes = list(first[2])
         for answer in answers:
-            end = chat.end_of(answer, example.tools)
-            ends.append(end.token)
-            if _is_empty(answer):
-                replied.append(None)
+            if len(answer) == 1 and _is_empty(answer[0]):
+                replies.append(Reply(None, chat.end_of(answer[0], example.tools).token))
                 continue
-            reply = _less_end(answer, end.token or self.end)
-            whole = render([*prompt, reply], example.tools, False)
-            self._containment.check_reply(conversation, reply, text, whole)
-            if not whole.startswith(text):
-                _check_shared(text, whole)
-            if not whole.endswith(end.tail):
-                raise Dropped("own_end", f"it ends with {whole[-40:]!r}, others with {end.token or self.end}")
-            replied.append(whole[: len(whole) - len(end.tail)])
+            turns = []
+            for number in _trained(answer):
+                conversation, text, more = asks([*prompt, *answer[:number]]) if number else first
+                turns.append(self._turn(chat, conversation, text, answer[number]))
+                notes += more
+            replies += joined(turns)
         notes += _not_read(example.template_kwargs, chat)
-        return Texts(text, tuple(replied), tuple(ends), as_chat=True, notes=notes)
+        return Texts(first[1], tuple(replies), as_chat=True, notes=tuple(dict.fromkeys(notes)))
+
+    def _turn(self, chat: ChatTemplate, conversation: Conversation, text: str, message: Message) -> Turn:
+        """A reply behind its conversation, whose text asks for it."""
+        end = chat.end_of(message, conversation.tools)
+        reply = _less_end(message, end.token or self.end)
+        whole = conversation.render([*conversation.prompt, reply], conversation.tools, False)
+        self._containment.check_reply(conversation, reply, text, whole)
+        if not whole.startswith(text):
+            _check_shared(text, whole)
+        if not whole.endswith(end.tail):
+            raise Dropped("own_end", f"it ends with {whole[-40:]!r}, others with {end.token or self.end}")
+        return self._with_masks(Turn(text, whole[: len(whole) - len(end.tail)], end.token), reply)
 
     def with_system(self, messages: list[Message]) -> list[Message]:
         """With default_system in front, where there is one and no system message."""
         if not self.default_system or messages[0]["role"] == "system":
             return messages
         return [{"role": "system", "content": self.default_system}, *messages]
+
+
+def _trained(answer: Sequence[Message]) -> list[int]:
+    """Numbers of the replies that the loss sees; one alone is always seen."""
+    return [0] if len(answer) == 1 else [number for number, message in enumerate(answer) if is_trained(message)]
 
 
 def _not_read(variables: dict[str, Any], chat: ChatTemplate | None) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,6 +37,42 @@ class Tokens:
                 border = found.start()
         return border
 
+    def segments(self, text: str) -> list[str]:
+        """A text in parts whose ids, one after another, are its ids: cut where its special tokens begin."""
+        if self._firm is None:
+            return [text]
+        cuts = dict.fromkeys([0, *(found.start() for found in self._firm.finditer(text)), len(text)])
+        return [text[start:end] for start, end in itertools.pairwise(cuts)]
+
+    def beginnings(self, text: str, places: Iterable[int]) -> list[str]:
+        """What `before` needs the ids of, beside those of the segments."""
+        return [part for place in places if (part := self._split(text, place)[1])]
+
+    def before(self, text: str, place: int, ids: Mapping[str, list[int]]) -> tuple[int, bool]:
+        """How many tokens of a text lie before a place, and whether none reaches over it.
+
+        Args:
+            place: characters of the text before it.
+            ids: by text, of the segments and of `beginnings`.
+        """
+        segments, part = self._split(text, place)
+        count = sum(len(ids[segment]) for segment in segments[:-1])
+        if not part:
+            return count + len(ids[segments[-1]]), True
+        whole, begun = ids[segments[-1]], ids[part]
+        shared = shared_ids(begun, whole)
+        return count + shared, shared == len(begun)
+
+    def _split(self, text: str, place: int) -> tuple[list[str], str]:
+        """(the segments up to the one that holds what is before a place, the beginning of that one; "": all of it)."""
+        taken: list[str] = []
+        for segment in self.segments(text):
+            taken.append(segment)
+            if len(segment) >= place:
+                return taken, segment[:place] if len(segment) > place else ""
+            place -= len(segment)
+        return taken, ""
+
     def encode(self, texts: Iterable[str]) -> dict[str, list[int]]:
         """Token ids by text; a text that comes twice is tokenized once."""
         unique = list(dict.fromkeys(texts))
@@ -52,6 +89,13 @@ class Tokens:
         self._backend.no_padding()
         self._backend.encode_special_tokens = self._tokenizer.split_special_tokens
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def shared_ids(one: Sequence[int], other: Sequence[int]) -> int:
+    """Number of tokens that both begin with."""
+    if other[: len(one)] == one:
+        return len(one)
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _firm_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -10,13 +10,18 @@ from dsdpo.objectives.base import Objective
 from dsdpo.objectives.preference import PreferenceObjective
 from dsdpo.objectives.ranking import RankingObjective
 from dsdpo.objectives.reward import RewardObjective
+from dsdpo.objectives.supervised import SupervisedObjective
 
 
 def _of_preferences(config: RunConfig) -> Objective:
     return RankingObjective(config) if config.loss_type[0] in RANKINGS else PreferenceObjective(config)
 
 
-OBJECTIVES: dict[str, Callable[[RunConfig], Objective]] = {"dpo": _of_preferences, "rm": RewardObjective}
+OBJECTIVES: dict[str, Callable[[RunConfig], Objective]] = {
+    "sft": SupervisedObjective,
+    "dpo": _of_preferences,
+    "rm": RewardObjective,
+}
 
 
 def objective_of(config: RunConfig) -> Objective:

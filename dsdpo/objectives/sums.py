@@ -25,14 +25,14 @@ def completion_sums(output: ModelOutput, completions: np.ndarray) -> torch.Tenso
     first = np.flatnonzero(completions[:, 1] == 0)
     shared = np.repeat(np.minimum.reduceat(tokens, first), np.diff(np.append(first, len(tokens))))
     parts = np.stack([shared, tokens - shared], axis=1)
-    sums = _segment_sums(output.token_logps, parts.ravel()).view(-1, 2)
+    sums = segment_sums(output.token_logps, parts.ravel()).view(-1, 2)
     if output.token_log_sum_sq is None:
         return sums
-    aligned = _segment_sums((output.token_logps - output.token_log_sum_sq).detach(), tokens)
+    aligned = segment_sums((output.token_logps - output.token_log_sum_sq).detach(), tokens)
     return torch.cat([sums, aligned[:, None]], dim=1)
 
 
-def _segment_sums(values: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
+def segment_sums(values: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
     """Sums over consecutive pieces of `values`, fp32 [C]. lengths: int64 [S], each may be 0; values beyond their sum,
     of a micro-batch without examples, belong to nothing. Returns [S]."""
     on_device = torch.from_numpy(lengths).to(values.device, non_blocking=True)

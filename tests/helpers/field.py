@@ -26,6 +26,7 @@ class Read:
         exit_code: 0, or that of the error.
         dropped: code of a reason -> records.
         texts: [prompt, completion, completion, ...] of each example, decoded with special tokens.
+        learned: the same of the tokens in the loss alone, for each completion.
         notes: text -> records, as the summary counts them.
         said: the summary, or the error's message.
         codes: of the problems of a ConfigError.
@@ -34,6 +35,7 @@ class Read:
     exit_code: int
     dropped: Mapping[str, int]
     texts: list[list[str]] = field(default_factory=list)
+    learned: list[list[str]] = field(default_factory=list)
     notes: Mapping[str, int] = field(default_factory=dict)
     said: str = ""
     codes: list[str] = field(default_factory=list)
@@ -86,7 +88,11 @@ def read(
     examples = [prepared.example(i) for i in range(len(prepared))]
     texts = [[tokenizer.decode(ids) for ids in (example.prompt_ids, *example.completion_ids)] for example in examples]
     dropped = _dropped(config.cache_path, f"*/{DROPPED_ROWS}")
-    return Read(0, dropped, texts, prepared.manifest["notes"], summary(prepared))
+    learned = [
+        [tokenizer.decode(ids[example.is_scored(n)]) for n, ids in enumerate(example.completion_ids)]
+        for example in examples
+    ]
+    return Read(0, dropped, texts, learned, prepared.manifest["notes"], summary(prepared))
 
 
 def _dropped(cache: Path, pattern: str) -> Mapping[str, int]:

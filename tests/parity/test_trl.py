@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example, TokenizedExample
-from dsdpo.data.formats.preference import to_example
+from dsdpo.data.formats.record import to_example
 from dsdpo.data.packing import build_micro_batch
 from dsdpo.data.templates import EncodedExample, ExampleEncoder
 from dsdpo.model.attention.register import NAMES

@@ -15,7 +15,7 @@ from trl import RewardConfig, RewardTrainer
 
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import TokenizedExample
-from dsdpo.data.formats.preference import to_example
+from dsdpo.data.formats.record import to_example
 from dsdpo.data.loader import BatchLoader
 from dsdpo.data.templates import ExampleEncoder
 from dsdpo.model.attention.register import NAMES

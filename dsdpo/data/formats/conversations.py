@@ -27,7 +27,7 @@ def alpaca(row: Columns, tags: Mapping[str, str]) -> Example:
     parts = [row.text("prompt"), row.optional_text("query")]
     question = "\n".join(part for part in parts if part)
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    prompt = [*_history(row.get("history")), *user(question)]
+    prompt = [*history_of(row.get("history")), *user(question)]
     if is_empty(chosen) and is_empty(rejected):
         answers = read_list(row.get("response"), "output")
         scores = row.get("scores") if "scores" in row.columns else None
@@ -37,10 +37,10 @@ def alpaca(row: Columns, tags: Mapping[str, str]) -> Example:
             chosen, rejected = answers
         elif chosen is None or rejected is None:
             raise Dropped("no_pair")
-    return _pair(prompt, question, _answer(chosen, "chosen"), _answer(rejected, "rejected"))
+    return _pair(prompt, question, one_answer(chosen, "chosen"), one_answer(rejected, "rejected"))
 
 
-def _answer(value: Any, side: str, keys: _Keys | None = None) -> str | list[Message]:
+def one_answer(value: Any, side: str, keys: _Keys | None = None) -> str | list[Message]:
     """An answer: text, or one assistant message."""
     if value is None:
         raise Dropped("column_missing", what=side)
@@ -56,7 +56,7 @@ def _answer(value: Any, side: str, keys: _Keys | None = None) -> str | list[Mess
         and keys[1] not in messages[0]
     ):
         keys = None  # answers may be written in another way than the conversation
-    return reply(_conversation(messages, keys), side)
+    return reply(conversation(messages, keys), side)
 
 
 def _pair(prompt: list[Message], question: str, chosen: str | list[Message], rejected: str | list[Message]) -> Example:
@@ -78,13 +78,13 @@ def ranked(row: Columns, tags: Mapping[str, str]) -> Example:
     if isinstance(prompt, str):
         is_text = all(isinstance(read_written(answer, "completions"), str) for answer in answers)
         return _ranking(prompt if is_text else user(prompt), prompt, answers, row.get("scores"))
-    turns = _conversation(prompt if isinstance(prompt, list) else [prompt])
+    turns = conversation(prompt if isinstance(prompt, list) else [prompt])
     return _ranking(turns, (turns[-1]["content"] or "") if turns else "", answers, row.get("scores"))
 
 
 def _ranking(prompt: str | list[Message], question: str, answers: Sequence[Any], scores: Any) -> Example:
     """An example of ranked answers to a question, which ends the prompt."""
-    read = [_answer(answer, "completions") for answer in answers]
+    read = [one_answer(answer, "completions") for answer in answers]
     texts = [answer for answer in read if isinstance(answer, str)]
     rests = without_prompt(question, *texts) if len(texts) == len(read) else None
     known = _scores(scores, len(read))
@@ -109,7 +109,7 @@ def _scores(value: Any, n: int) -> list[float] | None:
     return found
 
 
-def _history(value: Any) -> list[Message]:
+def history_of(value: Any) -> list[Message]:
     """Earlier turns: a list of [question, answer], or of messages; also as JSON text."""
     if is_empty(value):
         return []
@@ -117,7 +117,7 @@ def _history(value: Any) -> list[Message]:
     if not isinstance(history, list):
         raise Dropped("bad_history")
     if is_messages(history):
-        return _conversation(history)
+        return conversation(history)
     turns: list[Message] = []
     for turn in history:
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
@@ -131,21 +131,22 @@ def sharegpt(row: Columns, tags: Mapping[str, str]) -> Example:
     messages = read_conversation(row.get("messages"))
     if not isinstance(messages, list):
         raise Dropped("no_messages", type(messages).__name__)
-    keys = _keys(messages, tags)
-    prompt = _conversation(messages, keys)
+    keys = keys_of(messages, tags)
+    prompt = conversation(messages, keys)
     question = (prompt[-1]["content"] or "") if prompt else ""
-    chosen, rejected = (_answer(row.get(side), side, keys) for side in ("chosen", "rejected"))
+    chosen, rejected = (one_answer(row.get(side), side, keys) for side in ("chosen", "rejected"))
     return _pair(prompt, question, chosen, rejected)
 
 
-def _conversation(messages: Sequence[Any], keys: _Keys | None = None) -> list[Message]:
+def conversation(messages: Sequence[Any], keys: _Keys | None = None) -> list[Message]:
+    """The messages of a conversation. keys: as `keys_of` gives them; None: as its first message has them."""
     if messages and isinstance(messages[0], str):
         messages = [read_written(raw, "a message") for raw in messages]
-    keys = keys or _keys(messages, {})
+    keys = keys or keys_of(messages, {})
     return [read_message(raw, *keys) for raw in messages]
 
 
-def _keys(messages: Sequence[Any], tags: Mapping[str, str]) -> _Keys:
+def keys_of(messages: Sequence[Any], tags: Mapping[str, str]) -> _Keys:
     """The keys of a conversation: those of the tags, else as its first message has them."""
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
     openai = first.get("role") is not None and first.get(TAGS["role_tag"]) is None and not tags
@@ -163,11 +164,15 @@ _MORE_ROLES = {"developer": "system", "ipython": "tool"}  # which no tag names
 
 def text_to_sql(row: Columns, tags: Mapping[str, str]) -> Example:
     """Question, context (the CREATE TABLE statements) and answer; the rejected side is empty on purpose."""
+    return preference(user(sql_prompt(row)), assistant(row.text("answer")), assistant(""))
+
+
+def sql_prompt(row: Columns) -> str:
+    """The question of a text-to-SQL record, with its schema."""
     question, context = row.text("question"), row.text("context")
     if not question.strip():
         raise Dropped("empty_prompt")
-    content = SQL_PROMPT.format(context=context, question=question)
-    return preference(user(content), assistant(row.text("answer")), assistant(""))
+    return SQL_PROMPT.format(context=context, question=question)
 
 
 def openai(row: Columns, tags: Mapping[str, str]) -> Example:
@@ -187,7 +192,7 @@ def openai(row: Columns, tags: Mapping[str, str]) -> Example:
         given = read_conversation(given["messages"])
     if not isinstance(given, list):
         raise Dropped("no_messages", type(given).__name__)
-    prompt = _conversation(given)
+    prompt = conversation(given)
     question = (prompt[-1]["content"] or "") if prompt else ""
-    example = _pair(prompt, question, *(_answer(row.get(side), side) for side in ("chosen", "rejected")))
+    example = _pair(prompt, question, *(one_answer(row.get(side), side) for side in ("chosen", "rejected")))
     return replace(example, tools=tools, notes=example.notes + notes)

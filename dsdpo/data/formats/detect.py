@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
+from dsdpo.config.stages import Records
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.formats.written import read_conversation, read_written
 
@@ -42,8 +44,8 @@ _SIDES = {"chosen": Column(("chosen",)), "rejected": Column(("rejected",))}
 
 MESSAGES = ("conversations", "messages")
 
-# The one table of what is read: a column that is not in it is reported as not used, or refused.
-READS: dict[str, dict[str, Column]] = {
+# What is read of pairs and rankings: a column that is not in it is reported as not used, or refused.
+PAIRS: dict[str, dict[str, Column]] = {
     "alpaca": {
         "prompt": Column(("instruction", "prompt")),
         "query": Column(("input",), optional=True),
@@ -87,25 +89,56 @@ READS: dict[str, dict[str, Column]] = {
         **_NUMBERS,
     },
 }
-COLUMNS = tuple(dict.fromkeys(key for keys in READS.values() for key in keys))
+_WEIGHT = {"weight": _NUMBERS["weight"]}
+# The same of replies.
+REPLIES: dict[str, dict[str, Column]] = {
+    "alpaca": {
+        "prompt": Column(("instruction", "prompt")),
+        "query": Column(("input",), optional=True),
+        "response": Column(("output", "response")),
+        "history": Column(("history",), optional=True),
+        **BESIDE,
+        **_WEIGHT,
+    },
+    "sharegpt": {"messages": Column(MESSAGES), **BESIDE, **_WEIGHT},
+    "openai": {"messages": Column(("messages", "conversations")), **BESIDE, **_WEIGHT},
+    "trl": {"prompt": Column(("prompt",)), "response": Column(("completion",)), **BESIDE, **_WEIGHT},
+    "several": {"prompt": Column(("prompt",)), "completions": Column(("completions",)), **BESIDE, **_WEIGHT},
+    "text_to_sql": {
+        "question": Column(("question",)),
+        "context": Column(("context",)),
+        "answer": Column(("answer",)),
+        **BESIDE,
+        **_WEIGHT,
+    },
+    "text": {"text": Column(("text",)), **_WEIGHT},
+}
+READS: dict[Records, dict[str, dict[str, Column]]] = {"pairs": PAIRS, "replies": REPLIES}
+COLUMNS = tuple(dict.fromkeys(key for formats in READS.values() for keys in formats.values() for key in keys))
 
 
-def unread(formatting: str, columns: Mapping[str, str]) -> list[str]:
+def unread(formatting: str, columns: Mapping[str, str], records: Records) -> list[str]:
     """The keys of `columns` that a format does not read."""
-    return [key for key in columns if key not in READS[formatting]]
+    return [key for key in columns if key not in READS[records][formatting]]
 
 
-def detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    """Tell the format of a set from one of its records: a key of READS, or None.
+def detect(row: Mapping[str, Any], columns: Mapping[str, str], records: Records = "pairs") -> str | None:
+    """Tell the format of a set from one of its records: a key of READS[records], or None.
 
     A format that reads every column named in `columns` goes before one that would leave some out.
     """
 
     def leaves_out(formatting: str) -> bool:
         is_text = formatting == "trl" and not any(is_structured(row, columns, key) for key in ("chosen", "prompt"))
-        return bool(unread(formatting, columns)) or (is_text and any(key in columns for key in BESIDE))
+        return bool(unread(formatting, columns, records)) or (is_text and any(key in columns for key in BESIDE))
 
-    return min(_likely(row, columns), key=leaves_out, default=None)
+    likely = _likely(row, columns) if records == "pairs" else _likely_replies(row, columns)
+    return min(likely, key=leaves_out, default=None)
+
+
+def is_record(row: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
+    """Whether an object looks like a record of any format."""
+    return any(detect(row, columns, records) for records in READS)
 
 
 def is_structured(row: Mapping[str, Any], columns: Mapping[str, str], key: str) -> bool:
@@ -116,12 +149,34 @@ def is_structured(row: Mapping[str, Any], columns: Mapping[str, str], key: str) 
         return True  # written by Python: the reader refuses it
 
 
+def _has(row: Mapping[str, Any], columns: Mapping[str, str], key: str, *usual: str) -> bool:
+    return columns.get(key) in row if key in columns else any(name in row for name in usual or (key,))
+
+
+def _likely_replies(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
+    """The formats that a record of replies may have, likeliest first."""
+    found = []
+    for formatting, needed in _NEEDED.items():
+        usual = REPLIES[formatting]
+        if all(_has(row, columns, key, *usual[key].usual) for key in needed):
+            found.append(formatting)
+    return found
+
+
+# format of replies -> the columns by which it is known, in the order in which they are looked for
+_NEEDED = {
+    "sharegpt": ("messages",),
+    "several": ("prompt", "completions"),
+    "trl": ("prompt", "response"),
+    "text_to_sql": ("question", "context", "answer"),
+    "alpaca": ("prompt", "response"),
+    "text": ("text",),
+}
+
+
 def _likely(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
-    """The formats that a record may have, likeliest first."""
-
-    def has(key: str, *usual: str) -> bool:
-        return columns.get(key) in row if key in columns else any(name in row for name in usual or (key,))
-
+    """The formats that a record of pairs may have, likeliest first."""
+    has = partial(_has, row, columns)
     found = []
     if _has_two_sided_turn(row.get(columns.get("messages", "messages"))) or "pos_resp" in row:
         found.append("cvalues")
@@ -176,13 +231,15 @@ def _has_two_sided_turn(messages: Any) -> bool:
     return any(isinstance(turn, dict) and "chosen_value" in turn for turn in _turns(messages))
 
 
-def detect_in_any_case(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
+def detect_in_any_case(row: Mapping[str, Any], records: Records) -> tuple[str, dict[str, str]] | None:
     """Like detect, of names in other cases (Prompt, CHOSEN): the format, and the `columns` which name them."""
     lower = {name.lower(): name for name in row if isinstance(name, str)}
-    if len(lower) < len(row) or (formatting := detect({name: row[own] for name, own in lower.items()}, {})) is None:
+    if len(lower) < len(row):
+        return None
+    if (formatting := detect({name: row[own] for name, own in lower.items()}, {}, records)) is None:
         return None
     columns = {}
-    for key, column in READS[formatting].items():
+    for key, column in READS[records][formatting].items():
         usual = next((name for name in column.usual if name in lower), None)
         if usual is not None and lower[usual] != usual:
             columns[key] = lower[usual]

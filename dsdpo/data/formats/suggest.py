@@ -11,7 +11,7 @@ from typing import Any
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.formats.detect import READS, is_structured
 from dsdpo.data.formats.names import KEYS_OF, part_of
-from dsdpo.data.formats.preference import read_record
+from dsdpo.data.formats.record import read_record
 from dsdpo.data.registry import DatasetEntry
 
 _MOST_TRIED = 4  # columns at once
@@ -45,11 +45,9 @@ def _readings(
     """(formatting, columns, columns to ignore) of entries that read the record, with as few ignored as possible."""
     own = entry.formatting or ""
     is_text = not any(is_structured(row, entry.columns, key) for key in ("chosen", "prompt"))
-    formats = list(
-        dict.fromkeys(
-            [*([] if own == "trl" and is_text else [own]), "alpaca", "sharegpt", "trl", "cvalues", "text_to_sql"]
-        )
-    )
+    tried = {"pairs": ("alpaca", "sharegpt", "trl", "cvalues", "text_to_sql"), "replies": tuple(READS["replies"])}
+    first = [] if own == "trl" and is_text else [own]  # bare text has no place for more
+    formats = list(dict.fromkeys([*first, *tried[entry.records]]))
     for n_ignored in range(0 if len(names) <= _MOST_TRIED else len(names), len(names) + 1):
         for ignored in itertools.combinations(names, n_ignored):
             taken = [name for name in names if name not in ignored]
@@ -68,13 +66,14 @@ def _used(
     row: Mapping[str, Any], entry: DatasetEntry, formatting: str, columns: Mapping[str, str], ignored: Sequence[str]
 ) -> Mapping[str, str] | None:
     """The columns that such an entry reads, or None where it does not read the record."""
-    reads = READS[formatting]
+    reads = READS[entry.records].get(formatting, {})
     if any(key not in reads for key in columns):
         return None
     kept = {key: name for key, name in entry.columns.items() if key in reads and name in row and key not in columns}
     gone = [*entry.ignore_columns, *ignored]
     try:
-        return read_record(row, formatting, {**kept, **columns}, entry.tags, entry.allow_empty_rejected, gone)[1]
+        read = {**kept, **columns}
+        return read_record(row, formatting, read, entry.tags, entry.allow_empty_rejected, gone, entry.records)[1]
     except Dropped:
         return None
 
@@ -103,4 +102,5 @@ def _described(
         "ignore_columns": list(dict.fromkeys(ignored)),
     }
     kept = {key: value for key, value in given.items() if value}
-    return {**source, "formatting": formatting, "ranking": True, "columns": dict(columns), **kept}
+    ranking = {"ranking": True} if entry.records == "pairs" else {}
+    return {**source, "formatting": formatting, **ranking, "columns": dict(columns), **kept}

@@ -13,7 +13,7 @@ from dsdpo.data.formats import detect, names
 from dsdpo.data.formats.columns import Columns, NotRead
 from dsdpo.data.formats.detect import READS, Column
 from dsdpo.data.formats.dialogues import preference
-from dsdpo.data.formats.preference import read_record
+from dsdpo.data.formats.record import read_record
 
 SIDES = {"chosen": "It is blue.", "rejected": "It is dry."}
 BESIDE = {
@@ -64,49 +64,79 @@ RECORDS = {
         for scores in (SCORES, TRL_SCORES)
     ],
 }
+DIALOGUE = [*USER, {"role": "assistant", "content": "It is blue."}]
+TOLD = [*HUMAN, {"from": "gpt", "value": "It is blue."}]
+REPLIES = {
+    "alpaca": [
+        {"instruction": "Describe", "input": "the sea.", "output": "Blue.", **HISTORY, **BESIDE},
+        {"prompt": "Describe", "response": "Blue."},
+    ],
+    "sharegpt": [{"conversations": TOLD, **BESIDE}, {"messages": DIALOGUE, **BESIDE}],
+    "openai": [{"messages": DIALOGUE, **BESIDE}, {"conversations": TOLD}],
+    "trl": [{"prompt": USER, "completion": DIALOGUE[1:], **BESIDE}],
+    "several": [{"prompt": USER, "completions": ["Blue.", "Dry.", "Red."], **BESIDE}],
+    "text_to_sql": [{**SQL, **BESIDE}],
+    "text": [{"text": "The sea is blue."}],
+}
+ALL = {"pairs": RECORDS, "replies": REPLIES}
+
+
+def read(record, kind, formatting, columns=None):
+    return read_record(record, formatting, columns or {}, {}, True, (), kind)
+
+
 USES = [
-    pytest.param(formatting, record, name, key, id=f"{formatting}-{number}-{name}")
-    for formatting, records in RECORDS.items()
+    pytest.param(kind, formatting, record, name, key, id=f"{kind}-{formatting}-{number}-{name}")
+    for kind, formats in ALL.items()
+    for formatting, records in formats.items()
     for number, record in enumerate(records)
-    for name, key in read_record(record, formatting, {}, {}, True)[1].items()
+    for name, key in read(record, kind, formatting)[1].items()
 ]
 
 
-def example(record, formatting, columns=None):
-    return read_record(record, formatting, columns or {}, {}, True)[0]
-
-
-@pytest.mark.parametrize(("formatting", "record", "name", "key"), USES)
-def test_nothing_is_read_without_its_entry(monkeypatch, formatting, record, name, key):
-    whole = example(record, formatting)
-    others = {ours: column for ours, column in READS[formatting].items() if ours != key}
-    usual = tuple(other for other in READS[formatting][key].usual if other != name)
-    renamed = READS[formatting] | {key: READS[formatting][key]._replace(usual=usual)}
+@pytest.mark.parametrize(("kind", "formatting", "record", "name", "key"), USES)
+def test_nothing_is_read_without_its_entry(monkeypatch, kind, formatting, record, name, key):
+    whole = read(record, kind, formatting)[0]
+    table = READS[kind][formatting]
+    others = {ours: column for ours, column in table.items() if ours != key}
+    usual = tuple(other for other in table[key].usual if other != name)
+    renamed = table | {key: table[key]._replace(usual=usual)}
     for reads in (others, renamed):
-        monkeypatch.setitem(detect.READS, formatting, reads)
+        monkeypatch.setitem(READS[kind], formatting, reads)
         try:
-            assert example(record, formatting) != whole
+            assert read(record, kind, formatting)[0] != whole
         except Dropped as dropped:
             if key in BESIDE or key in ("query", "history"):
                 assert dropped.code == "column_not_read" and name in dropped.detail
     monkeypatch.undo()
-    assert example(record, formatting) == whole
+    assert read(record, kind, formatting)[0] == whole
 
 
 def test_the_records_use_every_name_of_the_table():
-    used = {(param.values[0], param.values[3], param.values[2]) for param in USES}
-    table = {(f, key, name) for f, reads in READS.items() for key, column in reads.items() for name in column.usual}
+    used = {(*param.values[:2], param.values[4], param.values[3]) for param in USES}
+    table = {
+        (kind, formatting, key, name)
+        for kind, formats in READS.items()
+        for formatting, reads in formats.items()
+        for key, column in reads.items()
+        for name in column.usual
+    }
     assert used == table
 
 
-@pytest.mark.parametrize("formatting", READS)
-def test_columns_rename_every_key(formatting):
-    for record in RECORDS[formatting]:
-        used = read_record(record, formatting, {}, {}, True)[1]
+@pytest.mark.parametrize(("kind", "formatting"), [(kind, name) for kind, formats in READS.items() for name in formats])
+def test_columns_rename_every_key(kind, formatting):
+    for record in ALL[kind][formatting]:
+        whole, used = read(record, kind, formatting)
         renamed = {f"x_{name}": record[name] for name in used}
-        assert example(renamed, formatting, {key: f"x_{name}" for name, key in used.items()}) == example(
-            record, formatting
-        )
+        assert read(renamed, kind, formatting, {key: f"x_{name}" for name, key in used.items()})[0] == whole
+
+
+def test_formats_of_replies_are_told_from_their_records():
+    """sharegpt and openai have the same records."""
+    for formatting, records in REPLIES.items():
+        for record in records:
+            assert detect.detect(record, {}, "replies") == ("sharegpt" if formatting == "openai" else formatting)
 
 
 @pytest.mark.parametrize(
@@ -150,13 +180,16 @@ def test_a_column_counts_as_read_when_its_words_were():
 def test_the_records_of_the_docs_are_read():
     """Each record that docs/formats.md shows is of the format above it, and is read whole."""
     text = (Path(__file__).parents[3] / "docs/formats.md").read_text()
-    section = text.split("## The formats")[1].split("\n## ")[0]
-    shown = [
-        (formatting, json.loads(line))
-        for formatting, lines in re.findall(r"\*\*(\w+)\*\*:.*?```json\n(.*?)```", section, re.DOTALL)
-        for line in lines.splitlines()
-    ]
-    assert {formatting for formatting, _ in shown} == set(READS)
-    for formatting, record in shown:
-        assert detect.detect(record, {}) == formatting
-        assert example(record, formatting).notes == ()
+    for kind, title in (("pairs", "## The formats"), ("replies", "## Formats of supervised training")):
+        section = text.split(title)[1].split("\n## ")[0]
+        shown = [
+            (formatting, json.loads(line))
+            for formatting, lines in re.findall(r"\*\*(\w+)\*\*:.*?```json\n(.*?)```", section, re.DOTALL)
+            for line in lines.splitlines()
+        ]
+        assert {formatting for formatting, _ in shown} == set(READS[kind])
+        for formatting, record in shown:
+            assert detect.detect(record, {}, kind) == (
+                "sharegpt" if kind != "pairs" and formatting == "openai" else formatting
+            )
+            assert read(record, kind, formatting)[0].notes == ()

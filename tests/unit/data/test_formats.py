@@ -15,7 +15,7 @@ from dsdpo.data.example import Example
 from dsdpo.data.formats.conversations import SQL_PROMPT
 from dsdpo.data.formats.detect import detect
 from dsdpo.data.formats.dialogues import preference
-from dsdpo.data.formats.preference import to_example
+from dsdpo.data.formats.record import to_example
 from dsdpo.data.readers import iter_rows, parse_row
 from dsdpo.data.registry import resolve
 

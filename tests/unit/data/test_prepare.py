@@ -149,8 +149,8 @@ def test_no_row_and_unknown_format(settings, tmp_path):
     write(tmp_path / "data/pairs.jsonl", [])
     with pytest.raises(DataError, match=r"pairs\.jsonl:1, byte 0: the file is empty"):
         prepared(settings)
-    write(tmp_path / "data/pairs.jsonl", [{"text": "a line", "id": 1}])
-    with pytest.raises(DataError, match=r"has the columns id, text; describe it in dataset_info\.json"):
+    write(tmp_path / "data/pairs.jsonl", [{"words": "a line", "id": 1}])
+    with pytest.raises(DataError, match=r"has the columns id, words; describe it in dataset_info\.json"):
         prepared(settings)
     info = {"mine": {"file_name": "none.csv", "formatting": "trl"}}
     (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))

@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example
 from dsdpo.data.formats.dialogues import preference
-from dsdpo.data.formats.preference import to_example
+from dsdpo.data.formats.record import to_example
 from dsdpo.data.named_templates import NAMED
 from dsdpo.data.readers import iter_rows
 from dsdpo.data.registry import resolve

@@ -11,7 +11,7 @@ import pytest
 from dsdpo.config.schema import RunConfig
 from dsdpo.data import registry
 from dsdpo.data.dropped import Dropped
-from dsdpo.data.formats.preference import to_example
+from dsdpo.data.formats.record import to_example
 
 PAIR = {"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}
 

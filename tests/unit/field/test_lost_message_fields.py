@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dsdpo.data.dropped import Dropped
-from dsdpo.data.formats.preference import to_example
+from dsdpo.data.formats.record import to_example
 from tests.helpers.field import read
 from tests.unit.data.conftest import make_tokenizer
 

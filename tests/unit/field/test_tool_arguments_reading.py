@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dsdpo.data.dropped import Dropped
-from dsdpo.data.formats.preference import to_example
+from dsdpo.data.formats.record import to_example
 
 BARE = {"name": "tide", "description": "Height of the tide", "parameters": {"type": "object"}, "strict": True}
 WRAPPED = {"type": "function", "function": BARE, "extra": 1}
