@@ -48,9 +48,9 @@ class RunConfig(BaseModel):
     whose weights are taken: those of its `final/`."""
 
     stage: Annotated[str, OneOf(STAGES.keys)] = "dpo"
-    """Training stage. `sft`: supervised training on the assistant's words. `dpo`: direct preference optimization on
-    chosen/rejected pairs. `rm` (or `rw`): a reward model on such pairs, the language model with a head that gives a
-    number for each answer."""
+    """Training stage. `pt`: further pre-training on plain text, in chunks of at most max_length. `sft`: supervised
+    training on the assistant's words. `dpo`: direct preference optimization on chosen/rejected pairs. `rm` (or `rw`): a
+    reward model on such pairs, the language model with a head that gives a number for each answer."""
 
     finetuning_type: Literal["full", "lora"] = "lora"
     """`full` trains every parameter; `lora` trains low-rank adapters beside frozen weights."""

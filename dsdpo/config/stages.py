@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Records: TypeAlias = Literal["pairs", "replies"]
+Records: TypeAlias = Literal["pairs", "replies", "texts"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class StageSpec:
 
     Attributes:
         text: for `--help`.
-        records: what its records are: `pairs` of answers (or rankings), or `replies` to train.
+        records: what its records are: `pairs` of answers (or rankings), `replies` to train, or `texts`.
         head: what the model computes, as in `dsdpo.objectives.base.Objective`.
         options: options that it reads and some other stage does not.
     """
@@ -26,6 +26,7 @@ class StageSpec:
 
 
 STAGES: dict[str, StageSpec] = {
+    "pt": StageSpec("further pre-training on plain text", records="texts"),
     "sft": StageSpec(
         "supervised training on the assistant's words",
         records="replies",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.stages import STAGES
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import DIGEST_BYTES, Example, TokenizedExample, example_digest
 from dsdpo.data.formats.columns import NotRead
@@ -46,8 +47,9 @@ class Limits:
 
     @classmethod
     def of(cls, config: RunConfig) -> Limits:
-        """The run's limits. Two sequences of max_length are the most that a pair can fill."""
-        can_exceed = config.row_tokens is not None and config.row_tokens < 2 * config.max_length
+        """The run's limits. Two sequences of max_length are the most that a pair can fill; several answers may more."""
+        is_pair = STAGES[config.stage].records == "pairs"
+        can_exceed = config.row_tokens is not None and (config.row_tokens < 2 * config.max_length or not is_pair)
         return cls(
             max_length=config.max_length,
             truncation_mode=config.truncation_mode,
@@ -111,6 +113,27 @@ def _check_micro_batch(prompt: int, completions: list[int], limits: Limits) -> N
         raise Dropped("too_long_for_row", detail)
 
 
+def chunks(text: EncodedExample, max_length: int) -> list[EncodedExample]:
+    """A text in as few chunks of at most max_length tokens as hold it, of nearly the same size.
+
+    Each token is scored once, but for one that nothing stands before: a chunk begins with the last token of the one
+    before it, from which its first is predicted.
+    """
+    [ids] = text.completion_ids
+    whole = [*text.prompt_ids, *ids]
+    steps = max(len(whole) - 1, 1)  # tokens to predict, but for a first one
+    number = math.ceil(steps / (max_length - 1))
+    ends = [1 + steps * k // number for k in range(1, number + 1)]
+    starts = [0, *(end - 1 for end in ends[:-1])]
+    found = []
+    for start, end in zip(starts, ends):
+        context = 1 if start else len(text.prompt_ids)
+        found.append(
+            replace(text, prompt_ids=whole[start : start + context], completion_ids=[whole[start + context : end]])
+        )
+    return found
+
+
 class RowEncoder:
     """Batches of raw rows -> batches of encoded ones, for `datasets.Dataset.map`.
 
@@ -119,12 +142,19 @@ class RowEncoder:
         entries: the sets, each with its formatting known.
         limits: in tokens.
         mask_history: whether only the last reply of a dialogue is trained.
+        in_chunks: whether texts are cut into chunks of max_length, of which each is an example.
     """
 
     def __init__(
-        self, encoder: ExampleEncoder, entries: Sequence[DatasetEntry], limits: Limits, mask_history: bool = False
+        self,
+        encoder: ExampleEncoder,
+        entries: Sequence[DatasetEntry],
+        limits: Limits,
+        mask_history: bool = False,
+        in_chunks: bool = False,
     ) -> None:
         self.mask_history = mask_history
+        self.in_chunks = in_chunks
         self.encoder = encoder
         self.entries = list(entries)
         self.limits = limits
@@ -136,22 +166,26 @@ class RowEncoder:
             rows: columns `source`, `set` (number of the entry) and `row` (JSON, bytes).
 
         Returns:
-            The columns of a shard, and `code`, `reason`, `detail`, `excerpt` (all empty for accepted records),
-            `truncated`, `diverged`, `notes`, `prompt_key`, and `has`, which account.note_missing takes.
+            One or more rows for each record, in the columns of a shard, with `records` (1 in a record's first row),
+            `code`, `reason`, `detail`, `excerpt` (all empty for accepted records), `truncated`, `diverged`, `notes`,
+            `prompt_key`, and `has`, which account.note_missing takes.
         """
         read = [self._read(raw, self.entries[number]) for raw, number in zip(rows["row"], rows["set"])]
         examples = [example for example, _ in read]
         encoded = iter(self.encoder.encode([example for example in examples if isinstance(example, Example)]))
-        results = [
-            self._accepted(example, next(encoded)) if isinstance(example, Example) else _dropped(example)
+        made = [
+            self._accepted(example, next(encoded)) if isinstance(example, Example) else [_dropped(example)]
             for example in examples
         ]
-        for result, raw, source, number, (_, has) in zip(results, rows["row"], rows["source"], rows["set"], read):
-            result["source"] = source
-            result["has"] = [f"{number}:{name}" for name in has]
-            result["excerpt"] = _excerpt(raw) if result["reason"] else ""
-            result["detail"] = _writable(result["detail"])
-            result["notes"] = list(map(_writable, result["notes"]))
+        for results, raw, source, number, (_, has) in zip(made, rows["row"], rows["source"], rows["set"], read):
+            for place, result in enumerate(results):
+                result["source"] = source
+                result["records"] = int(place == 0)
+                result["has"] = [f"{number}:{name}" for name in has]
+                result["excerpt"] = _excerpt(raw) if result["reason"] else ""
+                result["detail"] = _writable(result["detail"])
+                result["notes"] = [] if place else list(map(_writable, result["notes"]))
+        results = [result for some in made for result in some]
         return {key: [result[key] for result in results] for key in results[0]}
 
     def example(self, raw: RawRow, entry: DatasetEntry) -> Example | Dropped:
@@ -177,13 +211,17 @@ class RowEncoder:
         except RecursionError:
             return Dropped("not_json", "nested too deeply"), has
 
-    def _accepted(self, example: Example, encoded: EncodedExample | Dropped) -> dict[str, Any]:
+    def _accepted(self, example: Example, encoded: EncodedExample | Dropped) -> list[dict[str, Any]]:
         if isinstance(encoded, Dropped):
-            return _dropped(encoded)
+            return [_dropped(encoded)]
+        if self.in_chunks:
+            return [self._row(example, chunk, False) for chunk in chunks(encoded, self.limits.max_length)]
         try:
-            fitted, truncated = fit(encoded, self.limits, self.encoder.tokenizer.bos_token_id)
+            return [self._row(example, *fit(encoded, self.limits, self.encoder.tokenizer.bos_token_id))]
         except Dropped as dropped:
-            return _dropped(dropped)
+            return [_dropped(dropped)]
+
+    def _row(self, example: Example, fitted: EncodedExample, truncated: bool) -> dict[str, Any]:
         n = len(fitted.completion_ids)  # a dialogue may take several
         scores = example.scores if len(example.scores) == n else (None,) * n
         return {
@@ -192,9 +230,9 @@ class RowEncoder:
             "reason": "",
             "detail": "",
             "truncated": truncated,
-            "diverged": encoded.diverged,
+            "diverged": fitted.diverged,
             "notes": [*example.notes, *fitted.notes],
-            "prompt_key": prompt_key(example.prompt),
+            "prompt_key": prompt_key(example.prompt or example.completions[0]),
         }
 
 

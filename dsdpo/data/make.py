@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.stages import STAGES
 from dsdpo.data.account import check_fatal, check_first_records, note_missing
 from dsdpo.data.encode import CUT_BOTH, Limits, RowEncoder
 from dsdpo.data.folders import INFO_FILE
@@ -66,7 +67,11 @@ def make_set(
         tokenizer, config.template, config.default_system, identity.template_date, config.mask_thinking
     )
     rows = RowEncoder(
-        encoder, [with_formatting(entry, config) for entry in entries], Limits.of(config), config.mask_history
+        encoder,
+        [with_formatting(entry, config) for entry in entries],
+        Limits.of(config),
+        config.mask_history,
+        STAGES[config.stage].records == "texts",
     )
     ends = [check_first_records(rows, entry, config.max_samples) for entry in rows.entries]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +145,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 def _check_refused(config: RunConfig, counts: dict[str, Any], dropped: Path, keep_at: Path) -> None:
     """Raise DataError when too many records are dropped; their list then stays at `keep_at`."""
-    n_refused = counts["rows"] - counts["examples"]
+    n_refused = sum(counts["refused"].values())
     if counts["examples"] > 0 and n_refused <= config.max_refused * counts["rows"]:
         keep_at.unlink(missing_ok=True)
         return

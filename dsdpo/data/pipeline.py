@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from dsdpo.data.encode import RowEncoder
@@ -44,6 +45,7 @@ ENCODED = pa.schema(
         *(pa.field(name, pa.bool_()) for name in ("truncated", "diverged")),
         *(pa.field(name, pa.list_(pa.string())) for name in ("notes", "has")),
         pa.field("prompt_key", pa.uint64()),
+        pa.field("records", pa.int64()),
     ]
 )
 
@@ -66,7 +68,7 @@ def encode(rows: RowEncoder, max_samples: int | None, workers: int, path: Path) 
     with frozen(), tqdm(total=records, desc="tokenizing", unit=" records", disable=not sys.stderr.isatty()) as bar:
         for batch in encoded:
             yield batch
-            bar.update(batch.num_rows)
+            bar.update(pc.sum(batch.column("records")).as_py() or 0)
 
 
 @contextmanager

@@ -252,7 +252,7 @@ def _held_out(config: RunConfig, whole: PreparedSet) -> int | None:
 def summary(prepared: PreparedSet) -> str:
     """For the terminal: what was read, kept, cut and dropped, how long the examples are, and what keeps the dropped."""
     manifest = prepared.manifest
-    n_refused = manifest["rows"] - manifest["examples"]
+    n_refused = sum(manifest["refused"].values())
     text = f"{prepared.split} data: {', '.join(manifest['datasets'])}: "
     text += f"{manifest['rows']} records, {manifest['examples']} examples"
     if prepared.held_out is not None:

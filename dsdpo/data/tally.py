@@ -25,7 +25,7 @@ class Tally:
 
     def __init__(self, dropped: IO[str]) -> None:
         self._file = dropped
-        self._records = 0
+        self._records = self._rows = 0
         self._dropped: dict[str, dict[str, Any]] = {}  # by reason
         self._flags: Counter[str] = Counter()
         self._notes: Counter[str] = Counter()
@@ -35,7 +35,8 @@ class Tally:
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Count a batch, and list what it dropped."""
-        self._records += batch.num_rows
+        self._records += pc.sum(batch.column("records")).as_py() or 0
+        self._rows += batch.num_rows
         for row in batch.filter(pc.not_equal(batch.column("reason"), "")).select(_LISTED).to_pylist():
             self._add_dropped(row)
         for flag in ("truncated", "diverged"):
@@ -70,7 +71,7 @@ class Tally:
         n_dropped = sum(reason["count"] for reason in dropped.values())
         return {
             "rows": self._records,
-            "examples": self._records - n_dropped,
+            "examples": self._rows - n_dropped,
             "refused": {reason: found["count"] for reason, found in dropped.items()},
             "dropped": dropped,
             "truncated": self._flags["truncated"],
@@ -99,7 +100,7 @@ def reason_texts(counts: Mapping[str, Any]) -> list[str]:
 
 def too_many(counts: Mapping[str, Any], max_refused: float, listed: str, info_file: str) -> str:
     """What to say when too many records are dropped."""
-    n_dropped = counts["rows"] - counts["examples"]
+    n_dropped = sum(counts["refused"].values())
     allowed = f"max_refused allows {max_refused:.2%}" if counts["examples"] else "no record is left"
     texts = reason_texts(counts)
     more = [f"and {len(texts) - _SHOWN} more reasons"] if len(texts) > _SHOWN else []

@@ -18,6 +18,7 @@ def _of_preferences(config: RunConfig) -> Objective:
 
 
 OBJECTIVES: dict[str, Callable[[RunConfig], Objective]] = {
+    "pt": SupervisedObjective,
     "sft": SupervisedObjective,
     "dpo": _of_preferences,
     "rm": RewardObjective,

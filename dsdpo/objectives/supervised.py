@@ -1,4 +1,4 @@
-"""The objective of stage sft: the negative log-likelihood of the words that are trained."""
+"""The objective of stages pt and sft: the negative log-likelihood of the words that are trained."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -90,6 +90,7 @@ PAIRS: dict[str, dict[str, Column]] = {
     },
 }
 _WEIGHT = {"weight": _NUMBERS["weight"]}
+_TEXT = {"prompt": Column(("text",)), **_WEIGHT}
 # The same of replies.
 REPLIES: dict[str, dict[str, Column]] = {
     "alpaca": {
@@ -111,9 +112,10 @@ REPLIES: dict[str, dict[str, Column]] = {
         **BESIDE,
         **_WEIGHT,
     },
-    "text": {"text": Column(("text",)), **_WEIGHT},
+    "text": _TEXT,
 }
-READS: dict[Records, dict[str, dict[str, Column]]] = {"pairs": PAIRS, "replies": REPLIES}
+TEXTS = {"text": _TEXT, "alpaca": _TEXT}  # LLaMA-Factory has no name for it but the default's
+READS: dict[Records, dict[str, dict[str, Column]]] = {"pairs": PAIRS, "replies": REPLIES, "texts": TEXTS}
 COLUMNS = tuple(dict.fromkeys(key for formats in READS.values() for keys in formats.values() for key in keys))
 
 
@@ -132,7 +134,12 @@ def detect(row: Mapping[str, Any], columns: Mapping[str, str], records: Records 
         is_text = formatting == "trl" and not any(is_structured(row, columns, key) for key in ("chosen", "prompt"))
         return bool(unread(formatting, columns, records)) or (is_text and any(key in columns for key in BESIDE))
 
-    likely = _likely(row, columns) if records == "pairs" else _likely_replies(row, columns)
+    if records == "pairs":
+        likely = _likely(row, columns)
+    else:
+        likely = [
+            name for name, needed in _NEEDED[records].items() if _has_all(row, columns, READS[records][name], needed)
+        ]
     return min(likely, key=leaves_out, default=None)
 
 
@@ -153,24 +160,23 @@ def _has(row: Mapping[str, Any], columns: Mapping[str, str], key: str, *usual: s
     return columns.get(key) in row if key in columns else any(name in row for name in usual or (key,))
 
 
-def _likely_replies(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
-    """The formats that a record of replies may have, likeliest first."""
-    found = []
-    for formatting, needed in _NEEDED.items():
-        usual = REPLIES[formatting]
-        if all(_has(row, columns, key, *usual[key].usual) for key in needed):
-            found.append(formatting)
-    return found
+def _has_all(
+    row: Mapping[str, Any], columns: Mapping[str, str], reads: Mapping[str, Column], needed: Sequence[str]
+) -> bool:
+    return all(_has(row, columns, key, *reads[key].usual) for key in needed)
 
 
-# format of replies -> the columns by which it is known, in the order in which they are looked for
-_NEEDED = {
-    "sharegpt": ("messages",),
-    "several": ("prompt", "completions"),
-    "trl": ("prompt", "response"),
-    "text_to_sql": ("question", "context", "answer"),
-    "alpaca": ("prompt", "response"),
-    "text": ("text",),
+# format -> the columns by which it is known, in the order in which they are looked for
+_NEEDED: dict[Records, dict[str, tuple[str, ...]]] = {
+    "replies": {
+        "sharegpt": ("messages",),
+        "several": ("prompt", "completions"),
+        "trl": ("prompt", "response"),
+        "text_to_sql": ("question", "context", "answer"),
+        "alpaca": ("prompt", "response"),
+        "text": ("prompt",),
+    },
+    "texts": {"text": ("prompt",)},
 }
 
 

@@ -22,6 +22,7 @@ from dsdpo.data.messages import TOOL_KEYS, read_score, read_template_kwargs, rea
 FORMATS: dict[Records, Mapping[str, Callable[[Columns, Mapping[str, str]], Example]]] = {
     "pairs": preference.FORMATS,
     "replies": replies.FORMATS,
+    "texts": replies.TEXT_FORMATS,
 }
 
 

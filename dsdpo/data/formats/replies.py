@@ -67,7 +67,7 @@ def text_to_sql(row: Columns, tags: Mapping[str, str]) -> Example:
 
 def text(row: Columns, tags: Mapping[str, str]) -> Example:
     """A text, all of which is trained."""
-    return _example("", [row.text("text")], ())
+    return _example("", [row.text("prompt")], ())
 
 
 FORMATS: dict[str, Callable[[Columns, Mapping[str, str]], Example]] = {
@@ -79,6 +79,7 @@ FORMATS: dict[str, Callable[[Columns, Mapping[str, str]], Example]] = {
     "text_to_sql": text_to_sql,
     "text": text,
 }
+TEXT_FORMATS = {"text": text, "alpaca": text}
 
 
 def _reply(value: Any, side: str) -> list[Message]:

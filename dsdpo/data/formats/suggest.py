@@ -45,7 +45,7 @@ def _readings(
     """(formatting, columns, columns to ignore) of entries that read the record, with as few ignored as possible."""
     own = entry.formatting or ""
     is_text = not any(is_structured(row, entry.columns, key) for key in ("chosen", "prompt"))
-    tried = {"pairs": ("alpaca", "sharegpt", "trl", "cvalues", "text_to_sql"), "replies": tuple(READS["replies"])}
+    tried = {**READS, "pairs": ("alpaca", "sharegpt", "trl", "cvalues", "text_to_sql")}
     first = [] if own == "trl" and is_text else [own]  # bare text has no place for more
     formats = list(dict.fromkeys([*first, *tried[entry.records]]))
     for n_ignored in range(0 if len(names) <= _MOST_TRIED else len(names), len(names) + 1):

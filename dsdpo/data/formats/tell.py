@@ -16,15 +16,17 @@ from dsdpo.data.registry import INFO_FILE, DatasetEntry
 from dsdpo.errors import DataError
 
 _KINDS = {dict: "an object without a key", list: "an array", str: "a text", bool: "true or false", type(None): "null"}
-_HELD = {"pairs": "pairs of answers or rankings", "replies": "single answers or texts"}
+_HELD = {"pairs": "pairs of answers or rankings", "replies": "single answers", "texts": "plain text"}
 _INSTEAD = {
     "pairs": 'to train on the better answers alone, give an entry with columns such as {"response": "chosen"} and '
     "ignore_columns",
     "replies": "for preferences, each record needs a better and a worse answer",
+    "texts": "for answers, each record needs a prompt, too",
 }
 _SHOWN = {
     "pairs": '{"prompt": "...", "chosen": "...", "rejected": "..."}',
     "replies": '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
+    "texts": '{"text": "..."}',
 }
 
 
@@ -61,7 +63,7 @@ def _unknown_format(entry: DatasetEntry, seen: list[Any], stage: str) -> str:
     """What to say of a set whose first records have no format that is known. `seen`: as parsed, or why not."""
     if not seen:
         return no_records(entry)
-    for records in READS:
+    for records in reversed(READS):
         if any(isinstance(row, dict) and detect(row, entry.columns, records) for row in seen):
             stages = " or ".join(name for name, spec in STAGES.items() if spec.records == records)
             return f"{entry.name} holds {_HELD[records]}, which stage {stages} takes, not {stage}; {_INSTEAD[records]}"

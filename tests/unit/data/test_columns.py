@@ -78,7 +78,8 @@ REPLIES = {
     "text_to_sql": [{**SQL, **BESIDE}],
     "text": [{"text": "The sea is blue."}],
 }
-ALL = {"pairs": RECORDS, "replies": REPLIES}
+TEXTS = {name: [{"text": "The sea is blue."}] for name in ("text", "alpaca")}
+ALL = {"pairs": RECORDS, "replies": REPLIES, "texts": TEXTS}
 
 
 def read(record, kind, formatting, columns=None):
