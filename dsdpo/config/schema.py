@@ -49,8 +49,9 @@ class RunConfig(BaseModel):
 
     stage: Annotated[str, OneOf(STAGES.keys)] = "dpo"
     """Training stage. `pt`: further pre-training on plain text, in chunks of at most max_length. `sft`: supervised
-    training on the assistant's words. `dpo`: direct preference optimization on chosen/rejected pairs. `rm` (or `rw`): a
-    reward model on such pairs, the language model with a head that gives a number for each answer."""
+    training on the assistant's words. `dpo`: direct preference optimization on chosen/rejected pairs. `kto`: the same
+    from single answers that are labelled good or bad. `rm` (or `rw`): a reward model on pairs, the language model with
+    a head that gives a number for each answer."""
 
     finetuning_type: Literal["full", "lora"] = "lora"
     """`full` trains every parameter; `lora` trains low-rank adapters beside frozen weights."""
@@ -203,6 +204,12 @@ class RunConfig(BaseModel):
 
     center_rewards_coefficient: float = Field(0.0, ge=0.0)
     """Stage `rm`: weight of the square of the sum of a pair's two rewards, which holds rewards around 0."""
+
+    desirable_weight: float = Field(1.0, ge=0.0)
+    """Stage `kto`: factor on the losses of good answers; with the other one, it balances unequal numbers."""
+
+    undesirable_weight: float = Field(1.0, ge=0.0)
+    """Stage `kto`: factor on the losses of bad answers."""
 
     reference: Literal["auto", "cached", "live", "none"] = Field("auto", json_schema_extra=FREE)
     """Where reference log-probs come from. `cached`: one pass of the untrained policy over the data, stored and
@@ -377,6 +384,8 @@ class RunConfig(BaseModel):
             return "none"
         if self.reference != "auto":
             return self.reference
+        if self.stage == "kto":
+            return "cached"
         return "cached" if any(ANY_LOSS[loss].reference for loss in self.loss_type) else "none"
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Records: TypeAlias = Literal["pairs", "replies", "texts"]
+Records: TypeAlias = Literal["pairs", "replies", "labelled", "texts"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class StageSpec:
 
     Attributes:
         text: for `--help`.
-        records: what its records are: `pairs` of answers (or rankings), `replies` to train, or `texts`.
+        records: what its records are: `pairs` of answers (or rankings), `replies` to train, answers that are
+            `labelled` good or bad, or `texts`.
         head: what the model computes, as in `dsdpo.objectives.base.Objective`.
         options: options that it reads and some other stage does not.
     """
@@ -50,6 +51,11 @@ STAGES: dict[str, StageSpec] = {
             "reference",
             "mask_thinking",
         ),
+    ),
+    "kto": StageSpec(
+        "Kahneman-Tversky optimization on answers that are labelled good or bad",
+        records="labelled",
+        options=("beta", "desirable_weight", "undesirable_weight", "reference", "mask_thinking"),
     ),
     "rm": StageSpec(
         "a reward model on such pairs",

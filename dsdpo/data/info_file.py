@@ -37,7 +37,6 @@ _UNSUPPORTED_COLUMNS = {
     "images": "only text is trained on",
     "videos": "only text is trained on",
     "audios": "only text is trained on",
-    "kto_tag": "no stage trains on single labelled answers yet",
 }
 
 

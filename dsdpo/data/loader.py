@@ -85,10 +85,12 @@ class MeanOver(NamedTuple):
     Attributes:
         lengths: of M examples.
         weights: float64 [M].
+        scores: float64, of all their completions.
     """
 
     lengths: Lengths
     weights: np.ndarray
+    scores: np.ndarray
 
     @property
     def mean_weight(self) -> float:
@@ -147,16 +149,17 @@ class BatchLoader:
     def batch(self, example_ids: np.ndarray, mean_over: MeanOver | None = None) -> Batch:
         """This rank's micro-batches for one step's examples. mean_over: see `Batch`; None: the step's."""
         lengths, weights = self.source.lengths(example_ids), self.source.weights(example_ids)
+        scores = self.source.scores(example_ids)
         tokens = lengths.packed(self.share_prefix)
         plan = plan_step(tokens, self.mesh.dp_size, self.max_tokens_per_row)
         return Batch(
             example_ids=example_ids,
             lengths=lengths,
-            scores=self.source.scores(example_ids),
+            scores=scores,
             weights=weights,
             micro_batches=[self._micro_batch(example_ids, step[self.mesh.dp_rank]) for step in plan],
             packing=Packing(lengths.padded, int(tokens.sum()), idle_share(plan, tokens)),
-            mean_over=MeanOver(lengths, weights) if mean_over is None else mean_over,
+            mean_over=MeanOver(lengths, weights, scores) if mean_over is None else mean_over,
         )
 
     def _micro_batch(self, example_ids: np.ndarray, indices: list[int]) -> MicroBatch:
@@ -184,7 +187,8 @@ class BatchLoader:
 
     def mean_over(self, example_ids: np.ndarray) -> MeanOver:
         """Of some of the set's examples."""
-        return MeanOver(self.source.lengths(example_ids), self.source.weights(example_ids))
+        source = self.source
+        return MeanOver(source.lengths(example_ids), source.weights(example_ids), source.scores(example_ids))
 
     def in_order(self, example_ids: np.ndarray, batch_size: int, mean_over: MeanOver | None = None) -> Iterator[Batch]:
         """Each of `example_ids` once, in order: for evaluation and for the reference pass."""

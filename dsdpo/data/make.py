@@ -26,6 +26,7 @@ from dsdpo.data.account import check_fatal, check_first_records, note_missing
 from dsdpo.data.encode import CUT_BOTH, Limits, RowEncoder
 from dsdpo.data.folders import INFO_FILE
 from dsdpo.data.formats.tell import with_formatting
+from dsdpo.data.mismatched import with_mismatched
 from dsdpo.data.pipeline import encode
 from dsdpo.data.registry import DatasetEntry
 from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SCHEMA, SetIdentity, write_shards
@@ -99,7 +100,10 @@ def _write(rows: RowEncoder, config: RunConfig, folder: Path) -> dict[str, Any]:
     with (folder / DROPPED_ROWS).open("w") as stream:
         tally = Tally(stream)
         encoded = encode(rows, config.max_samples, config.preprocessing_num_workers, folder / "work" / "records.arrow")
-        write_shards(_accepted(encoded, tally, keys), folder)
+        accepted = _accepted(encoded, tally, keys)
+        if STAGES[config.stage].records == "labelled":
+            accepted = with_mismatched(accepted, config.max_length)
+        write_shards(accepted, folder)
     fsync_path(folder / DROPPED_ROWS)
     keys.save(folder / PROMPT_KEYS)
     shutil.rmtree(folder / "work")

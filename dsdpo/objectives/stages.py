@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dsdpo.config.losses import RANKINGS
 from dsdpo.config.schema import RunConfig
 from dsdpo.objectives.base import Objective
+from dsdpo.objectives.kto import KTOObjective
 from dsdpo.objectives.preference import PreferenceObjective
 from dsdpo.objectives.ranking import RankingObjective
 from dsdpo.objectives.reward import RewardObjective
@@ -20,6 +21,7 @@ def _of_preferences(config: RunConfig) -> Objective:
 OBJECTIVES: dict[str, Callable[[RunConfig], Objective]] = {
     "pt": SupervisedObjective,
     "sft": SupervisedObjective,
+    "kto": KTOObjective,
     "dpo": _of_preferences,
     "rm": RewardObjective,
 }

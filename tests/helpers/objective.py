@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.objectives.kto import KTOObjective
 from dsdpo.objectives.preference import PreferenceObjective
 from dsdpo.objectives.ranking import RankingObjective
 from dsdpo.objectives.reward import RewardObjective
+from dsdpo.objectives.supervised import SupervisedObjective
 
 _REQUIRED = {"model_name_or_path": "-", "dataset": "-", "output_dir": "-"}
 
@@ -22,6 +24,16 @@ def preference_objective(weights: dict[str, float], **options: Any) -> Preferenc
 def reward_objective(**options: Any) -> RewardObjective:
     """The objective of stage rm."""
     return RewardObjective(RunConfig(**_REQUIRED, stage="rm", **options))
+
+
+def supervised_objective(**options: Any) -> SupervisedObjective:
+    """The objective of stage sft."""
+    return SupervisedObjective(RunConfig(**_REQUIRED, stage="sft", **options))
+
+
+def kto_objective(**options: Any) -> KTOObjective:
+    """The objective of stage kto."""
+    return KTOObjective(RunConfig(**_REQUIRED, stage="kto", **options))
 
 
 def ranking_objective(loss_type: str, **options: Any) -> RankingObjective:

@@ -114,8 +114,15 @@ REPLIES: dict[str, dict[str, Column]] = {
     },
     "text": _TEXT,
 }
+_LABEL = {"kto_tag": Column(("label", "kto_tag"))}
+LABELLED = {name: {**REPLIES[name], **_LABEL} for name in ("alpaca", "sharegpt", "openai", "trl")}
 TEXTS = {"text": _TEXT, "alpaca": _TEXT}  # LLaMA-Factory has no name for it but the default's
-READS: dict[Records, dict[str, dict[str, Column]]] = {"pairs": PAIRS, "replies": REPLIES, "texts": TEXTS}
+READS: dict[Records, dict[str, dict[str, Column]]] = {
+    "pairs": PAIRS,
+    "replies": REPLIES,
+    "labelled": LABELLED,
+    "texts": TEXTS,
+}
 COLUMNS = tuple(dict.fromkeys(key for formats in READS.values() for keys in formats.values() for key in keys))
 
 
@@ -175,6 +182,11 @@ _NEEDED: dict[Records, dict[str, tuple[str, ...]]] = {
         "text_to_sql": ("question", "context", "answer"),
         "alpaca": ("prompt", "response"),
         "text": ("prompt",),
+    },
+    "labelled": {
+        "sharegpt": ("messages", "kto_tag"),
+        "trl": ("prompt", "response", "kto_tag"),
+        "alpaca": ("prompt", "response", "kto_tag"),
     },
     "texts": {"text": ("prompt",)},
 }

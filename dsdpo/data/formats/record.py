@@ -12,7 +12,7 @@ from typing import Any
 from dsdpo.config.stages import Records
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Example, Message
-from dsdpo.data.formats import preference, replies
+from dsdpo.data.formats import labelled, preference, replies
 from dsdpo.data.formats.columns import Columns
 from dsdpo.data.formats.conversations import Tools
 from dsdpo.data.formats.detect import READS
@@ -22,6 +22,7 @@ from dsdpo.data.messages import TOOL_KEYS, read_score, read_template_kwargs, rea
 FORMATS: dict[Records, Mapping[str, Callable[[Columns, Mapping[str, str]], Example]]] = {
     "pairs": preference.FORMATS,
     "replies": replies.FORMATS,
+    "labelled": labelled.FORMATS,
     "texts": replies.TEXT_FORMATS,
 }
 

@@ -20,6 +20,7 @@ from dsdpo.data.messages import assistant, check_prompt, in_order, says_nothing,
 from dsdpo.data.turns import is_trained
 
 AFTER_LAST = "with turns after the last reply (left out)"
+LAST_NOT_TRAINED = "whose last reply is not trained"
 
 
 def alpaca(row: Columns, tags: Mapping[str, str]) -> Example:
@@ -124,8 +125,10 @@ def _dialogue(turns: list[Message]) -> Example:
     if not trained:
         raise Dropped("nothing_trained")
     first, last = trained[0], trained[-1]
-    is_whole = any(message["role"] == "assistant" for message in turns[-1:])
-    return _example(turns[:first], [turns[first : last + 1]], () if is_whole else (AFTER_LAST,))
+    notes = () if turns[-1]["role"] == "assistant" else (AFTER_LAST,)
+    if any(message["role"] == "assistant" for message in turns[last + 1 :]):
+        notes = (*notes, LAST_NOT_TRAINED)
+    return _example(turns[:first], [turns[first : last + 1]], notes)
 
 
 def _example(prompt: Any, completions: Sequence[Any], notes: tuple[str, ...]) -> Example:

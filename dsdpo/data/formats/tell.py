@@ -16,16 +16,21 @@ from dsdpo.data.registry import INFO_FILE, DatasetEntry
 from dsdpo.errors import DataError
 
 _KINDS = {dict: "an object without a key", list: "an array", str: "a text", bool: "true or false", type(None): "null"}
-_HELD = {"pairs": "pairs of answers or rankings", "replies": "single answers", "texts": "plain text"}
+_HELD = {
+    "pairs": "pairs of answers or rankings",
+    "replies": "single answers",
+    "labelled": "labelled answers",
+    "texts": "plain text",
+}
+# (what the records are, what the stage takes) -> how to take them anyway
 _INSTEAD = {
-    "pairs": 'to train on the better answers alone, give an entry with columns such as {"response": "chosen"} and '
-    "ignore_columns",
-    "replies": "for preferences, each record needs a better and a worse answer",
-    "texts": "for answers, each record needs a prompt, too",
+    ("pairs", "replies"): '; to train on the better answers alone, give an entry with columns such as {"response": '
+    '"chosen"} and ignore_columns',
 }
 _SHOWN = {
     "pairs": '{"prompt": "...", "chosen": "...", "rejected": "..."}',
     "replies": '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
+    "labelled": '{"prompt": "...", "completion": "...", "label": true}',
     "texts": '{"text": "..."}',
 }
 
@@ -66,7 +71,8 @@ def _unknown_format(entry: DatasetEntry, seen: list[Any], stage: str) -> str:
     for records in reversed(READS):
         if any(isinstance(row, dict) and detect(row, entry.columns, records) for row in seen):
             stages = " or ".join(name for name, spec in STAGES.items() if spec.records == records)
-            return f"{entry.name} holds {_HELD[records]}, which stage {stages} takes, not {stage}; {_INSTEAD[records]}"
+            instead = _INSTEAD.get((records, entry.records), "")
+            return f"{entry.name} holds {_HELD[records]}, which stage {stages} takes, not {stage}{instead}"
     keys = sorted({str(key) for row in seen if isinstance(row, dict) for key in row})
     if keys:
         return (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from deepspeed import comm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from dsdpo.config.losses import RANKINGS
@@ -18,15 +20,16 @@ from dsdpo.objectives.base import Objective
 from dsdpo.objectives.sums import completion_sums
 from dsdpo.runtime.env import Mesh
 from tests.helpers.alone import logps_alone, value_alone
-from tests.helpers.objective import ranking_objective, reward_objective
-from tests.helpers.objectives import NegativeLogLikelihood, examples_for
+from tests.helpers.objective import kto_objective, ranking_objective, reward_objective, supervised_objective
+from tests.helpers.objectives import examples_for
 from tests.helpers.tiny import ListOfExamples, save_model, tiny_llama_config
 
 CPU = torch.device("cpu")
 N = 6
 BETA = 0.5
 OBJECTIVES: dict[str, Objective] = {
-    "likelihood": NegativeLogLikelihood(),
+    "sft": supervised_objective(),
+    "kto": kto_objective(beta=BETA, desirable_weight=0.7, undesirable_weight=1.3),
     **{name: ranking_objective(name, beta=BETA) for name in RANKINGS},
     "rm": reward_objective(margin_from_scores=True, center_rewards_coefficient=0.1),
 }
@@ -50,10 +53,24 @@ def score_weight() -> torch.Tensor:
 def expected(stage: str, stock: PreTrainedModel, source: ListOfExamples) -> tuple[float, Gradients]:
     """The loss of all examples by its formula, each completion computed alone."""
     examples, weights = [source.example(i) for i in range(N)], source.weights(np.arange(N))
-    if stage == "likelihood":
-        logps = [logps_alone(stock, example, 0) for example in examples]
+    if stage == "sft":
+        logps = [
+            torch.cat([logps_alone(stock, example, k) for k in range(len(example.completion_ids))])
+            for example in examples
+        ]
         parts = [-float(weight) * some.sum() for weight, some in zip(weights, logps)]
         loss = torch.stack(parts).sum() / sum(weight * len(some) for weight, some in zip(weights, logps))
+    elif stage == "kto":
+        # the reference of `found` is half the policy
+        sums = [[logps_alone(stock, example, k).sum() for k in range(2)] for example in examples]
+        ratios = torch.stack([own - own.detach() / 2 for own, _ in sums])
+        baseline = max(0.0, sum(other.item() / 2 for _, other in sums) / N)
+        labels = source.scores(np.arange(N)).reshape(-1, 2)[:, 0]
+        parts = []
+        for weight, ratio, label in zip(weights, ratios, labels):
+            distance = ratio - baseline if label else baseline - ratio
+            parts.append(float(weight) * (0.7 if label else 1.3) * (1 - 1 / (1 + (-BETA * distance).exp())))
+        loss = torch.stack(parts).sum() / weights.sum()
     elif stage in RANKINGS:
         parts, scores, starts = [], source.scores(np.arange(N)), source.lengths(np.arange(N)).starts
         for weight, example, start in zip(weights, examples, starts):
@@ -100,13 +117,27 @@ def reference_of(batch: Batch, packed: PackedModel) -> torch.Tensor:
     return found
 
 
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    comm.init_distributed(
+        "gloo", auto_mpi_discovery=False, init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    yield
+    comm.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("max_tokens", [210, 4096])
 @pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize("stage", OBJECTIVES)
 def test_packed_equals_each_completion_alone(tmp_path: Path, stage: str, share_prefix: bool, max_tokens: int) -> None:
-    """Over two data-parallel ranks, of which each computes its own micro-batches here, one after the other."""
+    """Over two data-parallel ranks, of which each computes its own micro-batches here, one after the other.
+
+    The objective that asks the other ranks for theirs has one rank here; tests/dist has more.
+    """
     save_model(tmp_path, tiny_llama_config(tied=False))
-    objective, source = OBJECTIVES[stage], examples_for("dpo" if stage in RANKINGS else stage, N)
+    objective, source = OBJECTIVES[stage], examples_for("ranking" if stage in RANKINGS else stage, N)
     wanted_loss, wanted = expected(stage, load(tmp_path, "eager", objective.head), source)
     packed = PackedModel(load(tmp_path, NAMES["sdpa"], objective.head), objective.head)
     if stage == "rm":
@@ -116,8 +147,9 @@ def test_packed_equals_each_completion_alone(tmp_path: Path, stage: str, share_p
         return packed(PackedInputs.of(micro_batch, CPU))
 
     loss, reported, empty = 0.0, 0.0, 0
-    for rank in range(2):
-        batch = BatchLoader(source, Mesh(rank, 2, rank), max_tokens, share_prefix).batch(np.arange(N))
+    ranks = 1 if stage == "kto" else 2
+    for rank in range(ranks):
+        batch = BatchLoader(source, Mesh(rank, ranks, rank), max_tokens, share_prefix).batch(np.arange(N))
         reference = reference_of(batch, packed) if objective.needs_reference else None
         loss_of = objective.bind(batch, reference, forward)
         for micro_batch in batch.micro_batches:
