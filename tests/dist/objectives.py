@@ -1,4 +1,4 @@
-"""Training with objectives of 1, 2 and 4 completions; runs on every rank of a group."""
+"""Training with the objective of each stage; runs on every rank of a group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dsdpo.runtime.stop import StopFlag
 from dsdpo.train.setup import set_up
 from tests.dist.grid import run_config, take_steps
 from tests.dist.moves import StopAfter, state_of
-from tests.helpers.objectives import examples_for, register
+from tests.helpers.objectives import examples_for
 
 EXAMPLES = 5  # steps of 4 examples and of 1
 
@@ -27,27 +27,31 @@ def train_objectives(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Train each case for a few steps in one process group.
 
     Args:
-        cases: changes to `run_config`, and: `objective`, rm or a stage of `register`; `folder`, of the run, where a
-            checkpoint of an earlier case may be; `until`, the step to stop after; `save`, whether to save then.
+        cases: changes to `run_config`, and: `objective`, a stage, or `ranking`; `zero`, the ZeRO stage; `masks` and
+            `weights`, see `examples_for`; `folder`, of the run, where a checkpoint of an earlier case may be; `until`,
+            the step to stop after; `save`, whether to save then.
 
     Returns:
         For each: `metrics` of each step of the folder's runs so far, and of the evaluation behind the last one, on rank
         0; `weights`, name -> fp32; `examples`, of this rank's micro-batches in the first two steps.
     """
-    register()
     mesh = launched()
     assert mesh is not None
     results = []
     for case in cases:
         changes = dict(case)
-        stage, folder = changes.pop("objective"), Path(changes.pop("folder"))
+        objective, folder = changes.pop("objective"), Path(changes.pop("folder"))
+        made = {key: changes.pop(key, True) for key in ("masks", "weights")}
         saves, until = changes.pop("save", False), changes.pop("until", None)
         folder.mkdir(parents=True, exist_ok=True)
-        config = run_config(folder=folder, **changes).model_copy(update={"stage": stage})
+        if objective == "ranking":
+            changes |= {"loss_type": "plackett_luce", "loss_weights": None}
+        stage = "dpo" if objective == "ranking" else objective
+        config = run_config(folder=folder, stage=changes.pop("zero"), **changes).model_copy(update={"stage": stage})
         zero = ZeroConfig.load(config)
         hardware = start_process_group(config, zero, mesh)
-        source = examples_for(stage, EXAMPLES)
-        held_out = examples_for(stage, EXAMPLES + 2, seed=1)
+        source = examples_for(objective, EXAMPLES, **made)
+        held_out = examples_for(objective, EXAMPLES + 2, seed=1, **made)
         run = set_up(config, zero, mesh, hardware, source, held_out, StopFlag(RunDir(folder)))
         batches = list(run.loader.training_batches(range(2), config.train_batch_size, config.seed))
         if until is not None:

@@ -1,4 +1,4 @@
-"""Objectives other than pairs': the same training on any number of ranks, ZeRO stage and layout, and resumed."""
+"""Every stage: the same training on any number of ranks, ZeRO stage and layout, with LoRA or in full, and resumed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dsdpo.data.order import step_example_ids
+from tests.dist.cells import FACTORS, Cell, few, sample, yardstick
 from tests.dist.objectives import EXAMPLES
 from tests.helpers.objectives import examples_for
 from tests.helpers.ranks import run_ranks
@@ -16,103 +17,133 @@ from tests.helpers.tiny import save_model, save_tokenizer, tiny_llama_config
 
 WORLDS = (1, 2, 3)
 STEPS, SAVED_AFTER = 6, 3
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "shared": {"share_prefix": True, "max_tokens_per_row": 112},
-    "plain": {"share_prefix": False, "max_tokens_per_row": 208},
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "likelihood": {"objective": "likelihood", "max_tokens_per_row": 52},
-    "ranking, stored": {"objective": "dpo", "loss_type": "plackett_luce", "reference": "cached"},
-    "ranking, live": {"objective": "dpo", "loss_type": "plackett_luce", "reference": "live"},
-}
-CASES = [(kind, stage, layout) for kind in KINDS for stage in (0, 3) for layout in LAYOUTS]
-RESUMED = [{"until": SAVED_AFTER, "save": True, "stage": 3}, {"stage": 0}]
+RESUMED = [{"until": SAVED_AFTER, "save": True, "zero": 3}, {"zero": 0}]
+CELLS = sample()
+FEW = few(CELLS)
 
 
-def train(folder: Path, world: int) -> tuple[dict[Any, list[Any]], list[list[Any]]]:
-    """What each rank saw: case -> its run; the runs of the value head: whole, its first half, its second half."""
-    common = {
+def _common(folder: Path) -> dict[str, Any]:
+    return {
         "model": str(folder / "model"),
-        "cache_dir": str(folder / f"cache-{world}"),
+        "cache_dir": str(folder / "cache"),
         "train_batch_size": 4,
         "adam_epsilon": 1e-3,  # Adam makes a full step of a gradient that is rounding alone
         "save_steps": None,
         "seed": 42,
     }
-    cases = []
-    for name in CASES:
-        kind, stage, layout = name
-        run = folder / f"{world}-{'-'.join(map(str, name)).replace(', ', '-')}"
-        cases.append({**common, **LAYOUTS[layout], **KINDS[kind], "stage": stage, "folder": str(run), "max_steps": 4})
-    value = {**common, "objective": "rm", "max_steps": STEPS, "max_tokens_per_row": 160}
-    cases.append({**value, "stage": 0, "folder": str(folder / f"{world}-whole")})
-    cases += [{**value, **part, "folder": str(folder / f"{world}-resumed")} for part in RESUMED]
-    ranks = run_ranks("tests.dist.objectives:train_objectives", world, cases, timeout=1800)
-    by_case = [list(runs) for runs in zip(*ranks)]
-    return dict(zip(CASES, by_case)), by_case[len(CASES) :]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[dict[Any, list[Any]], list[list[Any]]]]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("objectives")
     save_model(folder / "model", tiny_llama_config(tied=False))
     save_tokenizer(folder / "model")
-    return {world: train(folder, world) for world in WORLDS}
+    return folder
+
+
+def train(place: Path, cells: list[Cell]) -> dict[Cell, list[Any]]:
+    """What each rank saw of cells and of their yardsticks."""
+    found: dict[Cell, list[Any]] = {}
+    names = {name: list(values) for name, values in FACTORS.items()}
+    every = list(dict.fromkeys([*map(yardstick, cells), *cells]))
+    for world in names["world"]:
+        mine = [cell for cell in every if cell[1] == world]
+        cases = []
+        for number, cell in enumerate(mine):
+            values = dict(zip(FACTORS, cell))
+            rows = {"max_tokens_per_row": 112 if values["share_prefix"] else 208}
+            del values["world"]
+            folder = place / f"{world}-{number}-{len(cells)}"
+            cases.append({**_common(place), **rows, **values, "folder": str(folder), "max_steps": 4})
+        if cases:
+            ranks = run_ranks("tests.dist.objectives:train_objectives", world, cases, timeout=1800)
+            found |= dict(zip(mine, (list(runs) for runs in zip(*ranks))))
+    return found
 
 
 def numbers(run: dict[str, Any]) -> np.ndarray:
     return np.array([[step["loss"], step["grad_norm"]] for step in run["metrics"]])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_losses_grad_norms_and_weights_agree(results: Any, kind: str) -> None:
+def check(results: dict[Cell, list[Any]], cells: list[Cell]) -> None:
     """The yardstick is one rank, without ZeRO or a shared prompt."""
-    yardstick = results[1][0][kind, 0, "plain"][0]
-    wanted, evaluated = numbers(yardstick), yardstick["evaluations"][-1]
-    assert len(wanted) == 4 and np.ptp(wanted[:, 0]) > 0.01, "the steps must move the loss to prove anything"
-    for world in WORLDS:
-        for stage in (0, 3):
-            for layout in LAYOUTS:
-                run, where = results[world][0][kind, stage, layout][0], f"{world} ranks, ZeRO {stage}, {layout}"
-                np.testing.assert_allclose(numbers(run), wanted, rtol=1e-4, err_msg=where)
-                found = run["evaluations"][-1]["eval_loss"]
-                np.testing.assert_allclose(found, evaluated["eval_loss"], rtol=1e-4, err_msg=where)
-                assert run["weights"].keys() == yardstick["weights"].keys()
-                for name, expected in yardstick["weights"].items():
-                    np.testing.assert_allclose(run["weights"][name], expected, atol=1e-5, err_msg=f"{where}: {name}")
+    for cell in cells:
+        run, wanted = results[cell][0], results[yardstick(cell)][0]
+        assert len(wanted["metrics"]) == 4
+        assert np.ptp(numbers(wanted)[:, 0]) > 1e-3, "the steps must move the loss to prove anything"
+        where = str(dict(zip(FACTORS, cell)))
+        np.testing.assert_allclose(numbers(run), numbers(wanted), rtol=1e-4, err_msg=where)
+        found, evaluated = (some["evaluations"][-1] for some in (run, wanted))
+        for key in (key for key in evaluated if key.startswith("eval_")):
+            np.testing.assert_allclose(found[key], evaluated[key], rtol=1e-4, atol=1e-5, err_msg=f"{where}: {key}")
+        assert run["weights"].keys() == wanted["weights"].keys()
+        for name, expected in wanted["weights"].items():
+            np.testing.assert_allclose(run["weights"][name], expected, atol=1e-5, err_msg=f"{where}: {name}")
 
 
-def test_stored_and_live_references_agree(results: Any) -> None:
-    for world in WORLDS:
-        found = [numbers(results[world][0][f"ranking, {kind}", 3, "shared"][0]) for kind in ("stored", "live")]
-        np.testing.assert_allclose(*found, rtol=1e-4)
+def test_a_cell_of_each_objective_agrees_with_one_rank(place: Path) -> None:
+    results = train(place, FEW)
+    check(results, FEW)
+    steps = [rank["examples"] for ranks in results.values() for rank in ranks]
+    assert max(len(examples[0]) for examples in steps) > 1, "no step has several micro-batches"
+    assert [0] in [examples[1] for examples in steps], "no rank is ever without an example"
 
 
-def test_the_first_ranking_loss_is_that_of_all_orders_alike(results: Any) -> None:
-    """The policy is its reference: each of 3! orders is as likely; of 4 answers, the two in the middle tie."""
-    ids, source = step_example_ids(0, EXAMPLES, 4, seed=42), examples_for("dpo", EXAMPLES)
+@pytest.mark.slow
+def test_all_cells_agree_with_one_rank(place: Path) -> None:
+    cells = [cell for cell in CELLS if cell not in FEW]
+    check(train(place, cells), cells)
+
+
+def test_references_and_the_first_ranking_loss(place: Path) -> None:
+    """Stored and live references agree. The policy is its reference: each of 3! orders is as likely; of 4 answers, the
+    two in the middle tie."""
+    common = {**_common(place), "zero": 3, "max_tokens_per_row": 112, "max_steps": 4, "masks": False, "weights": True}
+    cases = [
+        {**common, "objective": objective, "reference": reference, "folder": str(place / f"{objective}-{reference}")}
+        for objective in ("ranking", "kto")
+        for reference in ("cached", "live")
+    ]
+    runs = run_ranks("tests.dist.objectives:train_objectives", 2, cases, timeout=600)[0]
+    for stored, live in (runs[:2], runs[2:]):
+        np.testing.assert_allclose(numbers(stored), numbers(live), rtol=1e-4)
+    ids, source = step_example_ids(0, EXAMPLES, 4, seed=42), examples_for("ranking", EXAMPLES)
     losses = {2: np.log(2), 3: np.log(6), 4: np.log(4 * 2 * 2)}
     wanted = np.average([losses[count] for count in source.lengths(ids).counts], weights=source.weights(ids))
-    first = results[1][0]["ranking, stored", 0, "plain"][0]["metrics"][0]
+    first, of_kto = runs[0]["metrics"][0], runs[2]["metrics"][0]
     assert first["rewards/chosen"] == pytest.approx(0.0, abs=1e-4)
     assert first["loss"] == pytest.approx(wanted, rel=1e-4)
+    assert of_kto["loss"] == pytest.approx(0.5, rel=1e-4) and of_kto["kl"] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_the_cases_cover_several_micro_steps_and_ranks_without_examples(results: Any) -> None:
-    for kind in KINDS:
-        alone, three = (results[world][0][kind, 3, "shared"] for world in (1, 3))
-        assert len(alone[0]["examples"][0]) > 1
-        assert sorted(sum(rank["examples"][1]) for rank in three) == [0, 0, 1]
+@pytest.fixture(scope="module")
+def resumed(place: Path) -> dict[int, dict[str, list[Any]]]:
+    """World size -> objective -> its run: whole, its first half, its second half; as rank 0 saw them."""
+    found = {}
+    for world in WORLDS:
+        cases = []
+        for objective in OTHERS:
+            value = {**_common(place), "objective": objective, "max_steps": STEPS, "max_tokens_per_row": 160}
+            cases.append({**value, "zero": 0, "folder": str(place / f"{world}-{objective}-whole")})
+            cases += [{**value, **part, "folder": str(place / f"{world}-{objective}-resumed")} for part in RESUMED]
+        runs = run_ranks("tests.dist.objectives:train_objectives", world, cases, timeout=1800)[0]
+        found[world] = {objective: runs[3 * n : 3 * n + 3] for n, objective in enumerate(OTHERS)}
+    return found
+
+
+OTHERS = ("pt", "sft", "kto", "rm")  # pairs are tested in test_elastic
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_value_head_trains_and_resumes(results: Any, world: int) -> None:
+@pytest.mark.parametrize("objective", OTHERS)
+def test_it_trains_and_resumes(resumed: Any, world: int, objective: str) -> None:
     """On another ZeRO stage than it was saved with."""
-    whole, first, second = (runs[0] for runs in results[world][1])
+    whole, first, second = resumed[world][objective]
     wanted = numbers(whole)
     assert len(wanted) == STEPS and np.ptp(wanted[:, 0]) > 0.01
     np.testing.assert_allclose(numbers(first), wanted[:SAVED_AFTER], rtol=1e-4)
     np.testing.assert_allclose(numbers(second), wanted, rtol=1e-4)
-    np.testing.assert_allclose(wanted, numbers(results[1][1][0][0]), rtol=1e-4)
-    assert "score.weight" in second["weights"] and second["weights"]["score.weight"].any()
-    assert not any("lm_head" in name for name in second["weights"]), "nothing uses it"
+    np.testing.assert_allclose(wanted, numbers(resumed[1][objective][0]), rtol=1e-4)
+    if objective == "rm":
+        assert "score.weight" in second["weights"] and second["weights"]["score.weight"].any()
+        assert not any("lm_head" in name for name in second["weights"]), "nothing uses it"
