@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,7 @@ from dsdpo.data.loader import BatchLoader
 from dsdpo.data.packing import MicroBatch
 from dsdpo.model.packed import ModelOutput, PackedInputs
 from dsdpo.objectives.base import Objective
+from dsdpo.objectives.supervised import SupervisedObjective
 from dsdpo.reference.source import Reference
 from dsdpo.runtime.progress import Progress
 from dsdpo.train.metrics import MetricSums
@@ -55,4 +57,7 @@ def evaluate(
     if left:
         return None
     sums.reduce()
-    return sums.read().means
+    means = sums.read().means
+    if isinstance(objective, SupervisedObjective):  # its loss is a mean over tokens
+        means["perplexity"] = math.exp(min(means["loss"], 700.0))
+    return means

@@ -128,7 +128,12 @@ def memory_peak_gb(device: torch.device) -> float:
 
 
 # metric -> its short name and format on the terminal; metrics that an objective does not have are left out
-_BRIEF = {"loss": ("loss", ".4f"), "rewards/accuracies": ("accuracy", ".3f"), "rewards/margins": ("margin", ".3f")}
+_BRIEF = {
+    "loss": ("loss", ".4f"),
+    "perplexity": ("perplexity", ".3f"),
+    "rewards/accuracies": ("accuracy", ".3f"),
+    "rewards/margins": ("margin", ".3f"),
+}
 
 
 def brief(record: Mapping[str, float]) -> dict[str, str]:
