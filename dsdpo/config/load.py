@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_origin
@@ -86,13 +87,22 @@ def _is_default(config: RunConfig, key: str) -> bool:
 
 
 def _take_run(values: dict[str, Any]) -> None:
-    """Put a run's weights in place of its output_dir, where that is named as the model to begin with."""
+    """Put a run's weights in place of its output_dir, where that is named as the model to begin with.
+
+    An adapter is trained further, on the model below it.
+    """
     name = values.get("model_name_or_path")
     run_dir = RunDir(Path(name)) if isinstance(name, str) else None
     if run_dir is None or (run_dir.path / "config.json").is_file():
         return
-    if run_dir.run_config.is_file() and run_dir.final.is_dir():
-        values["model_name_or_path"] = str(run_dir.final)
+    if not (run_dir.run_config.is_file() and run_dir.final.is_dir()):
+        return
+    values["model_name_or_path"] = str(run_dir.final)
+    adapter = run_dir.final / "adapter_config.json"
+    if adapter.is_file() and values.get("adapter_name_or_path") is None and values.get("finetuning_type") != "full":
+        with suppress(OSError, ValueError, KeyError, TypeError):  # the check of the model's files says what is wrong
+            base = json.loads(adapter.read_bytes())["base_model_name_or_path"]
+            values |= {"model_name_or_path": str(base), "adapter_name_or_path": str(run_dir.final)}
 
 
 # --- command line ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,24 @@ def test_a_run_stands_for_its_weights(tmp_path: Path, files: list[str], taken: s
     (tmp_path / "next.yaml").write_text(f"model_name_or_path: {tmp_path / 'run'}\ndataset: a\noutput_dir: out\n")
     config = load(tmp_path / "next.yaml").config
     assert config is not None and config.model_name_or_path == str(tmp_path / taken)
+
+
+@pytest.mark.parametrize(
+    ("more", "taken"),
+    [
+        ("", ("base", "final")),
+        ("adapter_name_or_path: other\n", ("final", "other")),
+        ("finetuning_type: full\n", ("final", None)),  # the check says how to merge it
+    ],
+)
+def test_its_adapter_is_trained_further(tmp_path: Path, more: str, taken: tuple[str, str | None]) -> None:
+    final = tmp_path / "run" / "final"
+    final.mkdir(parents=True)
+    (tmp_path / "run" / "run_config.yaml").write_text("")
+    (final / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
+    text = f"model_name_or_path: {tmp_path / 'run'}\ndataset: a\noutput_dir: out\n{more}"
+    (tmp_path / "next.yaml").write_text(text)
+    config = load(tmp_path / "next.yaml").config
+    assert config is not None
+    found = (config.model_name_or_path, config.adapter_name_or_path)
+    assert found == tuple(str(final) if name == "final" else name for name in taken)
