@@ -103,6 +103,11 @@ class _Endless:
     def __len__(self) -> int:
         return 10**8
 
+    @property
+    def sizes(self) -> list[int]:
+        """One set."""
+        return [len(self)]
+
     def lengths(self, ids: np.ndarray) -> Any:
         from dsdpo.data.example import Lengths
 

@@ -56,7 +56,7 @@ def total_steps(settings: dict[str, Any], examples: int) -> int:
 
     Args:
         settings: option -> value.
-        examples: in its training set.
+        examples: of an epoch.
     """
     per_epoch = steps_per_epoch(examples, settings["train_batch_size"])
     return settings["max_steps"] or math.ceil(settings["num_train_epochs"] * per_epoch)
@@ -115,7 +115,8 @@ def _no_steps_left(config: RunConfig) -> str:
     finished = f"output_dir: {config.output_dir} holds a finished run"
     if checkpoint is None:
         return f"{finished}, without a checkpoint to go on from (save_steps was empty). {_OTHERWISE}"
-    examples = read_run(checkpoint.path).get("order", {}).get("examples")
+    order = read_run(checkpoint.path).get("order", {})
+    examples = order.get("epoch", order.get("examples"))
     if examples is None:
         return ""
     total = total_steps(config.model_dump(), examples)

@@ -34,14 +34,19 @@ def identity(config: RunConfig, mesh: Mesh, hardware: Hardware, train_set: Examp
 
 
 def run_metadata(
-    config: RunConfig, mesh: Mesh, engine: DeepSpeedEngine, train_set: ExampleSource, row_tokens: int
+    config: RunConfig, mesh: Mesh, engine: DeepSpeedEngine, train_set: ExampleSource, epoch: int, row_tokens: int
 ) -> dict[str, Any]:
-    """What may change from one process to the next."""
+    """What may change from one process to the next. epoch: its examples."""
     model = engine.module.model
     adapter = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else None
     generation = getattr(model, "generation_config", None)
     return {
-        "order": {"examples": len(train_set), "train_batch_size": config.train_batch_size, "seed": config.seed},
+        "order": {
+            "examples": len(train_set),
+            "epoch": epoch,
+            "train_batch_size": config.train_batch_size,
+            "seed": config.seed,
+        },
         "world_size": mesh.world_size,
         "zero_stage": engine.zero_optimization_stage(),
         "row_tokens": row_tokens,

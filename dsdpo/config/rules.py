@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -58,6 +59,22 @@ def _one_held_out_set(config: RunConfig, given: Given) -> str:
 def _val_size(config: RunConfig, given: Given) -> str:
     if config.val_size > 1 and config.val_size != int(config.val_size):
         return f"val_size is {config.val_size}; allowed: a fraction below 1, or a whole number of pairs"
+    return ""
+
+
+def _mix(config: RunConfig, given: Given) -> str:
+    if config.mix_strategy == "concat":
+        if config.interleave_probs is not None:
+            return "interleave_probs is set, but mix_strategy is concat; set interleave_under or interleave_over"
+        return ""
+    if config.interleave_probs is not None and len(config.interleave_probs) != len(config.dataset):
+        return f"interleave_probs has {len(config.interleave_probs)} numbers for {len(config.dataset)} sets of dataset"
+    if any(not (math.isfinite(share) and share > 0) for share in config.interleave_probs or ()):
+        return (
+            f"interleave_probs is {config.interleave_probs}; each must be above 0: leave a set out of dataset instead"
+        )
+    if config.val_size and config.val_split == "example":
+        return f"mix_strategy {config.mix_strategy} needs val_split: prompt, or an eval_dataset"
     return ""
 
 
@@ -189,6 +206,7 @@ RULES: list[Rule] = [
     *LOSS_RULES,
     ("held-out-twice", ("eval_dataset", "val_size"), _one_held_out_set),
     ("val-size", ("val_size",), _val_size),
+    ("mix", ("mix_strategy", "interleave_probs", "dataset", "val_size", "val_split"), _mix),
     ("nothing-held-out", ("eval_steps", "eval_dataset", "val_size"), _something_to_evaluate),
     (
         "lora-options",

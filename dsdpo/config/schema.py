@@ -96,6 +96,14 @@ class RunConfig(BaseModel):
     """Names from dataset_info.json, paths inside dataset_dir, or hub ids; several are joined in this
     order."""
 
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = "concat"
+    """How several sets of `dataset` are mixed. `concat`: every example once an epoch. `interleave_under`,
+    `interleave_over`: by `interleave_probs`, until the first set is used up, or the last one."""
+
+    interleave_probs: list[float] | None = None
+    """Share of each set of `dataset` in a mix, one number for each; they need not add up to 1. Empty: the same for
+    all."""
+
     eval_dataset: list[str] = Field([], json_schema_extra=FREE)
     """Held-out sets, named like `dataset`."""
 
@@ -359,7 +367,7 @@ class RunConfig(BaseModel):
         """Accept PEFT's word for `all`, and the names that modules have inside its own model."""
         return ["all" if name == "all-linear" else name.removeprefix("base_model.model.") for name in value]
 
-    @field_validator("loss_weights", mode="before")
+    @field_validator("loss_weights", "interleave_probs", mode="before")
     @classmethod
     def _one_weight(cls, value: object) -> object:
         """Accept a bare number for a list of one, and `1,0.5` from the command line."""

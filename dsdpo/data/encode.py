@@ -167,8 +167,8 @@ class RowEncoder:
 
         Returns:
             One or more rows for each record, in the columns of a shard, with `records` (1 in a record's first row),
-            `code`, `reason`, `detail`, `excerpt` (all empty for accepted records), `truncated`, `diverged`, `notes`,
-            `prompt_key`, and `has`, which account.note_missing takes.
+            `set`, `code`, `reason`, `detail`, `excerpt` (all empty for accepted records), `truncated`, `diverged`,
+            `notes`, `prompt_key`, and `has`, which account.note_missing takes.
         """
         read = [self._read(raw, self.entries[number]) for raw, number in zip(rows["row"], rows["set"])]
         examples = [example for example, _ in read]
@@ -180,7 +180,7 @@ class RowEncoder:
         for results, raw, source, number, (_, has) in zip(made, rows["row"], rows["source"], rows["set"], read):
             for place, result in enumerate(results):
                 result["source"] = source
-                result["records"] = int(place == 0)
+                result["records"], result["set"] = int(place == 0), number
                 result["has"] = [f"{number}:{name}" for name in has]
                 result["excerpt"] = _excerpt(raw) if result["reason"] else ""
                 result["detail"] = _writable(result["detail"])

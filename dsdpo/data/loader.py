@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from dsdpo.data.example import Lengths, TokenizedExample
-from dsdpo.data.order import step_example_ids
+from dsdpo.data.order import Order
 from dsdpo.data.packing import MicroBatch, build_micro_batch, empty_micro_batch, idle_share, plan_step
 from dsdpo.runtime.env import Mesh
 
@@ -39,6 +39,11 @@ class ExampleSource(Protocol):
         ...
 
     def __len__(self) -> int: ...
+
+    @property
+    def sizes(self) -> list[int]:
+        """Examples of each set that it was made from, whose ids stand one set after another."""
+        ...
 
     def lengths(self, ids: np.ndarray) -> Lengths:
         """Of B examples."""
@@ -180,10 +185,12 @@ class BatchLoader:
             if ahead is not None:
                 yield ahead.result()
 
-    def training_batches(self, steps: range, train_batch_size: int, seed: int) -> Iterator[Batch]:
-        """The batches of optimizer steps `steps`: starting anywhere costs nothing."""
-        n = len(self.source)
-        return self.stream(step_example_ids(step, n, train_batch_size, seed) for step in steps)
+    def training_batches(
+        self, steps: range, train_batch_size: int, seed: int, order: Order | None = None
+    ) -> Iterator[Batch]:
+        """The batches of optimizer steps `steps`: starting anywhere costs nothing. order: None: each example once."""
+        taken = order or Order.of([len(self.source)])
+        return self.stream(taken.step_ids(step, train_batch_size, seed) for step in steps)
 
     def mean_over(self, example_ids: np.ndarray) -> MeanOver:
         """Of some of the set's examples."""

@@ -8,11 +8,14 @@ Finite Domains", 2002). It needs no table, so 10^8 examples cost nothing and any
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 _ROUNDS = 6
 _HASH_KEY = 2**32 - 2  # an epoch number that training never reaches
+_SETS = 2**40  # epochs of a single set have keys beyond those of whole epochs
 
 
 def _mix(values: np.ndarray, key: int) -> np.ndarray:
@@ -59,6 +62,72 @@ def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     while (outside := ids >= np.uint64(n)).any():
         ids[outside] = encrypt(ids[outside])
     return ids.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which examples the steps take.
+
+    An epoch takes so many examples of each set, in one permutation of all; a set goes on from one epoch to the next
+    where it was, so that each of its examples is taken as often as any other, give or take one.
+
+    Attributes:
+        sizes: examples of each set; their ids stand one set after another.
+        quotas: how many of each an epoch takes.
+    """
+
+    sizes: tuple[int, ...]
+    quotas: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], mix_strategy: str = "concat", probs: Sequence[float] | None = None) -> Order:
+        """The order of a run.
+
+        Args:
+            sizes: examples of each set.
+            mix_strategy: as in the run config. `interleave_under`: an epoch ends with the set that is used up first,
+                `interleave_over`: with the one that is used up last, as `datasets.interleave_datasets` has it.
+            probs: share of each set in an epoch; None: the same for all.
+        """
+        if mix_strategy == "concat":
+            return cls((sum(sizes),), (sum(sizes),))
+        weights = np.ones(len(sizes)) if probs is None else np.array(probs, dtype=np.float64)
+        shares = weights / weights.sum()
+        pick = min if mix_strategy == "interleave_under" else max
+        length = pick(size / share for size, share in zip(sizes, shares))
+        return cls(tuple(sizes), tuple(max(1, round(length * share)) for share in shares))
+
+    def __len__(self) -> int:
+        """Examples of an epoch."""
+        return sum(self.quotas)
+
+    def steps_per_epoch(self, train_batch_size: int) -> int:
+        """Optimizer steps in an epoch; the last step may hold fewer."""
+        return steps_per_epoch(len(self), train_batch_size)
+
+    def step_ids(self, step: int, train_batch_size: int, seed: int) -> np.ndarray:
+        """Example ids of optimizer step `step` (0-based, over all epochs): int64, train_batch_size or fewer."""
+        ids = step_example_ids(step, len(self), train_batch_size, seed)
+        if len(self.sizes) == 1:
+            return ids
+        epoch = step // self.steps_per_epoch(train_batch_size)
+        ends = np.cumsum(self.quotas)
+        found = np.empty_like(ids)
+        for number, (size, quota, end) in enumerate(zip(self.sizes, self.quotas, ends)):
+            mine = np.flatnonzero((ids < end) & (ids >= end - quota))
+            rounds, places = np.divmod(epoch * quota + ids[mine] - (end - quota), size)
+            for turn in np.unique(rounds):
+                now = mine[rounds == turn]
+                key = (number + 1) * _SETS + int(turn)  # another permutation than those of whole epochs
+                found[now] = sum(self.sizes[:number]) + permute(places[rounds == turn], size, seed, key)
+        return found
+
+    def ids_of_steps(self, total_steps: int, train_batch_size: int, seed: int) -> np.ndarray:
+        """The examples that the first `total_steps` steps use, each once, int64."""
+        if len(self.sizes) == 1:
+            return examples_of_steps(total_steps, len(self), train_batch_size, seed)
+        steps = (self.step_ids(step, train_batch_size, seed) for step in range(total_steps))
+        return np.unique(np.concatenate(list(steps)))
 
 
 def steps_per_epoch(n: int, train_batch_size: int) -> int:

@@ -46,6 +46,7 @@ ENCODED = pa.schema(
         *(pa.field(name, pa.list_(pa.string())) for name in ("notes", "has")),
         pa.field("prompt_key", pa.uint64()),
         pa.field("records", pa.int64()),
+        pa.field("set", pa.int64()),
     ]
 )
 

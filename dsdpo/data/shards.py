@@ -194,6 +194,16 @@ class PreparedSet:
             return self._total
         return self.held_out if self.split == "eval" else self._total - self.held_out
 
+    @property
+    def sizes(self) -> list[int]:
+        """Examples of each data set, whose ids stand one set after another; of one split by `example`, of all."""
+        whole = self.manifest.get("examples_of_sets", [self._total])
+        if self.held_out is None:
+            return whole
+        if self._index is None:
+            return [len(self)]
+        return np.diff(np.searchsorted(self._index, np.cumsum([0, *whole]))).tolist()
+
     def _rows(self, ids: np.ndarray) -> np.ndarray:
         """Example ids of this split -> rows of the shards: by a mapped index, or by a keyed permutation."""
         ids = np.asarray(ids, dtype=np.int64)

@@ -31,6 +31,7 @@ class Tally:
         self._notes: Counter[str] = Counter()
         self._parts: dict[str, list[int]] = {"prompt": [0, 0, 0]}  # total, longest, number
         self._largest = -1
+        self._sets: Counter[int] = Counter()
         self.has: set[str] = set()  # as RowEncoder gives it
 
     def add(self, batch: pa.RecordBatch) -> None:
@@ -44,6 +45,7 @@ class Tally:
         self._notes.update(batch.column("notes").flatten().to_pylist())
         self.has.update(pc.unique(batch.column("has").flatten()).to_pylist())
         kept = batch.filter(pc.equal(batch.column("reason"), ""))
+        self._sets.update(kept.column("set").to_pylist())
         self._add_lengths("prompt", kept.column("prompt_length"))
         lengths = kept.column("completion_lengths")
         counts = pc.list_value_length(lengths)
@@ -72,6 +74,7 @@ class Tally:
         return {
             "rows": self._records,
             "examples": self._rows - n_dropped,
+            "examples_of_sets": [self._sets[number] for number in range(max(self._sets, default=-1) + 1)],
             "refused": {reason: found["count"] for reason, found in dropped.items()},
             "dropped": dropped,
             "truncated": self._flags["truncated"],

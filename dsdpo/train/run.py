@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dsdpo.checkpoint.saver import Saver
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import Batch, BatchLoader
+from dsdpo.data.order import Order
 from dsdpo.data.packing import MicroBatch
 from dsdpo.engine.engine import Hardware
 from dsdpo.errors import IOFailure, NumericError, StopRequested
@@ -80,6 +81,7 @@ class Run:
     reference: Reference
     held_out: tuple[BatchLoader, Reference] | None
     schedule: Schedule
+    order: Order
     steps_per_epoch: int
     reporter: Reporter
     stop_flag: StopFlag
@@ -123,7 +125,7 @@ class Run:
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """(step, batch) of each optimizer step that is left; the step is 0-based."""
         steps = range(self.done, self.done if self.stopping else self.schedule.total_steps)
-        batches = self.loader.training_batches(steps, self.config.train_batch_size, self.config.seed)
+        batches = self.loader.training_batches(steps, self.config.train_batch_size, self.config.seed, self.order)
         self._since = time.perf_counter()
         return zip(steps, batches)
 

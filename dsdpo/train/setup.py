@@ -19,7 +19,7 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.exported import ExportedTemplate
 from dsdpo.data.loader import BatchLoader, ExampleSource
-from dsdpo.data.order import examples_of_steps, steps_per_epoch
+from dsdpo.data.order import Order
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.engine.engine import Hardware, build_engine, describe
 from dsdpo.engine.row_tokens import row_tokens
@@ -58,7 +58,8 @@ def set_up(
         NumericError: the reference gives log-probs that are not finite.
         IOFailure: there is no room for a checkpoint.
     """
-    per_epoch = steps_per_epoch(len(train_set), config.train_batch_size)
+    order = Order.of(train_set.sizes, config.mix_strategy, config.interleave_probs)
+    per_epoch = order.steps_per_epoch(config.train_batch_size)
     schedule, objective = Schedule.of(config, per_epoch), objective_of(config)
     # Before the resume point, whose identity hashes the weights: it fetches those of a hub id.
     engine = build_engine(config, zero, mesh, hardware, head=objective.head)
@@ -67,11 +68,11 @@ def set_up(
     for line in (*point.remarks, describe(engine, config, zero, mesh, hardware)):
         reporter.say(line)
     load = _Loaders(config, zero, mesh, hardware, engine, objective, point, reporter.say, stop_flag)
-    used = examples_of_steps(schedule.total_steps, len(train_set), config.train_batch_size, config.seed)
+    used = order.ids_of_steps(schedule.total_steps, config.train_batch_size, config.seed)
     loader, reference = load(train_set, used)
     held_out = None if eval_set is None else load(eval_set, np.arange(len(eval_set)))
     watchdog = watchdog or Watch(RunDir(Path(config.output_dir)), mesh, config.hang_timeout, None)
-    tokenizer, metadata = _metadata(config, mesh, engine, train_set, load.row_tokens)
+    tokenizer, metadata = _metadata(config, mesh, engine, train_set, len(order), load.row_tokens)
     saver = _saver(config, mesh, engine, point, metadata, reporter.say, watchdog.token)
     if trains and config.save_steps is not None and point.step < schedule.total_steps:
         saver.check_room()
@@ -88,6 +89,7 @@ def set_up(
         reference=reference,
         held_out=held_out,
         schedule=schedule,
+        order=order,
         steps_per_epoch=per_epoch,
         reporter=reporter,
         stop_flag=stop_flag,
@@ -98,7 +100,7 @@ def set_up(
 
 
 def _metadata(
-    config: RunConfig, mesh: Mesh, engine: DeepSpeedEngine, train_set: ExampleSource, row_tokens: int
+    config: RunConfig, mesh: Mesh, engine: DeepSpeedEngine, train_set: ExampleSource, epoch: int, row_tokens: int
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     """The tokenizer to export, and what checkpoints say of the run.
 
@@ -113,7 +115,7 @@ def _metadata(
     exported.put_into(tokenizer)
     if exported.pad_token is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer, {**run_metadata(config, mesh, engine, train_set, row_tokens), "exported": asdict(exported)}
+    return tokenizer, {**run_metadata(config, mesh, engine, train_set, epoch, row_tokens), "exported": asdict(exported)}
 
 
 class _Loaders:

@@ -124,6 +124,10 @@ class ListOfExamples:
     def __len__(self) -> int:
         return len(self._examples)
 
+    @property
+    def sizes(self) -> list[int]:
+        return [len(self)]
+
     def lengths(self, ids: np.ndarray) -> Lengths:
         return Lengths.of([self._examples[i] for i in ids])
 

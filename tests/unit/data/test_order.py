@@ -1,8 +1,11 @@
+import itertools
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsdpo.data.order import examples_of_steps, permute, step_example_ids, steps_per_epoch
+from dsdpo.data.order import Order, examples_of_steps, permute, step_example_ids, steps_per_epoch
 
 
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
@@ -46,3 +49,47 @@ def test_the_pairs_that_a_short_run_uses() -> None:
     assert len(used) == len(set(used.tolist())) == 24
     assert used[8:16].tolist() == step_example_ids(1, 100, 8, 5).tolist()
     assert examples_of_steps(13, 100, 8, seed=5).tolist() == list(range(100))
+
+
+# --- several sets ---
+
+SIZES, PROBS = (50, 10, 200), (0.5, 0.25, 0.25)
+
+
+def taken(order: Order, epochs: int, batch: int = 16) -> list[np.ndarray]:
+    """The ids of each epoch."""
+    steps = order.steps_per_epoch(batch)
+    return [np.concatenate([order.step_ids(e * steps + s, batch, seed=3) for s in range(steps)]) for e in range(epochs)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "quotas"), [("interleave_under", (20, 10, 10)), ("interleave_over", (400, 200, 200))]
+)
+def test_an_epoch_takes_each_set_in_its_share(strategy: str, quotas: tuple[int, ...]) -> None:
+    order = Order.of(SIZES, strategy, PROBS)
+    assert order.quotas == quotas and len(order) == sum(quotas)
+    epochs = taken(order, 30)
+    bounds = np.cumsum((0, *SIZES))
+    for ids in epochs:
+        assert np.histogram(ids, bounds)[0].tolist() == list(quotas)
+    counts = np.bincount(np.concatenate(epochs), minlength=sum(SIZES))
+    for start, end in itertools.pairwise(bounds):
+        assert np.ptp(counts[start:end]) <= 1, "an example is taken more often than others of its set"
+    assert not np.array_equal(epochs[0], epochs[1])
+    mixed = epochs[0][: len(order) // 4]
+    assert (np.histogram(mixed, bounds)[0] > 0).all(), "the sets come one after another"
+
+
+def test_a_mix_without_shares_and_the_examples_that_it_uses() -> None:
+    order = Order.of((5, 20), "interleave_under")
+    assert order.quotas == (5, 5)
+    used = order.ids_of_steps(7, 4, seed=1)
+    assert used.tolist() == sorted({*np.concatenate([order.step_ids(step, 4, seed=1) for step in range(7)]).tolist()})
+
+
+def test_several_sets_without_a_mix_are_one() -> None:
+    order = Order.of((30, 70))
+    assert (len(order), order.steps_per_epoch(8)) == (100, steps_per_epoch(100, 8))
+    for step in (0, 5, 12, 40):
+        assert np.array_equal(order.step_ids(step, 8, 42), step_example_ids(step, 100, 8, 42))
+    assert np.array_equal(order.ids_of_steps(3, 8, 5), examples_of_steps(3, 100, 8, 5))

@@ -552,6 +552,19 @@ def test_cut_pairs_are_counted(settings, tmp_path):
     assert set(prepared(settings).earlier_fingerprints) == {3, 4}
 
 
+def test_the_sizes_of_several_sets(settings, tmp_path):
+    """Dropped records and held-out ones do not count."""
+    write(tmp_path / "data/one.jsonl", [*rows(30), {"prompt": "", "chosen": "a", "rejected": "b"}])
+    write(tmp_path / "data/two.jsonl", rows(50)[30:])
+    several = {**settings, "dataset": ["one.jsonl", "two.jsonl"], "max_refused": 0.1}
+    assert prepared(several).sizes == [30, 20]
+    parts = {split: prepared({**several, "val_size": 0.2}, split=split) for split in ("train", "eval")}
+    for part in parts.values():
+        told = [part.where(i).split(":")[0] for i in range(len(part))]
+        assert [told.count("one.jsonl"), told.count("two.jsonl")] == part.sizes and told == sorted(told)
+    assert sum(sum(part.sizes) for part in parts.values()) == 50
+
+
 # --- shards ---
 
 

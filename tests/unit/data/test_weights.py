@@ -54,5 +54,5 @@ def test_a_mean_over_examples_takes_weights_into_account() -> None:
     weights = np.array([1.0, 3.0])
     lengths = ListOfExamples(random_pairs(2)).lengths(np.arange(2))
     first = lengths.loss_tokens[::2]
-    over = MeanOver(lengths, weights)
+    over = MeanOver(lengths, weights, np.full(4, np.nan))
     assert over.mean_first_loss_tokens == pytest.approx((first[0] + 3 * first[1]) / 4) and over.mean_weight == 2.0
