@@ -24,7 +24,7 @@ class Example:
     Attributes:
         prompt: text, or messages ({"role", "content"}) from an optional system message to a user or tool message.
         completions: K of 1 to 16; each is text, or messages in a list: one of the assistant, or for supervised training
-            turns that begin and end with one. A preference has the chosen one first.
+            turns that begin and end with one. Of those that are compared, the best comes first.
         scores: a rating for each completion that came with the record, None where there is none. They are no
             log-probs.
         weight: factor on the example's loss.

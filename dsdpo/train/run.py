@@ -82,7 +82,6 @@ class Run:
     held_out: tuple[BatchLoader, Reference] | None
     schedule: Schedule
     order: Order
-    steps_per_epoch: int
     reporter: Reporter
     stop_flag: StopFlag
     first_step: int
@@ -227,7 +226,7 @@ class Run:
         self.reporter.step(
             {
                 "step": step.done,
-                "epoch": step.done / self.steps_per_epoch,
+                "epoch": step.done / self.order.steps_per_epoch(self.config.train_batch_size),
                 **totals.means,
                 "grad_norm": totals.grad_norm,
                 "learning_rate": step.learning_rate,

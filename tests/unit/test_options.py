@@ -62,7 +62,7 @@ def test_the_help_tells_what_a_resumed_run_may_change() -> None:
     text = option_help()
     assert "  save_steps (a whole number, at least 1, or empty; default 500; may change on resume)\n" in text
     assert "  learning_rate (a number, above 0; default 1e-05; with change_on_resume)\n" in text
-    assert "  stage (one of dpo, rm; default dpo)\n" in text
+    assert "  stage (one of pt, sft, dpo, kto, rm; default dpo)\n" in text
     assert text.count("; may change on resume)\n") == len(options_with("free"))
     assert text.count("; with change_on_resume)\n") == len(options_with("consent"))
 

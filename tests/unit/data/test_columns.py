@@ -79,7 +79,11 @@ REPLIES = {
     "text": [{"text": "The sea is blue."}],
 }
 TEXTS = {name: [{"text": "The sea is blue."}] for name in ("text", "alpaca")}
-ALL = {"pairs": RECORDS, "replies": REPLIES, "texts": TEXTS}
+LABELLED = {
+    name: [{**record, label: value} for record in REPLIES[name] for label, value in (("label", True), ("kto_tag", 0))]
+    for name in ("alpaca", "sharegpt", "openai", "trl")
+}
+ALL = {"pairs": RECORDS, "replies": REPLIES, "labelled": LABELLED, "texts": TEXTS}
 
 
 def read(record, kind, formatting, columns=None):

@@ -95,8 +95,11 @@ def test_folder_stands_for_its_files(folder):
 def test_our_own_sets_resolve():
     data = Path(__file__).parents[3] / "data"
     info = json.loads((data / "dataset_info.json").read_text())
-    entries, problems = resolve(list(info), data)
-    assert problems == [] and len(entries) == len(info)
+    others = {"kto_labelled": "labelled", "sql_notes": "texts"}
+    for name, entry in info.items():
+        records = others.get(name, "pairs" if entry.get("ranking") else "replies")
+        entries, problems = resolve([name], data, records)  # type: ignore[arg-type]
+        assert problems == [] and len(entries) == 1
 
 
 @pytest.mark.parametrize(
