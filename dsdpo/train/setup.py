@@ -59,8 +59,7 @@ def set_up(
         IOFailure: there is no room for a checkpoint.
     """
     order = Order.of(train_set.sizes, config.mix_strategy, config.interleave_probs)
-    schedule = Schedule.of(config, order.steps_per_epoch(config.train_batch_size))
-    objective = objective_of(config)
+    schedule, objective = Schedule.of(config, order.steps_per_epoch(config.train_batch_size)), objective_of(config)
     # Before the resume point, whose identity hashes the weights: it fetches those of a hub id.
     engine = build_engine(config, zero, mesh, hardware, head=objective.head)
     point = find_resume_point(config, mesh, identity(config, mesh, hardware, train_set)) if trains else NO_RESUME_POINT

@@ -161,7 +161,7 @@ def checked(example: Example) -> Example:
 
 def last_reply_alone(example: Example) -> Example:
     """The example with only the last reply of a dialogue trained: `mask_history`."""
-    if isinstance(example.prompt, str) or len(example.completions) > 1 or len(example.completions[0]) == 1:
+    if isinstance(example.prompt, str) or len(example.completions) > 1 or len(example.completions[0]) < 2:
         return example
     [dialogue] = example.completions
     assert not isinstance(dialogue, str)

@@ -318,22 +318,32 @@ def test_empty_rejected_is_normalised():
 
 
 SAMPLES = json.loads((DATA / "dataset_info.json").read_text())
+KINDS = {
+    name: {"kto_labelled": "labelled", "sql_notes": "texts"}.get(name, "pairs" if entry.get("ranking") else "replies")
+    for name, entry in SAMPLES.items()
+}
+
+
+def sample_entry(name):
+    return resolve([name], DATA, KINDS[name])[0][0]
 
 
 def sample_rows(name, limit=None):
-    return [parse_row(row) for _, row in iter_rows(resolve([name], DATA)[0][0], limit)]
+    return [parse_row(row) for _, row in iter_rows(sample_entry(name), limit)]
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_our_samples_are_read_and_show_their_format(name):
-    entry = resolve([name], DATA)[0][0]
+    entry = sample_entry(name)
     rows = sample_rows(name)
     assert len(rows) >= 3
     for row in rows:
-        pair = to_example(row, entry.formatting, entry.columns, entry.tags, entry.allow_empty_rejected)
-        chosen, *others = pair.completions
-        assert chosen not in others and pair.weight == 1
-    assert detect(rows[0], {}) == entry.formatting
+        made = to_example(
+            row, entry.formatting, entry.columns, entry.tags, entry.allow_empty_rejected, (), entry.records
+        )
+        chosen, *others = made.completions
+        assert chosen not in others and made.weight == 1
+    assert detect(rows[0], {}, entry.records) == entry.formatting
 
 
 def test_detection_knows_its_limits():
@@ -414,8 +424,7 @@ def test_any_json_value_is_a_pair_or_refused():
     """Wrong types anywhere in a good row never escape as another exception."""
     rng = random.Random(1)
     junk = [None, 3, 1.5, True, "", "text", [], {}, [None], [[]], [{}], {"role": 1}, [{"role": []}], ["a", "b"]]
-    good = [row for name in SAMPLES for row in sample_rows(name, 3)]
-    formats = [SAMPLES[name]["formatting"] for name in SAMPLES for _ in range(3)]
+    good = [(row, name) for name in SAMPLES for row in sample_rows(name, 3)]
 
     def spoil(value):
         if rng.random() < 0.2:
@@ -425,6 +434,6 @@ def test_any_json_value_is_a_pair_or_refused():
         return [spoil(inner) for inner in value] if isinstance(value, list) else value
 
     for _ in range(150):
-        for row, formatting in zip(good, formats):
+        for row, name in good:
             with contextlib.suppress(Dropped):
-                read(spoil(row), formatting, allow_empty_rejected=rng.random() < 0.5)
+                to_example(spoil(row), SAMPLES[name]["formatting"], {}, {}, rng.random() < 0.5, (), KINDS[name])
