@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-all test-faults cluster-packages bench check format install clean
+.PHONY: help demo pipeline quick test test-all test-faults cluster-packages bench check format install clean
 
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
@@ -56,6 +56,10 @@ help:
 demo: $(STAMP)
 	@$(WITH_VENV)
 	python demo/run.py
+
+pipeline: $(STAMP)
+	@$(WITH_VENV)
+	python demo/pipeline.py
 
 # One thread per process, since tests start several ranks; nothing is fetched from a hub. Tests run in three streams
 # (tests/conftest.py; PYTEST_ARGS="-n 0" for a debugger), beside which kernels compile on half of the cores.

@@ -226,7 +226,7 @@ def _set_path(
 
 
 def _opened(config: RunConfig, split: Split, path: Path) -> PreparedSet:
-    whole = PreparedSet(path)
+    whole = PreparedSet(path, split)
     held_out = _held_out(config, whole)
     if held_out is None:
         return whole

@@ -38,6 +38,12 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def eval_examples(self) -> Path:
+        """main rank, after `dsdpo eval`: a JSON object in each line, one for each held-out example, with its
+        metrics."""
+        return self.path / "eval_examples.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         """main rank: folder of TensorBoard's event files."""
         return self.path / "tensorboard"

@@ -27,12 +27,14 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     goes_on: Callable[[], bool],
+    per_example: dict[int, list[float]] | None = None,
 ) -> dict[str, float] | None:
     """Means over all examples of the loader's set, each counted once, the same on all ranks and for every world size.
 
     Args:
         batch_size: examples that all ranks together take at a time.
         goes_on: asked before each batch, and true or false on all ranks alike.
+        per_example: gets the metrics of this rank's examples, by example id.
 
     Returns:
         None when it was left because `goes_on` said so.
@@ -51,7 +53,11 @@ def evaluate(
                 break
             loss_of = objective.bind(batch, reference.logps(batch), forward)
             for micro_batch in batch.micro_batches:
-                sums.add(loss_of(micro_batch, forward(micro_batch)))
+                found = loss_of(micro_batch, forward(micro_batch))
+                sums.add(found)
+                if per_example is not None:
+                    ids_here = batch.example_ids[micro_batch.examples].tolist()
+                    per_example.update(zip(ids_here, found.metrics.T.tolist()))
             progress.advance(len(batch.example_ids))
     engine.train()
     if left:

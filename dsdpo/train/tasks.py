@@ -26,6 +26,7 @@ from dsdpo.reference.precompute import find_or_compute, open_store
 from dsdpo.reference.source import NoReference, Reference, StoredReference
 from dsdpo.runtime.collectives import all_gather_object, any_rank
 from dsdpo.runtime.env import Mesh, launched
+from dsdpo.runtime.files import write_atomically
 from dsdpo.runtime.lock import holder
 from dsdpo.runtime.progress import no_bars, show_library_progress
 from dsdpo.runtime.rundir import RunDir
@@ -152,7 +153,15 @@ def _evaluate(config: RunConfig, zero: ZeroConfig, mesh: Mesh, hardware: Hardwar
     def goes_on() -> bool:
         return not any_rank(bool(stop), device)
 
-    means = evaluate(engine, loader, reference, objective, config.train_batch_size, device, goes_on)
+    mine: dict[int, list[float]] = {}
+    means = evaluate(engine, loader, reference, objective, config.train_batch_size, device, goes_on, mine)
     if means is None:
         raise StopRequested("stopped on request; nothing is kept of an evaluation")
+    everyone = {key: values for part in all_gather_object(mine) for key, values in part.items()}
+    if mesh.is_main:
+        lines = (
+            json.dumps({"example": i, "where": source.where(i), **dict(zip(objective.metrics, everyone[i]))}) + "\n"
+            for i in sorted(everyone)
+        )
+        write_atomically(RunDir(Path(config.output_dir)).eval_examples, "".join(lines))
     say(json.dumps({"model": model, "examples": len(source), **{key: round(value, 6) for key, value in means.items()}}))
