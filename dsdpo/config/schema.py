@@ -142,6 +142,10 @@ class RunConfig(BaseModel):
     """Leave the thoughts of replies (`<think>...</think>`, reasoning_content) out of the loss; they are still read.
     Stages `sft` and `dpo`."""
 
+    neftune_noise_alpha: float | None = Field(None, gt=0.0)
+    """Stage `sft`: uniform noise of this strength on the embeddings (NEFTune), such as 5. It is a function of seed,
+    step and example: the same on any number of GPUs, and after a resume. Empty: none."""
+
     max_length: int = Field(1024, ge=8)
     """Longest prompt + completion, in tokens. What happens beyond it: `truncation_mode`."""
 

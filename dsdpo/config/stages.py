@@ -31,7 +31,7 @@ STAGES: dict[str, StageSpec] = {
     "sft": StageSpec(
         "supervised training on the assistant's words",
         records="replies",
-        options=("mask_history", "mask_thinking"),
+        options=("mask_history", "mask_thinking", "neftune_noise_alpha"),
     ),
     "dpo": StageSpec(
         "direct preference optimization on pairs of answers",

@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from dsdpo.data.example import Lengths, TokenizedExample
-from dsdpo.data.order import Order
-from dsdpo.data.packing import MicroBatch, build_micro_batch, empty_micro_batch, idle_share, plan_step
+from dsdpo.data.order import Order, example_keys
+from dsdpo.data.packing import MicroBatch, add_noise, build_micro_batch, empty_micro_batch, idle_share, plan_step
 from dsdpo.runtime.env import Mesh
 
 
@@ -143,16 +143,32 @@ class BatchLoader:
         mesh: this rank's place.
         max_tokens_per_row: longest micro-batch, in tokens.
         share_prefix: whether a prompt stands once in its micro-batch.
+        noise_alpha: of the noise on the embeddings in training; 0: none.
     """
 
-    def __init__(self, source: ExampleSource, mesh: Mesh, max_tokens_per_row: int, share_prefix: bool) -> None:
+    def __init__(
+        self,
+        source: ExampleSource,
+        mesh: Mesh,
+        max_tokens_per_row: int,
+        share_prefix: bool,
+        noise_alpha: float = 0.0,
+    ) -> None:
+        self.noise_alpha = noise_alpha
         self.source = source
         self.mesh = mesh
         self.max_tokens_per_row = max_tokens_per_row
         self.share_prefix = share_prefix
 
-    def batch(self, example_ids: np.ndarray, mean_over: MeanOver | None = None) -> Batch:
-        """This rank's micro-batches for one step's examples. mean_over: see `Batch`; None: the step's."""
+    def batch(
+        self, example_ids: np.ndarray, mean_over: MeanOver | None = None, keys: np.ndarray | None = None
+    ) -> Batch:
+        """This rank's micro-batches for one step's examples.
+
+        Args:
+            mean_over: see `Batch`; None: the step's.
+            keys: uint64 [B], of the noise on the examples' embeddings; None: without noise.
+        """
         lengths, weights = self.source.lengths(example_ids), self.source.weights(example_ids)
         scores = self.source.scores(example_ids)
         tokens = lengths.packed(self.share_prefix)
@@ -162,23 +178,28 @@ class BatchLoader:
             lengths=lengths,
             scores=scores,
             weights=weights,
-            micro_batches=[self._micro_batch(example_ids, step[self.mesh.dp_rank]) for step in plan],
+            micro_batches=[self._micro_batch(example_ids, step[self.mesh.dp_rank], keys) for step in plan],
             packing=Packing(lengths.padded, int(tokens.sum()), idle_share(plan, tokens)),
             mean_over=MeanOver(lengths, weights, scores) if mean_over is None else mean_over,
         )
 
-    def _micro_batch(self, example_ids: np.ndarray, indices: list[int]) -> MicroBatch:
+    def _micro_batch(self, example_ids: np.ndarray, indices: list[int], keys: np.ndarray | None) -> MicroBatch:
         if not indices:
             return empty_micro_batch()
         examples = [self.source.example(int(example_ids[i])) for i in indices]
-        return build_micro_batch(examples, indices, self.share_prefix)
+        found = build_micro_batch(examples, indices, self.share_prefix)
+        if keys is None:
+            return found
+        return add_noise(found, examples, keys[indices], self.noise_alpha, self.share_prefix)
 
-    def stream(self, id_batches: Iterable[np.ndarray], mean_over: MeanOver | None = None) -> Iterator[Batch]:
-        """Batches in order, each built on a thread while the one before it is in use."""
+    def stream(
+        self, steps: Iterable[tuple[np.ndarray, np.ndarray | None]], mean_over: MeanOver | None = None
+    ) -> Iterator[Batch]:
+        """Batches in order, each built on a thread while the one before it is in use. steps: ids and keys of each."""
         with ThreadPoolExecutor(max_workers=1) as pool:
             ahead = None
-            for example_ids in id_batches:
-                following = pool.submit(self.batch, example_ids, mean_over)
+            for example_ids, keys in steps:
+                following = pool.submit(self.batch, example_ids, mean_over, keys)
                 if ahead is not None:
                     yield ahead.result()
                 ahead = following
@@ -190,7 +211,12 @@ class BatchLoader:
     ) -> Iterator[Batch]:
         """The batches of optimizer steps `steps`: starting anywhere costs nothing. order: None: each example once."""
         taken = order or Order.of([len(self.source)])
-        return self.stream(taken.step_ids(step, train_batch_size, seed) for step in steps)
+
+        def of(step: int) -> tuple[np.ndarray, np.ndarray | None]:
+            ids = taken.step_ids(step, train_batch_size, seed)
+            return ids, example_keys(ids, seed, step) if self.noise_alpha else None
+
+        return self.stream(map(of, steps))
 
     def mean_over(self, example_ids: np.ndarray) -> MeanOver:
         """Of some of the set's examples."""
@@ -200,4 +226,4 @@ class BatchLoader:
     def in_order(self, example_ids: np.ndarray, batch_size: int, mean_over: MeanOver | None = None) -> Iterator[Batch]:
         """Each of `example_ids` once, in order: for evaluation and for the reference pass."""
         starts = range(0, len(example_ids), batch_size)
-        return self.stream((example_ids[start : start + batch_size] for start in starts), mean_over)
+        return self.stream(((example_ids[start : start + batch_size], None) for start in starts), mean_over)

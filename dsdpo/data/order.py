@@ -15,10 +15,11 @@ import numpy as np
 
 _ROUNDS = 6
 _HASH_KEY = 2**32 - 2  # an epoch number that training never reaches
+_STEPS = 2**63  # steps have keys beyond those of epochs
 _SETS = 2**40  # epochs of a single set have keys beyond those of whole epochs
 
 
-def _mix(values: np.ndarray, key: int) -> np.ndarray:
+def mix(values: np.ndarray, key: int) -> np.ndarray:
     """SplitMix64's finalizer over `values` plus `key`: uint64 in, uint64 out."""
     z = values + np.uint64(key)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -34,7 +35,13 @@ def _round_keys(seed: int, epoch: int) -> list[int]:
 def keyed_hash(values: np.ndarray, seed: int) -> np.ndarray:
     """uint64 values in an order that depends on the seed alone: equal values stay equal, others differ."""
     first, second, *_ = _round_keys(seed, _HASH_KEY)
-    return _mix(_mix(values.astype(np.uint64), first), second)
+    return mix(mix(values.astype(np.uint64), first), second)
+
+
+def example_keys(example_ids: np.ndarray, seed: int, step: int) -> np.ndarray:
+    """uint64 [B], a key for each example of a step: of what is drawn at random for it."""
+    first, second, *_ = _round_keys(seed, _STEPS + step)
+    return mix(mix(example_ids.astype(np.uint64), first), second)
 
 
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -55,7 +62,7 @@ def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     def encrypt(values: np.ndarray) -> np.ndarray:
         left, right = values >> np.uint64(half), values & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right, key) & mask)
+            left, right = right, left ^ (mix(right, key) & mask)
         return (left << np.uint64(half)) | right
 
     ids = encrypt(np.asarray(positions, dtype=np.uint64))

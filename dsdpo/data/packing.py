@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from dsdpo.data.example import TokenizedExample
+from dsdpo.data.order import mix
 from dsdpo.errors import DataError
 
 # micro_batches[micro_step][rank] -> indices into the step's examples; empty where a rank has nothing to do
@@ -36,6 +37,18 @@ class Segment(NamedTuple):
     prefix_length: int = 0
 
 
+class Noise(NamedTuple):
+    """What the noise on a micro-batch's embeddings is made of: `dsdpo.model.noise`.
+
+    Attributes:
+        keys: int64 [T], the same for the same token of the same example in the same step, however it is packed.
+        scales: fp32 [T].
+    """
+
+    keys: np.ndarray
+    scales: np.ndarray
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """What one data-parallel rank computes at once: T tokens, C of them scored, in S completions of E examples.
@@ -49,6 +62,7 @@ class MicroBatch:
         completions: int64 [S, 3]: index of the example in the batch, number of the completion in it, scored tokens.
             The scored tokens add up to C, except in a micro-batch without examples, which has no completions.
         last_positions: int64 [S], position of the last token of each completion.
+        noise: on its embeddings, or None.
     """
 
     input_ids: np.ndarray
@@ -58,6 +72,7 @@ class MicroBatch:
     target_ids: np.ndarray
     completions: np.ndarray
     last_positions: np.ndarray
+    noise: Noise | None = None
 
     @property
     def examples(self) -> np.ndarray:
@@ -182,6 +197,36 @@ def build_micro_batch(examples: Sequence[TokenizedExample], indices: Sequence[in
         completions=np.array(layout.completions, dtype=np.int64).reshape(-1, 3),
         last_positions=np.array(layout.last_positions, dtype=np.int64),
     )
+
+
+def add_noise(
+    micro_batch: MicroBatch, examples: Sequence[TokenizedExample], keys: np.ndarray, alpha: float, share_prefix: bool
+) -> MicroBatch:
+    """The micro-batch with noise on its embeddings.
+
+    Args:
+        examples, share_prefix: as it was built with.
+        keys: uint64 [E], one for each example.
+        alpha: of NEFTune.
+    """
+    found, scales = [], []
+    for key, example in zip(keys, examples):
+        p, sizes = len(example.prompt_ids), list(map(len, example.completion_ids))
+        prompt = _token_keys(key, 0, np.arange(p))
+        completions = [_token_keys(key, k + 1, np.arange(p, p + n)) for k, n in enumerate(sizes)]
+        if share_prefix:
+            own = [prompt, *completions]
+        else:
+            own = [part for completion in completions for part in (prompt, completion)]
+        found += own
+        scales.append(np.full(sum(map(len, own)), alpha / math.sqrt(p + max(sizes)), dtype=np.float32))
+    noise = Noise(np.concatenate(found).astype(np.int64), np.concatenate(scales))
+    return replace(micro_batch, noise=noise)
+
+
+def _token_keys(key: np.uint64, number: int, positions: np.ndarray) -> np.ndarray:
+    """uint64 keys of the tokens of a prompt (0) or completion (1 ...)."""
+    return mix(positions.astype(np.uint64) + np.uint64(number << 32), int(key))
 
 
 def empty_micro_batch() -> MicroBatch:

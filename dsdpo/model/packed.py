@@ -16,6 +16,7 @@ from dsdpo.data.packing import MicroBatch
 from dsdpo.errors import config_error
 from dsdpo.model.attention.masks import PackedLayout
 from dsdpo.model.heads import LogProbHead, ValueHead
+from dsdpo.model.noise import embedding_noise
 
 
 @dataclass
@@ -28,6 +29,7 @@ class PackedInputs:
     loss_positions: torch.Tensor
     target_ids: torch.Tensor
     last_positions: torch.Tensor
+    noise: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of(cls, micro_batch: MicroBatch, device: torch.device) -> PackedInputs:
@@ -43,7 +45,11 @@ class PackedInputs:
             torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
         )
         layout = PackedLayout(micro_batch.segments, device)
-        return cls(ids, positions, layout, loss_positions, target_ids, last_positions)
+        noise = None
+        if micro_batch.noise is not None:
+            keys, scales = (torch.from_numpy(x).to(device, non_blocking=True) for x in micro_batch.noise)
+            noise = keys, scales
+        return cls(ids, positions, layout, loss_positions, target_ids, last_positions, noise)
 
 
 class ModelOutput(NamedTuple):
@@ -91,12 +97,20 @@ class PackedModel(nn.Module):
             self.head = ValueHead(output_layer)
         # Not registered as a submodule: it is part of `model`, and a parameter shall have one name.
         self._backbone = (causal_lm.base_model,)
+        self._noise: tuple[torch.Tensor, torch.Tensor] | None = None
+        causal_lm.get_input_embeddings().register_forward_hook(self._add_noise)
+
+    def _add_noise(self, module: nn.Module, args: Any, embeddings: torch.Tensor) -> torch.Tensor:
+        if self._noise is None:
+            return embeddings
+        return embeddings + embedding_noise(*self._noise, embeddings.shape[-1]).to(embeddings.dtype)
 
     def forward(self, inputs: PackedInputs) -> ModelOutput:
         """Log-probs of the scored tokens, or values of the completions.
 
         The first token of a completion is predicted from the prompt's last hidden state, which all completions use.
         """
+        self._noise = inputs.noise
         hidden = self._backbone[0](
             input_ids=inputs.input_ids,
             position_ids=inputs.position_ids,

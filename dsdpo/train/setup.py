@@ -139,7 +139,9 @@ class _Loaders:
 
     def __call__(self, source: ExampleSource, ids: np.ndarray) -> tuple[BatchLoader, Reference]:
         """Of a set, of which `ids` will be asked for."""
-        loader = BatchLoader(source, self._mesh, self.row_tokens, self._config.share_prefix)
+        config = self._config
+        alpha = config.neftune_noise_alpha or 0.0
+        loader = BatchLoader(source, self._mesh, self.row_tokens, config.share_prefix, alpha)
         return loader, self._reference_of(loader, ids)
 
 

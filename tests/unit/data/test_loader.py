@@ -50,7 +50,7 @@ def test_the_stream_equals_single_batches_from_any_step() -> None:
 
 def test_an_error_while_streaming_reaches_the_caller() -> None:
     with pytest.raises(IndexError):
-        list(loader(0, 1).stream([np.array([0]), np.array([50])]))
+        list(loader(0, 1).stream([(np.array([0]), None), (np.array([50]), None)]))
 
 
 def test_in_order_takes_each_example_once() -> None:
