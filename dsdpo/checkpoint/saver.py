@@ -18,7 +18,7 @@ from dsdpo.checkpoint.commit import RUN_FILE, FileRecord, commit, hashed_file, r
 from dsdpo.checkpoint.fragments import Index, index_of, join_indices, rank_file, tensors_of, write_tensors
 from dsdpo.checkpoint.random_state import random_state
 from dsdpo.config.schema import RunConfig
-from dsdpo.engine.zero_state import adam_step, iter_state_shards, shards_to_save, trained_weights
+from dsdpo.engine.zero_state import adam_step, iter_state_shards, set_adam_step, shards_to_save, trained_weights
 from dsdpo.errors import DsdpoError, IOFailure
 from dsdpo.plan.memory import checkpoint_bytes
 from dsdpo.runtime.collectives import all_gather_object, raise_on_any_rank, run_on_main
@@ -117,6 +117,8 @@ class Saver:
         folder = step_folder(self._run_dir, step)
         staged: Path = run_on_main(self._mesh.is_main, lambda: stage(folder))
         fault_point("save:staged")
+        if adam_step(self._engine) == 0:  # no step so far had a token in the loss
+            set_adam_step(self._engine, 0)
         pieces = shards_to_save(self._engine, self._mesh.rank, self._mesh.world_size)
         tensors = tensors_of(pieces)
         if self._config.async_save:

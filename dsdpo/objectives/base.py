@@ -53,7 +53,7 @@ class Objective(Protocol):
         """What the sum of a step's totals over all ranks is divided by: the sum of the examples' weights, or that of
         their loss tokens times weights.
 
-        It follows from the lengths alone, so every rank knows it.
+        It follows from the lengths alone, so every rank knows it. A step where it is 0 updates nothing.
         """
         ...
 

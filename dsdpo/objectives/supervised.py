@@ -39,7 +39,7 @@ class SupervisedObjective:
         """See `Objective`."""
         over = batch.mean_over
         tokens = float((over.weights * over.lengths.loss_tokens_of_examples).sum())
-        per_example = len(over.lengths) / tokens
+        per_example = len(over.lengths) / max(tokens, 1.0)
 
         def loss_of(micro_batch: MicroBatch, output: ModelOutput) -> MicroBatchLoss:
             """The loss of a micro-batch."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from dsdpo.engine.optimizer import optimizer_step, set_learning_rate
 from dsdpo.train.metrics import MetricSums
 from dsdpo.train.run import Run
@@ -23,12 +25,16 @@ def train(run: Run) -> None:
         set_learning_rate(engine, learning_rate)
         reference = run.reference.logps(batch)
         run.watchdog.beat(step)
-        loss_of = objective.bind(batch, reference, run.forward)
-        # DeepSpeed averages gradients over data-parallel ranks: times their number, this is the mean over the step.
-        scale = run.mesh.dp_size / objective.denominator(batch)
         sums = MetricSums(objective.metrics, run.hardware.device)
-        for number, micro_batch in enumerate(batch.micro_batches, 1):
-            engine.set_gradient_accumulation_boundary(number == len(batch.micro_batches))
+        grad_norm: torch.Tensor | float = 0.0
+        denominator = objective.denominator(batch)
+        micro_batches = batch.micro_batches if denominator > 0 else []  # a step without loss tokens updates nothing
+        if micro_batches:
+            loss_of = objective.bind(batch, reference, run.forward)
+            # DeepSpeed averages gradients over data-parallel ranks: times their number, this is the mean over the step.
+            scale = run.mesh.dp_size / denominator
+        for number, micro_batch in enumerate(micro_batches, 1):
+            engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             loss = loss_of(micro_batch, run.forward(micro_batch))
             engine.backward(loss.total * scale, scale_wrt_gas=False)
             grad_norm = optimizer_step(engine)

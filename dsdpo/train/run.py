@@ -223,8 +223,13 @@ class Run:
             if self.saver.poll(step.done, totals.written, totals.failed):
                 self._check_room(step.done)
         packing = step.batch.packing
+        skipped = {}
+        if not self.objective.denominator(step.batch):
+            self.reporter.say(f"step {step.done}: no token of its examples is in the loss; nothing was updated")
+            skipped = {"skipped": 1.0}
         self.reporter.step(
             {
+                **skipped,
                 "step": step.done,
                 "epoch": step.done / self.order.steps_per_epoch(self.config.train_batch_size),
                 **totals.means,
