@@ -19,6 +19,7 @@ from dsdpo.runtime.stop import StopFlag
 from dsdpo.train.run import Run
 from dsdpo.train.setup import set_up
 from tests.dist.grid import run_config, take_steps
+from tests.helpers.objectives import examples_for
 from tests.helpers.tiny import ListOfExamples, random_pairs
 
 PAIRS = 21
@@ -63,8 +64,10 @@ def go(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         config = run_config(folder=folder, save_steps=None, **task).model_copy(update={"stage": objective})
         zero = ZeroConfig.load(config)
         hardware = start_process_group(config, zero, mesh)
-        pairs = ListOfExamples(random_pairs(PAIRS))
-        run = set_up(config, zero, mesh, hardware, pairs, None, StopFlag(RunDir(folder)))
+        source = ListOfExamples(random_pairs(PAIRS))
+        if objective in ("pt", "sft", "kto"):
+            source = examples_for(objective, PAIRS)
+        run = set_up(config, zero, mesh, hardware, source, None, StopFlag(RunDir(folder)))
         state = state_of(run) if looks else {}
         total = run.schedule.total_steps
         stop = StopAfter(run, until)

@@ -22,10 +22,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full", "weight_decay": 0.1},
     "lora": {"finetuning_type": "lora", "learning_rate": 1e-2},
     "reward": {"finetuning_type": "lora", "learning_rate": 1e-2, "objective": "rm"},
+    "supervised": {"finetuning_type": "full", "objective": "sft", "neftune_noise_alpha": 5.0},
+    "labelled": {"finetuning_type": "lora", "learning_rate": 1e-2, "objective": "kto"},
+    "text": {"finetuning_type": "full", "objective": "pt"},
 }
 MORE_PLACES = [*PLACES, {"stage": 3, "persist": True}, {"stage": 2, "offload": True}]
 CASES = [(world, place, kind) for world in WORLDS for place in range(len(PLACES)) for kind in ("full", "lora")]
-CASES += [(world, place, "reward") for world in WORLDS for place in (1, 3)]
+STAGES = [kind for kind in KINDS if "objective" in KINDS[kind]]
+CASES += [(world, place, kind) for kind in STAGES for world in WORLDS for place in (1, 3)]
 SAVED_AFTER, STEPS = 3, 6
 
 

@@ -32,6 +32,8 @@ class Place:
         save_model(folder / "model", tiny_llama_config())
         save_tokenizer(folder / "model")
         save_pairs(folder / "pairs.jsonl", 40)
+        for stage in ("sft", "kto", "pt"):
+            save_pairs(folder / f"{stage}.jsonl", 40, stage=stage)
         settings = {
             "model_name_or_path": str(folder / "model"),
             "dataset": "pairs.jsonl",

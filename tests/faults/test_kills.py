@@ -40,7 +40,10 @@ SETTINGS = {
     "zero2": (2, False, "full"),
     "zero3": (3, False, "lora"),
     "zero3-offload": (3, True, "full"),
-    "zero2-reward": (2, False, "reward"),
+    "zero2-reward": (2, False, "rm"),
+    "zero3-supervised": (3, False, "sft"),
+    "zero1-labelled": (1, False, "kto"),
+    "zero2-text": (2, False, "pt"),
 }
 
 
@@ -98,7 +101,11 @@ KILL_PLAN = list(plan(KILLS))
 
 def arguments(place: Place, kill: Kill) -> list[str]:
     stage, offload, kind = SETTINGS[kill.setting]
-    more = {"full": [], "lora": ["--lora_dropout", "0.1"], "reward": ["--stage", "rm"]}[kind]
+    more = {"full": [], "lora": ["--lora_dropout", "0.1"]}.get(kind, ["--stage", kind])
+    if kind in ("sft", "kto", "pt"):
+        more += ["--dataset", f"{kind}.jsonl"]
+    if kind == "sft":
+        more += ["--neftune_noise_alpha", "5"]
     finetuning = "full" if kind == "full" else "lora"
     common = ["--deepspeed", place.zero(stage, offload), "--finetuning_type", finetuning]
     return [*common, "--async_save", str(kill.asynchronous), *more]

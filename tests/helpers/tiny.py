@@ -86,14 +86,24 @@ def random_pairs(n: int, seed: int = 0, vocab: int = VOCAB) -> list[TokenizedExa
     return random_examples(n, seed=seed, vocab=vocab)
 
 
-def save_pairs(path: Path, n: int, seed: int = 0) -> None:
-    """A JSONL file of pairs in the words of `save_tokenizer`: prompts of 3 to 12 words, completions of 3 to 8."""
+def save_pairs(path: Path, n: int, seed: int = 0, stage: str = "dpo") -> None:
+    """A JSONL file of pairs in the words of `save_tokenizer`: prompts of 3 to 12 words, completions of 3 to 8.
+
+    For stage `sft`, `kto` or `pt`, their better answers, labelled answers, or both answers as a text.
+    """
     rng = np.random.default_rng(seed)
 
     def words(longest: int) -> str:
         return " ".join(f"w{i}" for i in rng.integers(3, VOCAB, size=rng.integers(3, longest + 1)))
 
-    rows = [{"prompt": words(12), "chosen": words(8), "rejected": words(8)} for _ in range(n)]
+    pairs = [(words(12), words(8), words(8)) for _ in range(n)]
+    rows: list[dict[str, object]] = [{"prompt": p, "chosen": w, "rejected": other} for p, w, other in pairs]
+    if stage == "sft":
+        rows = [{"prompt": p, "completion": w} for p, w, _ in pairs]
+    elif stage == "kto":
+        rows = [{"prompt": p, "completion": w, "label": i % 2 == 0} for i, (p, w, _) in enumerate(pairs)]
+    elif stage == "pt":
+        rows = [{"text": " ".join(pair)} for pair in pairs]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
