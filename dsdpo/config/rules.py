@@ -31,11 +31,12 @@ def check_rules(loaded: LoadResult) -> list[Problem]:
 
 
 def _row_fits_a_pair(config: RunConfig, given: Given) -> str:
-    if config.row_tokens is None or config.row_tokens >= 2 * config.max_length:
+    answers = 2 if STAGES[config.stage].records in ("pairs", "labelled") else 1
+    if config.row_tokens is None or config.row_tokens >= answers * config.max_length:
         return ""
     return (
-        f"max_tokens_per_row is {config.row_tokens}, but a pair may take 2 * max_length = "
-        f"{2 * config.max_length} tokens; raise max_tokens_per_row, lower max_length or leave it empty"
+        f"max_tokens_per_row is {config.row_tokens}, but an example may take {answers} * max_length = "
+        f"{answers * config.max_length} tokens; raise max_tokens_per_row, lower max_length or leave it empty"
     )
 
 

@@ -231,13 +231,15 @@ class RunConfig(BaseModel):
 
     # --- batches ---
     train_batch_size: int = Field(32, ge=1)
-    """Pairs per optimizer step over all GPUs together, whatever their number."""
+    """Examples per optimizer step over all GPUs together, whatever their number: pairs, dialogues, labelled answers, or
+    chunks of text."""
 
     max_tokens_per_row: Annotated[int | Literal["auto"] | None, Checked(_check_row, ROW_WORDS)] = Field(
         None, json_schema_extra=FREE
     )
-    """Longest packed row, in tokens: what one GPU computes at a time. At least 2 * max_length. `auto`: what the GPU's
-    memory allows by an estimate; 8192 on CPU. Empty: 4 * max_length."""
+    """Longest packed row, in tokens: what one GPU computes at a time. At least 2 * max_length, or max_length for stages
+    of single answers and texts. `auto`: what the GPU's memory allows by an estimate; 8192 on CPU. Empty: 4 *
+    max_length."""
 
     share_prefix: bool = Field(True, json_schema_extra=FREE)
     """Compute a pair's prompt once for both completions. False: prompt+chosen and prompt+rejected as two

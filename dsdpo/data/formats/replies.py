@@ -16,7 +16,7 @@ from dsdpo.data.formats.columns import Columns
 from dsdpo.data.formats.conversations import conversation, history_of, keys_of, one_answer, sql_prompt
 from dsdpo.data.formats.dialogues import REPEATED, without_prompt
 from dsdpo.data.formats.written import read_conversation, read_list, read_written
-from dsdpo.data.messages import assistant, check_prompt, in_order, says_nothing, user
+from dsdpo.data.messages import assistant, check_prompt, check_reply_keys, in_order, says_nothing, user
 from dsdpo.data.turns import is_trained
 
 AFTER_LAST = "with turns after the last reply (left out)"
@@ -94,6 +94,8 @@ def _reply(value: Any, side: str) -> list[Message]:
 
 def _answered(prompt: Any, completions: Sequence[Any]) -> Example:
     """A prompt with completions, each text or messages."""
+    if isinstance(prompt, str) and not prompt.strip():
+        raise Dropped("empty_prompt")
     if isinstance(prompt, str) and all(isinstance(some, str) for some in completions):
         rests = without_prompt(prompt, *completions)
         if rests and any(rest[:1].isspace() for rest in rests):
@@ -138,13 +140,12 @@ def _example(prompt: Any, completions: Sequence[Any], notes: tuple[str, ...]) ->
 def checked(example: Example) -> Example:
     """The example, if its turns are in order and each of its replies says something."""
     if isinstance(example.prompt, str):
-        if example.prompt and not example.prompt.strip():
-            raise Dropped("empty_prompt")
         if not all(str(some).strip() for some in example.completions):
             raise Dropped("empty_reply" if example.prompt else "empty_text")
         return example
     prompt = check_prompt(example.prompt)
     completions = []
+    notes: dict[str, None] = dict.fromkeys(example.notes)
     for turns in example.completions:
         assert not isinstance(turns, str)
         trained = [message for message in turns if is_trained(message)]
@@ -154,9 +155,10 @@ def checked(example: Example) -> Example:
             raise Dropped("empty_reply")
         if in_order([*prompt, *turns])[: len(prompt)] != prompt or turns[0]["role"] != "assistant":
             raise Dropped("roles_do_not_alternate", f"{turns[0]['role']} after {prompt[-1]['role']}")
+        notes |= {note: None for message in trained if len(message) > 2 for note in check_reply_keys(message)}
         last = max(number for number, message in enumerate(turns) if is_trained(message))
         completions.append(turns[: last + 1])
-    return replace(example, prompt=prompt, completions=tuple(completions))
+    return replace(example, prompt=prompt, completions=tuple(completions), notes=tuple(notes))
 
 
 def last_reply_alone(example: Example) -> Example:

@@ -111,6 +111,8 @@ def test_what_is_masked(tmp_path: Path, model: Path, reply: Any, options: Any, l
         ({"messages": [user("q"), bot("a"), bot("b")]}, "roles_do_not_alternate"),
         ({"instruction": "q", "output": ["a", "b"]}, "pairs_not_replies"),
         ({"prompt": "p", "completion": []}, "nothing_trained"),
+        ({"prompt": " ", "completion": "c"}, "empty_prompt"),
+        ({"prompt": "", "completion": "c"}, "empty_prompt"),
         ({"messages": [user("q"), bot("a", train_detail=[{"begin_offset": 0, "end_offset": 9}])]}, "bad_train_detail"),
         ({"messages": [user("q"), bot("aa", train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}])]}, ""),
     ],
@@ -118,6 +120,11 @@ def test_what_is_masked(tmp_path: Path, model: Path, reply: Any, options: Any, l
 def test_what_cannot_be_trained_is_dropped_with_a_reason(tmp_path: Path, model: Path, record: Any, code: str) -> None:
     found = taught(tmp_path, model, record)
     assert found.exit_code == (65 if code else 0) and dict(found.dropped) == ({code: 1} if code else {})
+
+
+def test_weights_of_replies_other_than_0_and_1_are_told(tmp_path: Path, model: Path) -> None:
+    found = taught(tmp_path, model, {"messages": [user("q"), bot("a", weight=0.5)]})
+    assert found.learned == [["a" + END]] and dict(found.notes) == {"with the key weight of a reply not used": 1}
 
 
 def test_a_reply_that_is_cut_off_whole_is_dropped(tmp_path: Path, model: Path) -> None:
