@@ -99,8 +99,8 @@ def main() -> None:
     """Fetch, make the data, train the four stages, tell what each changed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--num_accelerators", type=int, help="ranks (all GPUs, or 2 on a CPU)")
-    parser.add_argument("--rows", type=int, default=480, help="records of each file to train on")
-    parser.add_argument("--heldout", type=int, default=160, help="held-out records of each file")
+    parser.add_argument("--rows", type=int, default=240, help="records of each file to train on")
+    parser.add_argument("--heldout", type=int, default=120, help="held-out records of each file")
     parser.add_argument("--model", type=Path, help="to begin with (SmolLM2-135M-Instruct)")
     parser.add_argument("--folder", type=Path, default=ROOT, help="where outputs/ is written; it has configs/, too")
     options = parser.parse_args()

@@ -72,8 +72,8 @@ def main() -> None:
     """Read the command line and write the data."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--to", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=480)
-    parser.add_argument("--heldout", type=int, default=160)
+    parser.add_argument("--rows", type=int, default=240)
+    parser.add_argument("--heldout", type=int, default=120)
     options = parser.parse_args()
     write(options.to, options.rows, options.heldout)
 

@@ -31,6 +31,6 @@ def test_four_stages_one_after_another(tmp_path: Path) -> None:
     for stage in STAGES:
         run = place / "outputs" / "pipeline" / stage
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert sum("eval_loss" in line for line in lines) == 1 and sum("loss" in line for line in lines) == 2
+        assert sum("eval_loss" in line for line in lines) == 1 and sum("loss" in line for line in lines) == 4
         assert len((run / "evaluation" / "eval_examples.jsonl").read_text().splitlines()) == 8
     assert "architectures" in json.loads((place / "outputs/pipeline/rm/final/config.json").read_text())
