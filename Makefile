@@ -41,6 +41,7 @@ endef
 
 help:
 	@echo "make demo     install, then train a small model on text-to-SQL and show what changed"
+	echo "make pipeline    install, then four stages one after another: text, SFT, a reward model, DPO"
 	echo "make quick    install, then run the tests that start no run: a minute or so"
 	echo "make test     install, then run what a change must pass, with one real run for each promise: 11 minutes"
 	echo "make test-all install, then run every test with KILLS=60 (PART=i/4: a quarter, 20 minutes)"
