@@ -98,7 +98,7 @@ def _write(rows: RowEncoder, config: RunConfig, folder: Path) -> dict[str, Any]:
     (folder / "work").mkdir(parents=True)
     keys = _Keys(folder / "work" / "keys")
     with (folder / DROPPED_ROWS).open("w") as stream:
-        tally = Tally(stream)
+        tally = Tally(stream, len(rows.entries))
         encoded = encode(rows, config.max_samples, config.preprocessing_num_workers, folder / "work" / "records.arrow")
         accepted = _accepted(encoded, tally, keys)
         if STAGES[config.stage].records == "labelled":

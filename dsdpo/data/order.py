@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dsdpo.errors import DataError
+
 _ROUNDS = 6
 _HASH_KEY = 2**32 - 2  # an epoch number that training never reaches
 _STEPS = 2**63  # steps have keys beyond those of epochs
@@ -95,9 +97,17 @@ class Order:
             mix_strategy: as in the run config. `interleave_under`: an epoch ends with the set that is used up first,
                 `interleave_over`: with the one that is used up last, as `datasets.interleave_datasets` has it.
             probs: share of each set in an epoch; None: the same for all.
+
+        Raises:
+            DataError: a set to mix has no example.
         """
         if mix_strategy == "concat":
             return cls((sum(sizes),), (sum(sizes),))
+        if not all(sizes):
+            raise DataError(
+                f"mix_strategy {mix_strategy}: set {list(sizes).index(0) + 1} of dataset has no example to train on; "
+                "take it out, or see why its records were dropped"
+            )
         weights = np.ones(len(sizes)) if probs is None else np.array(probs, dtype=np.float64)
         shares = weights / weights.sum()
         pick = min if mix_strategy == "interleave_under" else max

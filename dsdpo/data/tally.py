@@ -21,9 +21,11 @@ class Tally:
 
     Args:
         dropped: gets one JSON object in a line for each dropped record.
+        sets: how many there are.
     """
 
-    def __init__(self, dropped: IO[str]) -> None:
+    def __init__(self, dropped: IO[str], sets: int) -> None:
+        self._n_sets = sets
         self._file = dropped
         self._records = self._rows = 0
         self._dropped: dict[str, dict[str, Any]] = {}  # by reason
@@ -74,7 +76,7 @@ class Tally:
         return {
             "rows": self._records,
             "examples": self._rows - n_dropped,
-            "examples_of_sets": [self._sets[number] for number in range(max(self._sets, default=-1) + 1)],
+            "examples_of_sets": [self._sets[number] for number in range(self._n_sets)],
             "refused": {reason: found["count"] for reason, found in dropped.items()},
             "dropped": dropped,
             "truncated": self._flags["truncated"],

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsdpo.data.order import Order, examples_of_steps, permute, step_example_ids, steps_per_epoch
+from dsdpo.errors import DataError
 
 
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
@@ -85,6 +86,13 @@ def test_a_mix_without_shares_and_the_examples_that_it_uses() -> None:
     assert order.quotas == (5, 5)
     used = order.ids_of_steps(7, 4, seed=1)
     assert used.tolist() == sorted({*np.concatenate([order.step_ids(step, 4, seed=1) for step in range(7)]).tolist()})
+
+
+def test_a_set_without_examples_is_not_mixed() -> None:
+    for sizes in ((5, 0), (0, 5), (5, 0, 7)):
+        with pytest.raises(DataError, match=f"set {sizes.index(0) + 1} "):
+            Order.of(sizes, "interleave_over")
+        assert len(Order.of(sizes)) == sum(sizes)
 
 
 def test_several_sets_without_a_mix_are_one() -> None:

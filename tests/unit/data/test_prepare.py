@@ -558,6 +558,9 @@ def test_the_sizes_of_several_sets(settings, tmp_path):
     write(tmp_path / "data/two.jsonl", rows(50)[30:])
     several = {**settings, "dataset": ["one.jsonl", "two.jsonl"], "max_refused": 0.1}
     assert prepared(several).sizes == [30, 20]
+    write(tmp_path / "data/gone.jsonl", [{"prompt": "", "chosen": "a", "rejected": "b"}])
+    with_gone = {**several, "dataset": ["one.jsonl", "gone.jsonl"], "max_refused": 0.5}
+    assert prepared(with_gone).sizes == [30, 0]
     parts = {split: prepared({**several, "val_size": 0.2}, split=split) for split in ("train", "eval")}
     for part in parts.values():
         told = [part.where(i).split(":")[0] for i in range(len(part))]
