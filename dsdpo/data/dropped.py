@@ -166,6 +166,9 @@ REASONS = {
         "train_detail is no list of objects with begin_offset and end_offset within the content, and train"
     ),
     "nothing_trained": Reason("no reply is to be trained", "take such records out"),
+    "labelled_answer": Reason(
+        "a label says whether the answer is good or bad, and the stage trains on every answer", fatal=True
+    ),
     "bad_label": Reason("the label is neither true nor false", "write true for a good answer, false for a bad one"),
     "empty_text": Reason("an empty text"),
     "empty_reply": Reason("an empty reply", "take it out, or mark it with train: false"),

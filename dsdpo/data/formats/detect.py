@@ -114,7 +114,8 @@ REPLIES: dict[str, dict[str, Column]] = {
     },
     "text": _TEXT,
 }
-_LABEL = {"kto_tag": Column(("label", "kto_tag"))}
+LABELS = ("label", "kto_tag")
+_LABEL = {"kto_tag": Column(LABELS)}
 LABELLED = {name: {**REPLIES[name], **_LABEL} for name in ("alpaca", "sharegpt", "openai", "trl")}
 TEXTS = {"text": _TEXT, "alpaca": _TEXT}  # LLaMA-Factory has no name for it but the default's
 READS: dict[Records, dict[str, dict[str, Column]]] = {

@@ -15,7 +15,7 @@ from dsdpo.data.example import Example, Message
 from dsdpo.data.formats import labelled, preference, replies
 from dsdpo.data.formats.columns import Columns
 from dsdpo.data.formats.conversations import Tools
-from dsdpo.data.formats.detect import READS
+from dsdpo.data.formats.detect import LABELS, READS
 from dsdpo.data.formats.names import is_empty
 from dsdpo.data.messages import TOOL_KEYS, read_score, read_template_kwargs, read_tools, read_weight, system_and
 
@@ -70,6 +70,9 @@ def read_record(
         raise
     if notes := seen.account(example):
         example = replace(example, notes=example.notes + notes)
+    if records == "replies" and (said := [key for key in LABELS if isinstance(seen.row.get(key), bool)]):
+        remedy = f"set stage: kto, take the bad ones out, or set ignore_columns: [{', '.join(said)}]"
+        raise Dropped("labelled_answer", f"{', '.join(said)}; {remedy}")
     if records == "pairs":
         return preference.checked(example, allow_empty_rejected), seen.used
     return replies.checked(example), seen.used

@@ -162,10 +162,12 @@ def checked(example: Example) -> Example:
 
 
 def last_reply_alone(example: Example) -> Example:
-    """The example with only the last reply of a dialogue trained: `mask_history`."""
-    if isinstance(example.prompt, str) or len(example.completions) > 1 or len(example.completions[0]) < 2:
+    """The example with only the last reply of each dialogue trained: `mask_history`."""
+    dialogues = [turns for turns in example.completions if not isinstance(turns, str)]
+    if isinstance(example.prompt, str) or not any(len(turns) > 1 for turns in dialogues):
         return example
-    [dialogue] = example.completions
-    assert not isinstance(dialogue, str)
-    *history, last = dialogue
-    return replace(example, prompt=[*example.prompt, *history], completions=([last],))
+    if len(dialogues) == 1:
+        *history, last = dialogues[0]
+        return replace(example, prompt=[*example.prompt, *history], completions=([last],))
+    marked = ([*({**message, "train": False} for message in turns[:-1]), turns[-1]] for turns in dialogues)
+    return replace(example, completions=tuple(marked))
