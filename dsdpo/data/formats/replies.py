@@ -85,8 +85,7 @@ TEXT_FORMATS = {"text": text, "alpaca": text}
 
 def _reply(value: Any, side: str) -> list[Message]:
     """The reply of a record: text, or one message."""
-    given = read_list(value, side)
-    if isinstance(given, list) and not all(isinstance(some, dict) for some in given):
+    if isinstance(value, list) and not all(isinstance(some, dict) for some in value):
         raise Dropped("pairs_not_replies", side)
     found = one_answer(value, side)
     return assistant(found) if isinstance(found, str) else found

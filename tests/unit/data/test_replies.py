@@ -55,6 +55,9 @@ def taught(tmp_path: Path, model: Path, record: Any, stage: str = "sft", **more:
         ({"prompt": DIALOGUE[:1], "completion": DIALOGUE[1:]}, ["Two miles.", "Ten miles."]),
         ({"prompt": "How deep?", "completion": DIALOGUE[1:2]}, ["Two miles."]),
         ({"question": "q", "context": "c", "answer": "SELECT 1"}, ["SELECT 1"]),
+        ({"instruction": "List two", "output": '["one", "two"]'}, ['["one", "two"]']),
+        ({"instruction": "Count", "output": "[1, 2, 3]"}, ["[1, 2, 3]"]),
+        ({"messages": [user("List none"), bot("[]")]}, ["[]"]),
     ],
 )
 def test_the_replies_are_trained_and_nothing_else(tmp_path: Path, model: Path, record: Any, learned: list[str]) -> None:
