@@ -11,7 +11,15 @@ import numpy as np
 
 from dsdpo.data.example import Lengths, TokenizedExample
 from dsdpo.data.order import Order, example_keys
-from dsdpo.data.packing import MicroBatch, add_noise, build_micro_batch, empty_micro_batch, idle_share, plan_step
+from dsdpo.data.packing import (
+    MicroBatch,
+    add_noise,
+    build_micro_batch,
+    empty_micro_batch,
+    idle_share,
+    only_completion,
+    plan_step,
+)
 from dsdpo.runtime.env import Mesh
 
 
@@ -129,6 +137,10 @@ class Batch:
     micro_batches: list[MicroBatch]
     packing: Packing
     mean_over: MeanOver
+
+    def to_compute(self, first_alone: bool) -> list[MicroBatch]:
+        """This rank's micro-batches, whole or with the first completion of each example alone."""
+        return [only_completion(some, 0) for some in self.micro_batches] if first_alone else self.micro_batches
 
     def completion_indices(self, micro_batch: MicroBatch) -> np.ndarray:
         """int64 [S]: places of a micro-batch's completions among the batch's N."""

@@ -199,6 +199,40 @@ def build_micro_batch(examples: Sequence[TokenizedExample], indices: Sequence[in
     )
 
 
+def only_completion(micro_batch: MicroBatch, number: int) -> MicroBatch:
+    """A micro-batch with one completion of each example, which is number 0 in it.
+
+    Args:
+        micro_batch: whose examples have that completion all; one without examples stays as it is, without noise.
+        number: of the completion.
+    """
+    wanted = micro_batch.completions[:, 1] == number
+    if not len(wanted):
+        return micro_batch
+    starts = np.array([segment.start for segment in micro_batch.segments])
+    own = np.searchsorted(starts, micro_batch.last_positions[wanted], side="right") - 1
+    prefixes = [micro_batch.segments[i].prefix_start for i in own if micro_batch.segments[i].prefix_length]
+    kept = [micro_batch.segments[i] for i in sorted({*own.tolist(), *np.searchsorted(starts, prefixes).tolist()})]
+    tokens = np.concatenate([np.arange(segment.start, segment.start + segment.length) for segment in kept])
+    place = np.zeros(len(micro_batch.input_ids), dtype=np.int64)
+    place[tokens] = np.arange(len(tokens))
+    scored = np.repeat(wanted, micro_batch.completions[:, 2])
+    completions = micro_batch.completions[wanted]
+    completions[:, 1] = 0
+    return MicroBatch(
+        input_ids=micro_batch.input_ids[tokens],
+        position_ids=micro_batch.position_ids[tokens],
+        segments=[
+            segment._replace(start=int(place[segment.start]), prefix_start=int(place[segment.prefix_start]))
+            for segment in kept
+        ],
+        loss_positions=place[micro_batch.loss_positions[scored]],
+        target_ids=micro_batch.target_ids[scored],
+        completions=completions,
+        last_positions=place[micro_batch.last_positions[wanted]],
+    )
+
+
 def add_noise(
     micro_batch: MicroBatch, examples: Sequence[TokenizedExample], keys: np.ndarray, alpha: float, share_prefix: bool
 ) -> MicroBatch:

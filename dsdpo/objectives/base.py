@@ -35,6 +35,8 @@ class Objective(Protocol):
 
     Attributes:
         head: what the model computes: `logprob` of the scored tokens, or a `value` for each completion.
+        first_alone: whether the loss that `bind` gives is one of each example's first completion: it then gets
+            micro-batches of these alone, as `only_completion` gives them.
         needs_reference: whether `bind` gets log-probs of the reference.
         metrics: M names; the first is `loss`, whose mean over a step's examples is the step's loss. So it holds an
             example's weight over their mean.
@@ -42,6 +44,9 @@ class Objective(Protocol):
 
     @property
     def head(self) -> Literal["logprob", "value"]: ...
+
+    @property
+    def first_alone(self) -> bool: ...
 
     @property
     def needs_reference(self) -> bool: ...

@@ -10,7 +10,7 @@ from deepspeed import comm
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import Batch
-from dsdpo.data.packing import MicroBatch
+from dsdpo.data.packing import MicroBatch, only_completion
 from dsdpo.model.packed import ModelOutput
 from dsdpo.objectives.base import Forward, LossFunction, MicroBatchLoss
 from dsdpo.objectives.sums import completion_sums
@@ -29,6 +29,7 @@ class KTOObjective:
     """
 
     head: Literal["logprob"] = "logprob"
+    first_alone = True
     needs_reference = True
     metrics = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "kl")
 
@@ -51,7 +52,7 @@ class KTOObjective:
 
         def loss_of(micro_batch: MicroBatch, output: ModelOutput) -> MicroBatchLoss:
             """The loss of a micro-batch."""
-            ratios = _log_ratios(batch, micro_batch, output, reference)[0]
+            ratios = _log_ratios(batch, micro_batch, output, reference, 0)
             is_good = labels[micro_batch.examples] == 1
             factors = self._weights[is_good.astype(int)] * batch.weights[micro_batch.examples]
             good, factor, weight = (
@@ -72,18 +73,22 @@ class KTOObjective:
         """z, fp32 [] on all ranks: a pass of the policy over the step's mismatched answers. A collective call."""
         total = torch.zeros(1, dtype=torch.float64, device=reference.device)
         for micro_batch in batch.micro_batches:
+            mismatched = only_completion(micro_batch, 1)
             with torch.no_grad():
-                output = forward(micro_batch)
-            total += _log_ratios(batch, micro_batch, output, reference)[1].double().sum()
+                output = forward(mismatched)
+            total += _log_ratios(batch, mismatched, output, reference, 1).double().sum()
         comm.all_reduce(total)
         return (total / len(batch.lengths)).clamp(min=0).float()[0]
 
 
 def _log_ratios(
-    batch: Batch, micro_batch: MicroBatch, output: ModelOutput, reference: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """log(pi / pi_ref) of the own and of the mismatched answers of a micro-batch, fp32 [E] each."""
+    batch: Batch, micro_batch: MicroBatch, output: ModelOutput, reference: torch.Tensor, number: int
+) -> torch.Tensor:
+    """log(pi / pi_ref) of completion `number` of the batch's examples, fp32 [E].
+
+    Args:
+        micro_batch: with that completion alone.
+    """
     sums = completion_sums(output, micro_batch.completions).sum(1)
-    at = torch.from_numpy(batch.completion_indices(micro_batch)).to(sums.device, non_blocking=True)
-    own, mismatched = (sums - reference[at].sum(1)).view(-1, 2).unbind(1)
-    return own, mismatched
+    at = torch.from_numpy(batch.lengths.starts[micro_batch.examples] + number).to(sums.device, non_blocking=True)
+    return sums - reference[at].sum(1)

@@ -37,6 +37,7 @@ class PreferenceObjective:
     """
 
     head: Literal["logprob"] = "logprob"
+    first_alone = False
     metrics = METRICS
 
     def __init__(self, config: RunConfig) -> None:

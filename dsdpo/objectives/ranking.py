@@ -101,6 +101,7 @@ class RankingObjective:
     """
 
     head: Literal["logprob"] = "logprob"
+    first_alone = False
     needs_reference = True
     metrics = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 

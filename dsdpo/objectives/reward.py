@@ -28,6 +28,7 @@ class RewardObjective:
     """
 
     head: Literal["value"] = "value"
+    first_alone = False
     needs_reference = False
     metrics = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 

@@ -25,6 +25,7 @@ class SupervisedObjective:
     """
 
     head: Literal["logprob"] = "logprob"
+    first_alone = False
     needs_reference = False
     metrics = ("loss",)
 

@@ -52,7 +52,7 @@ def evaluate(
             if left := not goes_on():
                 break
             loss_of = objective.bind(batch, reference.logps(batch), forward)
-            for micro_batch in batch.micro_batches:
+            for micro_batch in batch.to_compute(objective.first_alone):
                 found = loss_of(micro_batch, forward(micro_batch))
                 sums.add(found)
                 if per_example is not None:

@@ -28,7 +28,8 @@ def train(run: Run) -> None:
         sums = MetricSums(objective.metrics, run.hardware.device)
         grad_norm: torch.Tensor | float = 0.0
         denominator = objective.denominator(batch)
-        micro_batches = batch.micro_batches if denominator > 0 else []  # a step without loss tokens updates nothing
+        # a step without loss tokens updates nothing
+        micro_batches = batch.to_compute(objective.first_alone) if denominator > 0 else []
         if micro_batches:
             loss_of = objective.bind(batch, reference, run.forward)
             # DeepSpeed averages gradients over data-parallel ranks: times their number, this is the mean over the step.

@@ -91,7 +91,7 @@ def compare(stock: PreTrainedModel, wanted: torch.Tensor, batch: Batch, objectiv
                 at = torch.from_numpy(batch.completion_indices(micro_batch))
                 reference[at] = 0.9 * completion_sums(forward(micro_batch), micro_batch.completions)
     loss_of, loss = objective.bind(batch, reference, forward), 0.0
-    for micro_batch in batch.micro_batches:
+    for micro_batch in batch.to_compute(objective.first_alone):
         part = loss_of(micro_batch, forward(micro_batch)).total / objective.denominator(batch)
         part.backward()
         loss += part.item()

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsdpo.data.example import MAX_COMPLETIONS, Lengths, TokenizedExample
-from dsdpo.data.packing import build_micro_batch, empty_micro_batch, idle_share, plan_step
+from dsdpo.data.packing import build_micro_batch, empty_micro_batch, idle_share, only_completion, plan_step
 from dsdpo.errors import DataError
 from tests.helpers.tiny import random_examples
 
@@ -139,3 +139,21 @@ def test_an_empty_micro_batch_has_no_examples() -> None:
     assert len(micro_batch.examples) == len(micro_batch.completions) == len(micro_batch.last_positions) == 0
     assert len(micro_batch.input_ids) == sum(s.length for s in micro_batch.segments) == 2
     assert len(micro_batch.loss_positions) == len(micro_batch.target_ids) == 1, "the head has something to compute"
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("number", [0, 1])
+def test_one_completion_of_each_example(share_prefix: bool, number: int) -> None:
+    """The same as if the others had never been there."""
+    for seed in range(20):
+        examples = random_examples(5, (2, 3), seed, masks=True, empty=True)
+        indices = [4, 0, 7, 2, 9]
+        found = only_completion(build_micro_batch(examples, indices, share_prefix), number)
+        masks = [None if e.loss_mask is None else (e.loss_mask[number],) for e in examples]
+        alone = [TokenizedExample(e.prompt_ids, (e.completion_ids[number],), mask) for e, mask in zip(examples, masks)]
+        wanted = build_micro_batch(alone, indices, share_prefix)
+        assert found.segments == wanted.segments
+        for name in ("input_ids", "position_ids", "loss_positions", "target_ids", "completions", "last_positions"):
+            assert np.array_equal(getattr(found, name), getattr(wanted, name)), name
+    empty = empty_micro_batch()
+    assert only_completion(empty, number) is empty

@@ -152,7 +152,7 @@ def test_packed_equals_each_completion_alone(tmp_path: Path, stage: str, share_p
         batch = BatchLoader(source, Mesh(rank, ranks, rank), max_tokens, share_prefix).batch(np.arange(N))
         reference = reference_of(batch, packed) if objective.needs_reference else None
         loss_of = objective.bind(batch, reference, forward)
-        for micro_batch in batch.micro_batches:
+        for micro_batch in batch.to_compute(objective.first_alone):
             found = loss_of(micro_batch, forward(micro_batch))
             (found.total / objective.denominator(batch)).backward()
             assert found.per_example.shape == micro_batch.examples.shape
