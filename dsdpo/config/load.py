@@ -87,22 +87,35 @@ def _is_default(config: RunConfig, key: str) -> bool:
 
 
 def _take_run(values: dict[str, Any]) -> None:
-    """Put a run's weights in place of its output_dir, where that is named as the model to begin with.
+    """Put a run's weights in place of its output_dir, where that is named as the model or adapter to begin with.
 
-    An adapter is trained further, on the model below it.
+    An adapter is trained further, on the model below it, or with create_new_adapter merged into it first.
     """
-    name = values.get("model_name_or_path")
-    run_dir = RunDir(Path(name)) if isinstance(name, str) else None
-    if run_dir is None or (run_dir.path / "config.json").is_file():
+    adapter_run = _run_of(values.get("adapter_name_or_path"))
+    if adapter_run is not None:
+        values["adapter_name_or_path"] = str(adapter_run.final)
+    run_dir = adapter_run or _run_of(values.get("model_name_or_path"))
+    if run_dir is None:
         return
-    if not (run_dir.run_config.is_file() and run_dir.final.is_dir()):
+    adapter = run_dir.final / "adapter_config.json"
+    if adapter.is_file() and values.get("create_new_adapter") is True:
+        values |= {"model_name_or_path": str(run_dir.merged), "adapter_name_or_path": None}
+        return
+    if adapter_run is not None:
         return
     values["model_name_or_path"] = str(run_dir.final)
-    adapter = run_dir.final / "adapter_config.json"
     if adapter.is_file() and values.get("adapter_name_or_path") is None and values.get("finetuning_type") != "full":
         with suppress(OSError, ValueError, KeyError, TypeError):  # the check of the model's files says what is wrong
             base = json.loads(adapter.read_bytes())["base_model_name_or_path"]
             values |= {"model_name_or_path": str(base), "adapter_name_or_path": str(run_dir.final)}
+
+
+def _run_of(name: Any) -> RunDir | None:
+    """The run whose output_dir an option names, if it has final weights."""
+    run_dir = RunDir(Path(name)) if isinstance(name, str) else None
+    if run_dir is None or (run_dir.path / "config.json").is_file():
+        return None
+    return run_dir if run_dir.run_config.is_file() and run_dir.final.is_dir() else None
 
 
 # --- command line ---

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dsdpo.config.load import LoadResult
@@ -14,6 +15,7 @@ from dsdpo.config.loss_rules import LOSS_RULES, Given, Rule
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.stages import STAGES
 from dsdpo.errors import Problem
+from dsdpo.runtime.rundir import RunDir
 
 
 def check_rules(loaded: LoadResult) -> list[Problem]:
@@ -76,6 +78,15 @@ def _mix(config: RunConfig, given: Given) -> str:
         )
     if config.val_size and config.val_split == "example":
         return f"mix_strategy {config.mix_strategy} needs val_split: prompt, or an eval_dataset"
+    return ""
+
+
+def _new_adapter(config: RunConfig, given: Given) -> str:
+    if config.create_new_adapter and Path(config.model_name_or_path).name != RunDir(Path()).merged.name:
+        return (
+            f"create_new_adapter is set, but model_name_or_path {config.model_name_or_path} is no output_dir of a run "
+            "with an adapter; delete it, or name such a run"
+        )
     return ""
 
 
@@ -207,6 +218,7 @@ RULES: list[Rule] = [
     *LOSS_RULES,
     ("held-out-twice", ("eval_dataset", "val_size"), _one_held_out_set),
     ("val-size", ("val_size",), _val_size),
+    ("create-new-adapter", ("create_new_adapter", "model_name_or_path"), _new_adapter),
     ("mix", ("mix_strategy", "interleave_probs", "dataset", "val_size", "val_split"), _mix),
     ("nothing-held-out", ("eval_steps", "eval_dataset", "val_size"), _something_to_evaluate),
     (

@@ -69,6 +69,11 @@ class RunConfig(BaseModel):
     """Folder of a LoRA adapter to train further; it is then the reference too. Rank, scale and targets are its own,
     dropout is `lora_dropout`'s. What is more than LoRA matrices beside frozen weights is refused."""
 
+    create_new_adapter: bool = False
+    """Merge the adapter of the run that model_name_or_path or adapter_name_or_path names into its model, and begin from
+    that: with a new adapter, or in full. The model is written once, into `merged/` of that run. False: that adapter is
+    trained further."""
+
     lora_target: list[str] = ["all"]
     """Module names that get adapters, such as `q_proj,v_proj`. `all`, or `all-linear`: every linear layer but the
     output head."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from dsdpo.checkpoint import continuing
 from dsdpo.config.schema import RunConfig
+from dsdpo.errors import DsdpoError
+from dsdpo.model.files import not_merged
 from dsdpo.runtime.command import command_line
 from dsdpo.runtime.env import launched
 from dsdpo.runtime.rundir import RunDir
@@ -39,9 +41,30 @@ def resume_command(task: Task) -> str:
     return command_line([argument for argument in task.typed if argument not in ("--fresh", "--yes")])
 
 
+def merge_before(config: RunConfig) -> None:
+    """Merge the adapter of the run before into its model, where create_new_adapter asks for that and it is not done.
+
+    Raises:
+        CheckpointError, IOFailure: it cannot be read, or written.
+    """
+    run_dir = not_merged(config)
+    if run_dir is None:
+        return
+    from dsdpo.export.huggingface import export
+
+    print(f"merging the adapter of {run_dir} into {run_dir.merged}", flush=True)
+    try:
+        export(run_dir.path, run_dir.merged, merge=True)
+    except DsdpoError:
+        if not_merged(config) is not None:  # another process was faster
+            raise
+
+
 def prepare_data(config: RunConfig) -> None:
     """Prepare both splits where missing and print what they hold."""
     from dsdpo.data.prepare import prepare, summary
+
+    merge_before(config)
 
     for prepared in (prepare(config, "train"), prepare(config, "eval")):
         if prepared is not None:

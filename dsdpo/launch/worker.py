@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from dsdpo.launch.preflight import preflight, reload
 from dsdpo.launch.rendezvous import rendezvous
 from dsdpo.launch.ssh import take_environment
 from dsdpo.launch.task import Task, clear_marks, finish, is_finished, prepare_data
+from dsdpo.model.files import not_merged
 from dsdpo.runtime.env import Mesh
 from dsdpo.runtime.lock import RunLock
 from dsdpo.runtime.rundir import RunDir
@@ -116,5 +118,7 @@ def _prepare_as_rank(config: RunConfig, mesh: Mesh) -> None:
         return
     from dsdpo.data.prepare import wait_prepared
 
+    while not_merged(config) is not None:
+        time.sleep(1)
     wait_prepared(config, "train")
     wait_prepared(config, "eval")

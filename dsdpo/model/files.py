@@ -18,6 +18,7 @@ from dsdpo.model.hub import fetch_config
 from dsdpo.model.other_folders import hub_id_in, what_it_is
 from dsdpo.model.targets import modules_of, target_problems
 from dsdpo.model.tensors import tensor_problems
+from dsdpo.runtime.rundir import RunDir
 from dsdpo.runtime.weights import WEIGHTS, Shapes, damage, indexed, narrow, weight_files
 from dsdpo.runtime.weights import shapes as shapes_of
 
@@ -40,6 +41,8 @@ def problems(config: RunConfig, faulty: frozenset[str], reads_headers: bool = Tr
         faulty: options whose values cannot be used.
         reads_headers: False where another process has read config.json and the headers of the weights.
     """
+    if (run_dir := not_merged(config)) is not None:
+        return adapter_files.problems(str(run_dir.final))
     found = []
     if _MODEL not in faulty:
         found += folder_problems(config.model_name_or_path, _MODEL, reads_headers=reads_headers)
@@ -50,6 +53,12 @@ def problems(config: RunConfig, faulty: frozenset[str], reads_headers: bool = Tr
     return found
 
 
+def not_merged(config: RunConfig) -> RunDir | None:
+    """The run whose adapter is to be merged before this one begins; None where nothing is left to do."""
+    model = Path(config.model_name_or_path)
+    return RunDir(model.parent) if config.create_new_adapter and not model.is_dir() else None
+
+
 def fetched_problems(config: RunConfig) -> list[Problem]:
     """The same for a hub id that has passed, from its config.json, which is fetched.
 
@@ -57,7 +66,7 @@ def fetched_problems(config: RunConfig) -> list[Problem]:
         IOFailure: the hub cannot be reached.
     """
     name = config.model_name_or_path
-    if Path(name).is_dir():
+    if Path(name).is_dir() or not_merged(config) is not None:
         return []
     folder, found = fetch_config(name, _MODEL)
     return found if folder is None else model_problems(folder, config, frozenset())
@@ -114,8 +123,8 @@ def _lacks(folder: Path, adapter_allowed: bool, reads_headers: bool) -> list[tup
         if adapter_allowed:
             return []
         remedy = (
-            "is a LoRA adapter; `dsdpo export --merge` makes a whole model of it. To train it further, name its base "
-            "model here and the adapter in adapter_name_or_path"
+            "is a LoRA adapter; `dsdpo export --merge` makes a whole model of it, and so does create_new_adapter: true "
+            "of a run's. To train it further, name its base model here and the adapter in adapter_name_or_path"
         )
         return [("model-is-adapter", remedy)]
     lacks = []

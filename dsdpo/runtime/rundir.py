@@ -38,6 +38,11 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def merged(self) -> Path:
+        """a later run with create_new_adapter: folder with the model that the adapter in `final` is merged into."""
+        return self.path / "merged"
+
+    @property
     def eval_examples(self) -> Path:
         """main rank, after `dsdpo eval`: a JSON object in each line, one for each held-out example, with its
         metrics."""

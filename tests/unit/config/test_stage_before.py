@@ -36,6 +36,8 @@ def test_a_run_stands_for_its_weights(tmp_path: Path, files: list[str], taken: s
         ("", ("base", "final")),
         ("adapter_name_or_path: other\n", ("final", "other")),
         ("finetuning_type: full\n", ("final", None)),  # the check says how to merge it
+        ("create_new_adapter: true\n", ("merged", None)),
+        ("create_new_adapter: true\nfinetuning_type: full\n", ("merged", None)),
     ],
 )
 def test_its_adapter_is_trained_further(tmp_path: Path, more: str, taken: tuple[str, str | None]) -> None:
@@ -48,4 +50,21 @@ def test_its_adapter_is_trained_further(tmp_path: Path, more: str, taken: tuple[
     config = load(tmp_path / "next.yaml").config
     assert config is not None
     found = (config.model_name_or_path, config.adapter_name_or_path)
-    assert found == tuple(str(final) if name == "final" else name for name in taken)
+    places = {"final": str(final), "merged": str(tmp_path / "run" / "merged")}
+    assert found == tuple(places.get(name or "", name) for name in taken)
+
+
+@pytest.mark.parametrize(("more", "taken"), [("", ("base", "final")), ("create_new_adapter: true\n", ("merged", None))])
+def test_a_run_may_be_named_as_the_adapter(tmp_path: Path, more: str, taken: tuple[str, str | None]) -> None:
+    """As LLaMA-Factory's files name it, beside the base model."""
+    final = tmp_path / "run" / "final"
+    final.mkdir(parents=True)
+    (tmp_path / "run" / "run_config.yaml").write_text("")
+    (final / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
+    text = f"model_name_or_path: base\nadapter_name_or_path: {tmp_path / 'run'}\ndataset: a\noutput_dir: out\n{more}"
+    (tmp_path / "next.yaml").write_text(text)
+    config = load(tmp_path / "next.yaml").config
+    assert config is not None
+    places = {"final": str(final), "merged": str(tmp_path / "run" / "merged")}
+    found = (config.model_name_or_path, config.adapter_name_or_path)
+    assert found == tuple(places.get(name or "", name) for name in taken)

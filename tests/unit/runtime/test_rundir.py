@@ -21,6 +21,7 @@ OTHER_MEANING = {
     ("cli.py", "metrics.jsonl"),  # in a help text
     ("config/schema.py", "tensorboard"),  # a value of report_to
     ("train/metrics.py", "tensorboard"),  # the same
+    ("train/report.py", "merged"),  # the end of a folder's name
     ("config/deepspeed_keys.py", "tensorboard"),  # a key of a DeepSpeed JSON
     ("config/deepspeed_keys.py", "metrics.jsonl"),  # what to use in place of a key
 }
