@@ -27,27 +27,28 @@ def with_mismatched(batches: Iterator[pa.RecordBatch], max_length: int) -> Itera
         DataError: there is one example alone.
     """
     first: dict[str, Any] | None = None
-    before: list[int] | None = None
+    before: dict[str, Any] | None = None
     for batch in batches:
         rows = []
         for row in batch.to_pylist():
-            [ids] = row["completion_ids"]
             if before is None:
-                first, before = row, ids
+                first = before = row
                 continue
             if first is not None:
-                rows.append(_pair(first, ids, max_length))
+                rows.append(_pair(first, row, max_length))
                 first = None
             rows.append(_pair(row, before, max_length))
-            before = ids
+            before = row
         yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
     if first is not None:
         raise DataError(f"{first['source']} is the only example, and stage kto compares each with another: add records")
 
 
-def _pair(row: dict[str, Any], other: list[int], max_length: int) -> dict[str, Any]:
-    prompt, [own], mask = row["prompt_ids"], row["completion_ids"], row["loss_mask"]
-    other = other[: max_length - len(prompt)]
-    masks = None if mask is None else [*mask, [True] * len(other)]
-    made = shard_row(prompt, [own, other], [*row["scores"], None], row["weight"], masks)
+def _pair(row: dict[str, Any], other: dict[str, Any], max_length: int) -> dict[str, Any]:
+    """A row with the completion of another, as far as there is room for it, with the mask that it has there."""
+    prompt, room = row["prompt_ids"], max_length - len(row["prompt_ids"])
+    ids = [row["completion_ids"][0], other["completion_ids"][0][:room]]
+    masks = [some["loss_mask"] and some["loss_mask"][0][:room] for some in (row, other)]
+    whole = [[True] * len(some) if mask is None else mask for some, mask in zip(ids, masks)]
+    made = shard_row(prompt, ids, [*row["scores"], None], row["weight"], None if masks == [None, None] else whole)
     return {**made, "source": row["source"]}

@@ -173,6 +173,17 @@ def test_labelled_answers(tmp_path: Path, model: Path) -> None:
     assert dict(found.dropped) == {"reply_not_trained": 1}
 
 
+def test_the_mismatched_answer_keeps_its_mask(tmp_path: Path, model: Path) -> None:
+    records = [
+        {"messages": [user("q"), bot(text)], "label": True} for text in ("<think>hm</think>Yes.", "No.", "Maybe.")
+    ]
+    found = taught(tmp_path, model, records, "kto", mask_thinking=True)
+    assert found.learned == [
+        [f"{a}{END}", f"{b}{END}"] for a, b in (("Yes.", "No."), ("No.", "Yes."), ("Maybe.", "No."))
+    ]
+    assert found.texts[1][2] == f"<think>hm</think>Yes.{END}"
+
+
 @pytest.mark.parametrize(
     ("stage", "record", "named"),
     [
