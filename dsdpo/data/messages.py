@@ -9,10 +9,11 @@ from typing import Any
 
 from dsdpo.data.dropped import Dropped, kind_of
 from dsdpo.data.example import Message
-from dsdpo.data.formats.names import is_empty, training_mark
+from dsdpo.data.formats.names import is_empty
 from dsdpo.data.formats.parts import MEDIA, read_parts, thoughts_of
 from dsdpo.data.formats.written import read_list, read_written, written_parts
 from dsdpo.data.shapes import REASONING
+from dsdpo.data.turns import says_trained
 
 
 def text_of(value: Any, what: str) -> str:
@@ -40,17 +41,21 @@ def read_message(raw: Any, role_key: str, content_key: str, roles: Mapping[str, 
     role = roles.get(str(raw.get(role_key))) or roles.get(str(raw.get(role_key)).strip().lower())
     if role is None:
         raise Dropped("unknown_role", f"{raw.get(role_key)!r} under {role_key!r}; allowed: {', '.join(roles)}")
-    content, thoughts = raw.get(content_key), ""
+    content, thoughts, calls = raw.get(content_key), "", tuple[str, ...]()
     if not isinstance(content, str) or (content[:1] in _MAY_OPEN and content.lstrip().startswith("[")):
         if content is None and isinstance(raw.get("parts"), list):  # Gemini's
             content = raw["parts"]
             raw = {key: value for key, value in raw.items() if key != "parts"}
-        content, thoughts = _content(content)
+        content, thoughts, calls = _content(content)
     message: Message = {"role": role, "content": content}
     if len(raw) > 2 or content_key not in raw:
         _add_keys(message, raw, role_key, content_key, roles)
     if thoughts:
         _add_thoughts(message, thoughts)
+    if calls:
+        if "tool_calls" in message:
+            raise Dropped("message_says_two", "tool_calls and parts of its content", "calls")
+        message["tool_calls"] = [call for text in calls for call in _called(text)]
     if content is None:
         if "tool_calls" in message:
             return message
@@ -62,12 +67,12 @@ def read_message(raw: Any, role_key: str, content_key: str, roles: Mapping[str, 
     return message
 
 
-def _content(content: Any) -> tuple[Any, str]:
-    """(content, thoughts) of a content that may be parts, or JSON text of them; anything else stays."""
+def _content(content: Any) -> tuple[Any, str, tuple[str, ...]]:
+    """(content, thoughts, calls) of a content that may be parts, or JSON text of them; anything else stays."""
     parts = written_parts(content, "message content") if isinstance(content, str) else content
     if isinstance(parts, dict) and isinstance(parts.get("type"), str):
         parts = [parts]
-    return read_parts(parts) if isinstance(parts, list) else (content, "")
+    return read_parts(parts) if isinstance(parts, list) else (content, "", ())
 
 
 def _add_thoughts(message: Message, thoughts: str) -> None:
@@ -256,10 +261,6 @@ def in_order(messages: Sequence[Message]) -> list[Message]:
     return kept
 
 
-_NO = ("false", "0", "0.0", "no")
-_YES = ("true", "1", "1.0", "yes")
-
-
 def check_reply_keys(message: Message) -> tuple[str, ...]:
     """Notes on a reply's keys that weight its loss, which are not used.
 
@@ -269,13 +270,10 @@ def check_reply_keys(message: Message) -> tuple[str, ...]:
     _check_no_tools(message)
     notes = []
     for key, value in message.items():
-        mark = training_mark(key)
-        if mark is None or is_empty(value):
-            continue
-        said = str(value).strip().lower()
-        if said in (_NO if mark == "trained" else _YES):
+        trained = says_trained(key, value)
+        if trained is False:
             raise Dropped("reply_not_trained", f"{key}: {value!r}")
-        if said not in (*_NO, *_YES):
+        if trained == "?":
             notes.append(f"with the key {key} of a reply not used")
     return tuple(notes)
 

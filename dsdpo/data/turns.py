@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.example import Message
@@ -82,12 +82,18 @@ def is_trained(message: Message) -> bool:
     """Whether a message is a reply that is not marked as left out of the loss (`train: false`, `weight: 0`)."""
     if message["role"] != "assistant":
         return False
-    return len(message) == 2 or not any(_says_no(key, value) for key, value in message.items())
+    return len(message) == 2 or all(says_trained(key, value) is not False for key, value in message.items())
 
 
-def _says_no(key: str, value: Any) -> bool:
+def says_trained(key: str, value: Any) -> bool | Literal["?"] | None:
+    """Whether a key of a message says that it is trained; None of other keys, "?" where its value is no yes or no."""
     mark = None if is_empty(value) else training_mark(key)
-    return mark is not None and str(value).strip().lower() in (_NO if mark == "trained" else _YES)
+    if mark is None:
+        return None
+    said = str(value).strip().lower()
+    if said not in (*_NO, *_YES):
+        return "?"
+    return (said in _YES) == (mark == "trained")
 
 
 def masked_in(message: Message, before: str, whole: str, mask_thinking: bool) -> tuple[Range, ...]:

@@ -57,7 +57,12 @@ PAIRS: dict[str, dict[str, Column]] = {
         **_NUMBERS,
     },
     "sharegpt": {"messages": Column(MESSAGES), **_SIDES, **BESIDE, **_NUMBERS},
-    "trl": {"prompt": Column(("prompt",)), **_SIDES, **BESIDE, **_NUMBERS},
+    "trl": {
+        "prompt": Column(("prompt",)),
+        **{side: Column((side, f"{side}_messages")) for side in _SIDES},  # the second are LLaMA-Factory's
+        **BESIDE,
+        **_NUMBERS,
+    },
     "ranked": {
         "prompt": Column(("prompt",)),
         "completions": Column(("completions",)),
@@ -199,6 +204,8 @@ def _likely(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
     found = []
     if _has_two_sided_turn(row.get(columns.get("messages", "messages"))) or "pos_resp" in row:
         found.append("cvalues")
+    if "chosen_messages" in row and "rejected_messages" in row:
+        found.append("trl")
     if "preferred_output" in row and "non_preferred_output" in row:
         found.append("openai")
     if has("chosen") and has("rejected"):

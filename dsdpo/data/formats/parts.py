@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsdpo.data.dropped import Dropped, kind_of
 from dsdpo.data.formats.names import is_empty, part_of
 
 MEDIA = frozenset(["image", "images", "video", "videos", "audio", "audios"])
-# type of a part -> keys of its text; the second and third are those of OpenAI's responses
-_TEXT = {"text": ("text",), "input_text": ("text",), "output_text": ("text",), "refusal": ("refusal",)}
-_THOUGHTS = {kind: (kind, "text") for kind in ("thinking", "reasoning", "think", "thought")}
-_KINDS = _TEXT | _THOUGHTS
+# type of a part -> keys of its text; the second and third are those of OpenAI's responses, `value` is LLaMA-Factory's
+_TEXT = {"text": ("text", "value"), "input_text": ("text",), "output_text": ("text",), "refusal": ("refusal",)}
+_THOUGHTS = {kind: (kind, "text", "value") for kind in ("thinking", "reasoning", "think", "thought")}
+_CALL = "tool_call"  # LLaMA-Factory's: its value is JSON with name and arguments
+_KINDS = _TEXT | _THOUGHTS | {_CALL: ("value",)}
 _NO_WORDS = ("type", "signature")  # the second is Anthropic's proof that it wrote the thoughts
 
 
@@ -24,14 +25,23 @@ def are_parts(value: Any) -> bool:
     return any(known) and all(known[i] or part_of(str(part.get("type"))) == "media" for i, part in enumerate(value))
 
 
-def read_parts(parts: Sequence[Any]) -> tuple[str, str]:
-    """(text, thoughts) of a list of parts, such as [{"type": "text", "text": "Hi"}].
+class Parts(NamedTuple):
+    """What a list of parts says."""
+
+    text: str
+    thoughts: str
+    calls: tuple[str, ...]
+
+
+def read_parts(parts: Sequence[Any]) -> Parts:
+    """What a list of parts says, such as [{"type": "text", "text": "Hi"}].
 
     Raises:
         Dropped: a part is something else, or has a key that would be lost, or thoughts follow text.
     """
     texts: list[str] = []
     thoughts: list[str] = []
+    calls: list[str] = []
     for part in parts:
         if isinstance(part, str):
             texts.append(part)
@@ -47,13 +57,15 @@ def read_parts(parts: Sequence[Any]) -> tuple[str, str]:
             raise Dropped("part_not_read", ", ".join(held), kind if kind not in _KINDS else f"{kind} without text")
         if held:
             raise Dropped("part_with_key", ", ".join(held))
-        if kind in _TEXT:
+        if kind == _CALL:
+            calls.append(said)
+        elif kind in _TEXT and not calls:
             texts.append(said)
-        elif "".join(texts).strip():
-            raise Dropped("part_not_read", "it follows text", kind)
+        elif calls or "".join(texts).strip():
+            raise Dropped("part_not_read", f"it follows {'a call' if calls else 'text'}", kind)
         else:
             thoughts.append(said)
-    return "".join(texts), "\n\n".join(thoughts)
+    return Parts("".join(texts), "\n\n".join(thoughts), tuple(calls))
 
 
 def _said(part: dict[str, Any]) -> str | None:

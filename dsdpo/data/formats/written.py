@@ -97,10 +97,10 @@ def _unwrapped(value: Any, what: str) -> Any:
         inner = [_json_if(text, is_messages) if isinstance(text, str) else text for text in value]
         return inner if is_messages(inner) else value
     elif isinstance(value, list) and value and isinstance(value[0], dict) and "type" in value[0] and are_parts(value):
-        text, thoughts = read_parts(value)
-        if thoughts:
-            raise Dropped("part_not_read", "outside a message", "thinking")
-        return text
+        parts = read_parts(value)
+        if parts.thoughts or parts.calls:
+            raise Dropped("part_not_read", "outside a message", "thinking" if parts.thoughts else "tool_call")
+        return parts.text
     return value
 
 

@@ -42,6 +42,13 @@ RECORDS = {
     "trl": [
         {"prompt": USER, **SIDES, **BESIDE, **SCORES},
         {"prompt": "Describe the sea.", **SIDES, **TRL_SCORES},
+        {
+            f"{side}_messages": [
+                {"role": role, "content": [{"type": "text", "value": text}]}
+                for role, text in (("user", "Describe the sea."), ("assistant", said))
+            ]
+            for side, said in SIDES.items()
+        },
     ],
     "ranked": [{"prompt": USER, "completions": ["Blue.", "Dry.", "Red."], "scores": [1, 3, 2], **BESIDE}],
     "hh_rlhf": [

@@ -27,6 +27,15 @@ def bot(text: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **more}
 
 
+def part_user(text: str, **more: Any) -> dict[str, Any]:
+    """As LLaMA-Factory's newer files have it."""
+    return user([{"type": "text", "value": text}], **more)  # type: ignore[arg-type]
+
+
+def part_bot(text: str, **more: Any) -> dict[str, Any]:
+    return bot([{"type": "text", "value": text}], **more)  # type: ignore[arg-type]
+
+
 DIALOGUE = [user("How deep is it?"), bot("Two miles."), user("And how wide?"), bot("Ten miles.")]
 
 
@@ -56,8 +65,8 @@ def taught(tmp_path: Path, model: Path, record: Any, stage: str = "sft", **more:
         ({"prompt": "How deep?", "completion": DIALOGUE[1:2]}, ["Two miles."]),
         ({"question": "q", "context": "c", "answer": "SELECT 1"}, ["SELECT 1"]),
         ({"instruction": "List two", "output": '["one", "two"]'}, ['["one", "two"]']),
-        ({"instruction": "Count", "output": "[1, 2, 3]"}, ["[1, 2, 3]"]),
-        ({"messages": [user("List none"), bot("[]")]}, ["[]"]),
+        ({"messages": [part_user("Hi", loss_weight=0.0), part_bot("Hello", loss_weight=1.0)]}, ["Hello"]),
+        ({"messages": [part_user("Hi"), part_bot("No", loss_weight=0.0), user("r"), bot("b")]}, ["b"]),
     ],
 )
 def test_the_replies_are_trained_and_nothing_else(tmp_path: Path, model: Path, record: Any, learned: list[str]) -> None:
@@ -70,26 +79,26 @@ def test_the_last_reply_alone(tmp_path: Path, model: Path) -> None:
     assert found.learned == [["Ten miles." + END]] and "Two miles." in found.texts[0][0]
 
 
-def test_the_last_reply_of_each_of_several_dialogues(tmp_path: Path, model: Path) -> None:
-    answers = [[bot("x"), user("r"), bot("y")], "z", [bot("u"), user("s"), bot("v"), user("t"), bot("w")]]
-    record = {"prompt": [user("q")], "completions": answers}
-    found = taught(tmp_path, model, record, mask_history=True)
-    assert found.learned == [["y" + END, "z" + END, "w" + END]]
-
-
-@pytest.mark.parametrize("name", ["label", "kto_tag"])
-def test_labelled_answers_are_not_trained_as_good_ones(tmp_path: Path, model: Path, name: str) -> None:
-    record = {"prompt": "p", "completion": "c", name: False}
-    assert dict(taught(tmp_path, model, record).dropped) == {} and taught(tmp_path / "b", model, record).exit_code == 65
-    assert taught(tmp_path / "c", model, record, ignore_columns=[name]).exit_code == 0
-    assert taught(tmp_path / "d", model, {**record, name: "city"}).exit_code == 0  # a class of the record
-
-
 def test_calls_are_trained_and_their_results_are_not(tmp_path: Path, model: Path) -> None:
     call = bot("", tool_calls=[{"function": {"name": "gauge", "arguments": {"at": "sea"}}}])
     record = {"messages": [user("How deep?"), call, {"role": "tool", "content": "2 mi"}, bot("Two miles.")]}
     found = taught(tmp_path, model, record)
     assert found.learned == [[f'<tool_call>gauge: {{"at": "sea"}}</tool_call>{END}Two miles.{END}']]
+
+
+def test_thoughts_and_calls_that_are_parts(tmp_path: Path, model: Path) -> None:
+    parts = [
+        {"type": "reasoning", "value": "hm"},
+        {"type": "text", "value": "Let me look. "},
+        {"type": "tool_call", "value": '{"name": "gauge", "arguments": {"at": "sea"}}'},
+    ]
+    record = {"messages": [user("How deep?"), {"role": "assistant", "content": parts}]}
+    found = taught(tmp_path, model, record)
+    call = '<tool_call>gauge: {"at": "sea"}</tool_call>'
+    assert found.learned == [[f"<think>\nhm\n</think>\n\nLet me look. {call}{END}"]]
+    late = [*parts, {"type": "text", "value": "And more."}]
+    record = {"messages": [user("How deep?"), {"role": "assistant", "content": late}]}
+    assert dict(read(tmp_path / "b", model, [record], stage="sft").dropped) == {"part_not_read": 1}
 
 
 def test_several_answers_share_their_prompt(tmp_path: Path, model: Path) -> None:
