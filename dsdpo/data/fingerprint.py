@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Raise it when the same inputs would give other examples, and add the last one to `earlier_fingerprints`. How shards
 # are written is shards.SHARD_FORMAT.
-CODE_VERSION = 5
+CODE_VERSION = 6
 
 # What turns a tokenizer's files into a tokenizer.
 _TOKENIZER_PACKAGES = ("transformers", "tokenizers", "sentencepiece", "tiktoken")
@@ -157,7 +157,8 @@ def earlier_fingerprints(
 
     A version is left out where it cannot have held the same examples.
     """
-    found = {4: set_fingerprint(config, entries, tokenizer, sources, template, date, version=4)}
+    inputs = (config, entries, tokenizer, sources, template, date)
+    found = {version: set_fingerprint(*inputs, version=version) for version in (4, 5)}
     if (third := _third_fingerprint(config, entries, tokenizer, sources, date)) is not None:
         found[3] = third
     return found

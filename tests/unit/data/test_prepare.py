@@ -547,9 +547,9 @@ def test_cut_pairs_are_counted(settings, tmp_path):
     assert pairs.manifest["truncated"] == 1 and pairs.lengths(np.array([3])).per_pair[0, :2].sum() == 64
     assert "1 cut to max_length 64 (keep_end)" in summary(pairs)
     assert pairs.manifest["notes"] == {"with a completion cut at its end, too": 1}
-    assert set(pairs.earlier_fingerprints) == {4}  # version 3 dropped such a record
+    assert set(pairs.earlier_fingerprints) == {4, 5}  # version 3 dropped such a record
     write(tmp_path / "data/pairs.jsonl", rows(3))
-    assert set(prepared(settings).earlier_fingerprints) == {3, 4}
+    assert set(prepared(settings).earlier_fingerprints) == {3, 4, 5}
 
 
 def test_the_sizes_of_several_sets(settings, tmp_path):
