@@ -20,7 +20,13 @@ from dsdpo.objectives.base import Objective
 from dsdpo.objectives.sums import completion_sums
 from dsdpo.runtime.env import Mesh
 from tests.helpers.alone import logps_alone, value_alone
-from tests.helpers.objective import kto_objective, ranking_objective, reward_objective, supervised_objective
+from tests.helpers.objective import (
+    kto_objective,
+    preference_objective,
+    ranking_objective,
+    reward_objective,
+    supervised_objective,
+)
 from tests.helpers.objectives import examples_for
 from tests.helpers.tiny import ListOfExamples, save_model, tiny_llama_config
 
@@ -29,6 +35,7 @@ N = 6
 BETA = 0.5
 OBJECTIVES: dict[str, Objective] = {
     "sft": supervised_objective(),
+    "dpo": preference_objective({"sigmoid": 1.0}, beta=BETA),
     "kto": kto_objective(beta=BETA, desirable_weight=0.7, undesirable_weight=1.3),
     **{name: ranking_objective(name, beta=BETA) for name in RANKINGS},
     "rm": reward_objective(margin_from_scores=True, center_rewards_coefficient=0.1),
@@ -70,6 +77,13 @@ def expected(stage: str, stock: PreTrainedModel, source: ListOfExamples) -> tupl
         for weight, ratio, label in zip(weights, ratios, labels):
             distance = ratio - baseline if label else baseline - ratio
             parts.append(float(weight) * (0.7 if label else 1.3) * (1 - 1 / (1 + (-BETA * distance).exp())))
+        loss = torch.stack(parts).sum() / weights.sum()
+    elif stage == "dpo":
+        parts = []
+        for weight, example in zip(weights, examples):
+            better, worse = (logps_alone(stock, example, k).sum() for k in range(2))
+            distance = (better - better.detach() / 2) - (worse - worse.detach() / 2)
+            parts.append(float(weight) * (1 + (-BETA * distance).exp()).log())
         loss = torch.stack(parts).sum() / weights.sum()
     elif stage in RANKINGS:
         parts, scores, starts = [], source.scores(np.arange(N)), source.lengths(np.arange(N)).starts
