@@ -79,6 +79,21 @@ def test_the_last_reply_alone(tmp_path: Path, model: Path) -> None:
     assert found.learned == [["Ten miles." + END]] and "Two miles." in found.texts[0][0]
 
 
+def test_the_last_reply_of_each_of_several_dialogues(tmp_path: Path, model: Path) -> None:
+    answers = [[bot("x"), user("r"), bot("y")], "z", [bot("u"), user("s"), bot("v"), user("t"), bot("w")]]
+    record = {"prompt": [user("q")], "completions": answers}
+    found = taught(tmp_path, model, record, mask_history=True)
+    assert found.learned == [["y" + END, "z" + END, "w" + END]]
+
+
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+def test_labelled_answers_are_not_trained_as_good_ones(tmp_path: Path, model: Path, name: str) -> None:
+    record = {"prompt": "p", "completion": "c", name: False}
+    assert dict(taught(tmp_path, model, record).dropped) == {} and taught(tmp_path / "b", model, record).exit_code == 65
+    assert taught(tmp_path / "c", model, record, ignore_columns=[name]).exit_code == 0
+    assert taught(tmp_path / "d", model, {**record, name: "city"}).exit_code == 0  # a class of the record
+
+
 def test_calls_are_trained_and_their_results_are_not(tmp_path: Path, model: Path) -> None:
     call = bot("", tool_calls=[{"function": {"name": "gauge", "arguments": {"at": "sea"}}}])
     record = {"messages": [user("How deep?"), call, {"role": "tool", "content": "2 mi"}, bot("Two miles.")]}
