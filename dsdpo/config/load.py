@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -99,7 +100,7 @@ def _take_run(values: dict[str, Any]) -> None:
         return
     adapter = run_dir.final / "adapter_config.json"
     if adapter.is_file() and values.get("create_new_adapter") is True:
-        values |= {"model_name_or_path": str(run_dir.merged), "adapter_name_or_path": None}
+        values |= {"model_name_or_path": str(run_dir.merged(_adapter_key(run_dir))), "adapter_name_or_path": None}
         return
     if adapter_run is not None:
         return
@@ -108,6 +109,16 @@ def _take_run(values: dict[str, Any]) -> None:
         with suppress(OSError, ValueError, KeyError, TypeError):  # the check of the model's files says what is wrong
             base = json.loads(adapter.read_bytes())["base_model_name_or_path"]
             values |= {"model_name_or_path": str(base), "adapter_name_or_path": str(run_dir.final)}
+
+
+def _adapter_key(run_dir: RunDir) -> str:
+    """Stands for the content of a run's adapter: once it is trained further, another model is merged."""
+    digest = hashlib.sha256()
+    for path in sorted(run_dir.final.glob("adapter_*")):
+        with suppress(OSError), path.open("rb") as stream:  # the check of its files says what is wrong
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:12]
 
 
 def _run_of(name: Any) -> RunDir | None:

@@ -82,7 +82,9 @@ def _mix(config: RunConfig, given: Given) -> str:
 
 
 def _new_adapter(config: RunConfig, given: Given) -> str:
-    if config.create_new_adapter and Path(config.model_name_or_path).name != RunDir(Path()).merged.name:
+    if config.create_new_adapter and not Path(config.model_name_or_path).name.startswith(
+        RunDir(Path()).merged("").name
+    ):
         return (
             f"create_new_adapter is set, but model_name_or_path {config.model_name_or_path} is no output_dir of a run "
             "with an adapter; delete it, or name such a run"

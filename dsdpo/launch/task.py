@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsdpo.checkpoint import continuing
 from dsdpo.config.schema import RunConfig
-from dsdpo.errors import DsdpoError
+from dsdpo.errors import DsdpoError, HangError
 from dsdpo.model.files import not_merged
 from dsdpo.runtime.command import command_line
 from dsdpo.runtime.env import launched
@@ -52,12 +53,24 @@ def merge_before(config: RunConfig) -> None:
         return
     from dsdpo.export.huggingface import export
 
-    print(f"merging the adapter of {run_dir} into {run_dir.merged}", flush=True)
+    target = Path(config.model_name_or_path)
+    print(f"merging the adapter of {run_dir} into {target}", flush=True)
     try:
-        export(run_dir.path, run_dir.merged, merge=True)
+        export(run_dir.path, target, merge=True)
     except DsdpoError:
         if not_merged(config) is not None:  # another process was faster
             raise
+
+
+def wait_merged(config: RunConfig, timeout: float = 3600.0) -> None:
+    """Wait for the process that does `merge_before`. Raises HangError where it is not done in time."""
+    deadline = time.monotonic() + timeout
+    while not_merged(config) is not None:
+        if time.monotonic() >= deadline:
+            raise HangError(
+                f"waited {timeout:.0f} s for {config.model_name_or_path} to be written by rank 0; see its log"
+            )
+        time.sleep(1)
 
 
 def prepare_data(config: RunConfig) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,8 +16,7 @@ from dsdpo.errors import DsdpoError, IOFailure, config_error
 from dsdpo.launch.preflight import preflight, reload
 from dsdpo.launch.rendezvous import rendezvous
 from dsdpo.launch.ssh import take_environment
-from dsdpo.launch.task import Task, clear_marks, finish, is_finished, prepare_data
-from dsdpo.model.files import not_merged
+from dsdpo.launch.task import Task, clear_marks, finish, is_finished, prepare_data, wait_merged
 from dsdpo.runtime.env import Mesh
 from dsdpo.runtime.lock import RunLock
 from dsdpo.runtime.rundir import RunDir
@@ -118,7 +116,6 @@ def _prepare_as_rank(config: RunConfig, mesh: Mesh) -> None:
         return
     from dsdpo.data.prepare import wait_prepared
 
-    while not_merged(config) is not None:
-        time.sleep(1)
+    wait_merged(config)
     wait_prepared(config, "train")
     wait_prepared(config, "eval")

@@ -21,8 +21,8 @@ class KTOObjective:
     weight: equation 7 of Ethayarajh et al., "KTO: Model alignment as prospect theoretic optimization" (arXiv
     2402.01306).
 
-    r is log(pi(y|x) / pi_ref(y|x)); z is max(0, the mean of the same over the step's mismatched answers), without
-    gradient, as in TRL's KTOTrainer; there each rank takes the step's z from the ranks' means.
+    r is log(pi(y|x) / pi_ref(y|x)). z is max(0, the mean of the same over the step's mismatched answers), without
+    gradient, as in TRL's KTOTrainer, which takes a mean of the ranks' means.
 
     Attributes:
         head, needs_reference, metrics: see `Objective`. An example's second completion is its mismatched answer.

@@ -37,10 +37,9 @@ class RunDir:
         """main rank: a JSON object in each line, one for each step and each evaluation."""
         return self.path / "metrics.jsonl"
 
-    @property
-    def merged(self) -> Path:
+    def merged(self, key: str) -> Path:
         """a later run with create_new_adapter: folder with the model that the adapter in `final` is merged into."""
-        return self.path / "merged"
+        return self.path / f"merged-{key}"
 
     @property
     def eval_examples(self) -> Path:

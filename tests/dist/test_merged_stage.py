@@ -30,10 +30,11 @@ def test_the_new_adapter_belongs_to_the_merged_model(place: Place, launched: boo
     assert code == 0, said
     base = AutoModelForCausalLM.from_pretrained(place.folder / "model")
     whole = PeftModel.from_pretrained(base, str(source / "final")).merge_and_unload()
-    merged = AutoModelForCausalLM.from_pretrained(source / "merged")
+    [folder] = source.glob("merged-*")
+    merged = AutoModelForCausalLM.from_pretrained(folder)
     for (name, expected), found in zip(whole.named_parameters(), merged.parameters(), strict=True):
         torch.testing.assert_close(found, expected, msg=name)
     settings = json.loads((place.folder / after / "final" / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str((source / "merged").resolve())
+    assert settings["base_model_name_or_path"] == str(folder.resolve())
     first = json.loads((place.folder / after / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(0.6931, abs=1e-3)  # the merged model is the reference, too

@@ -50,7 +50,8 @@ def test_its_adapter_is_trained_further(tmp_path: Path, more: str, taken: tuple[
     config = load(tmp_path / "next.yaml").config
     assert config is not None
     found = (config.model_name_or_path, config.adapter_name_or_path)
-    places = {"final": str(final), "merged": str(tmp_path / "run" / "merged")}
+    [merged] = {load(tmp_path / "next.yaml").config.model_name_or_path for _ in range(2)}  # type: ignore[union-attr]
+    places = {"final": str(final), "merged": merged}
     assert found == tuple(places.get(name or "", name) for name in taken)
 
 
@@ -65,6 +66,23 @@ def test_a_run_may_be_named_as_the_adapter(tmp_path: Path, more: str, taken: tup
     (tmp_path / "next.yaml").write_text(text)
     config = load(tmp_path / "next.yaml").config
     assert config is not None
-    places = {"final": str(final), "merged": str(tmp_path / "run" / "merged")}
+    [merged] = {load(tmp_path / "next.yaml").config.model_name_or_path for _ in range(2)}  # type: ignore[union-attr]
+    places = {"final": str(final), "merged": merged}
     found = (config.model_name_or_path, config.adapter_name_or_path)
     assert found == tuple(places.get(name or "", name) for name in taken)
+
+
+def test_a_run_that_is_trained_further_is_merged_anew(tmp_path: Path) -> None:
+    final = tmp_path / "run" / "final"
+    final.mkdir(parents=True)
+    (tmp_path / "run" / "run_config.yaml").write_text("")
+    (final / "adapter_config.json").write_text("{}")
+    text = f"model_name_or_path: {tmp_path / 'run'}\ncreate_new_adapter: true\ndataset: a\noutput_dir: out\n"
+    (tmp_path / "next.yaml").write_text(text)
+    names = []
+    for content in (b"one", b"two", b"one"):
+        (final / "adapter_model.safetensors").write_bytes(content)
+        config = load(tmp_path / "next.yaml").config
+        assert config is not None and Path(config.model_name_or_path).parent == tmp_path / "run"
+        names.append(Path(config.model_name_or_path).name)
+    assert names[0] == names[2] != names[1] and all(name.startswith("merged-") for name in names)

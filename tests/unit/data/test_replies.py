@@ -65,6 +65,8 @@ def taught(tmp_path: Path, model: Path, record: Any, stage: str = "sft", **more:
         ({"prompt": "How deep?", "completion": DIALOGUE[1:2]}, ["Two miles."]),
         ({"question": "q", "context": "c", "answer": "SELECT 1"}, ["SELECT 1"]),
         ({"instruction": "List two", "output": '["one", "two"]'}, ['["one", "two"]']),
+        ({"instruction": "Count", "output": "[1, 2, 3]"}, ["[1, 2, 3]"]),
+        ({"messages": [user("List none"), bot("[]")]}, ["[]"]),
         ({"messages": [part_user("Hi", loss_weight=0.0), part_bot("Hello", loss_weight=1.0)]}, ["Hello"]),
         ({"messages": [part_user("Hi"), part_bot("No", loss_weight=0.0), user("r"), bot("b")]}, ["b"]),
     ],

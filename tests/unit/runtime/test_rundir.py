@@ -14,14 +14,13 @@ from dsdpo.runtime.rundir import RunDir
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "dsdpo"
-ARGUMENTS = {"rank": 0, "token": "TOKEN", "job": "JOB", "host": "NODE", "time": "TIME"}
+ARGUMENTS = {"rank": 0, "token": "TOKEN", "job": "JOB", "host": "NODE", "time": "TIME", "key": "KEY"}
 # The same word with another meaning, or a sentence for a reader.
 OTHER_MEANING = {
     ("cli.py", "checkpoints"),  # the command
     ("cli.py", "metrics.jsonl"),  # in a help text
     ("config/schema.py", "tensorboard"),  # a value of report_to
     ("train/metrics.py", "tensorboard"),  # the same
-    ("train/report.py", "merged"),  # the end of a folder's name
     ("config/deepspeed_keys.py", "tensorboard"),  # a key of a DeepSpeed JSON
     ("config/deepspeed_keys.py", "metrics.jsonl"),  # what to use in place of a key
 }
