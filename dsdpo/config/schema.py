@@ -71,8 +71,8 @@ class RunConfig(BaseModel):
 
     create_new_adapter: bool = False
     """Merge the adapter of the run that model_name_or_path or adapter_name_or_path names into its model, and begin from
-    that: with a new adapter, or in full. The model is written once, into `merged/` of that run. False: that adapter is
-    trained further."""
+    that: with a new adapter, or in full. The model is written once, into a folder `merged-…` of that run. False: that
+    adapter is trained further."""
 
     lora_target: list[str] = ["all"]
     """Module names that get adapters, such as `q_proj,v_proj`. `all`, or `all-linear`: every linear layer but the

@@ -30,6 +30,22 @@ def test_a_run_stands_for_its_weights(tmp_path: Path, files: list[str], taken: s
     assert config is not None and config.model_name_or_path == str(tmp_path / taken)
 
 
+def begun_from(tmp_path: Path, text: str) -> tuple[str, str | None]:
+    """Model and adapter of a run config beside the folder `run` of a run with an adapter on `base`: `final` and
+    `merged` stand for folders of that run."""
+    final = tmp_path / "run" / "final"
+    final.mkdir(parents=True)
+    (tmp_path / "run" / "run_config.yaml").write_text("")
+    (final / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
+    (tmp_path / "next.yaml").write_text(f"dataset: a\noutput_dir: out\n{text}")
+    config = load(tmp_path / "next.yaml").config
+    assert config is not None
+    model, adapter = config.model_name_or_path, config.adapter_name_or_path
+    if Path(model).parent == tmp_path / "run" and Path(model).name.startswith("merged-"):
+        model = "merged"
+    return model.replace(str(final), "final"), adapter and adapter.replace(str(final), "final")
+
+
 @pytest.mark.parametrize(
     ("more", "taken"),
     [
@@ -41,35 +57,14 @@ def test_a_run_stands_for_its_weights(tmp_path: Path, files: list[str], taken: s
     ],
 )
 def test_its_adapter_is_trained_further(tmp_path: Path, more: str, taken: tuple[str, str | None]) -> None:
-    final = tmp_path / "run" / "final"
-    final.mkdir(parents=True)
-    (tmp_path / "run" / "run_config.yaml").write_text("")
-    (final / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
-    text = f"model_name_or_path: {tmp_path / 'run'}\ndataset: a\noutput_dir: out\n{more}"
-    (tmp_path / "next.yaml").write_text(text)
-    config = load(tmp_path / "next.yaml").config
-    assert config is not None
-    found = (config.model_name_or_path, config.adapter_name_or_path)
-    [merged] = {load(tmp_path / "next.yaml").config.model_name_or_path for _ in range(2)}  # type: ignore[union-attr]
-    places = {"final": str(final), "merged": merged}
-    assert found == tuple(places.get(name or "", name) for name in taken)
+    assert begun_from(tmp_path, f"model_name_or_path: {tmp_path / 'run'}\n{more}") == taken
 
 
 @pytest.mark.parametrize(("more", "taken"), [("", ("base", "final")), ("create_new_adapter: true\n", ("merged", None))])
 def test_a_run_may_be_named_as_the_adapter(tmp_path: Path, more: str, taken: tuple[str, str | None]) -> None:
     """As LLaMA-Factory's files name it, beside the base model."""
-    final = tmp_path / "run" / "final"
-    final.mkdir(parents=True)
-    (tmp_path / "run" / "run_config.yaml").write_text("")
-    (final / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
-    text = f"model_name_or_path: base\nadapter_name_or_path: {tmp_path / 'run'}\ndataset: a\noutput_dir: out\n{more}"
-    (tmp_path / "next.yaml").write_text(text)
-    config = load(tmp_path / "next.yaml").config
-    assert config is not None
-    [merged] = {load(tmp_path / "next.yaml").config.model_name_or_path for _ in range(2)}  # type: ignore[union-attr]
-    places = {"final": str(final), "merged": merged}
-    found = (config.model_name_or_path, config.adapter_name_or_path)
-    assert found == tuple(places.get(name or "", name) for name in taken)
+    text = f"model_name_or_path: base\nadapter_name_or_path: {tmp_path / 'run'}\n{more}"
+    assert begun_from(tmp_path, text) == taken
 
 
 def test_a_run_that_is_trained_further_is_merged_anew(tmp_path: Path) -> None:
