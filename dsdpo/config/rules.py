@@ -7,7 +7,6 @@ import importlib.util
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dsdpo.config.load import LoadResult
@@ -15,7 +14,7 @@ from dsdpo.config.loss_rules import LOSS_RULES, Given, Rule
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.stages import STAGES
 from dsdpo.errors import Problem
-from dsdpo.runtime.rundir import RunDir
+from dsdpo.runtime.rundir import run_of_merged
 
 
 def check_rules(loaded: LoadResult) -> list[Problem]:
@@ -82,9 +81,7 @@ def _mix(config: RunConfig, given: Given) -> str:
 
 
 def _new_adapter(config: RunConfig, given: Given) -> str:
-    if config.create_new_adapter and not Path(config.model_name_or_path).name.startswith(
-        RunDir(Path()).merged("").name
-    ):
+    if config.create_new_adapter and run_of_merged(config.model_name_or_path) is None:
         return (
             f"create_new_adapter is set, but model_name_or_path {config.model_name_or_path} is no output_dir of a run "
             "with an adapter; delete it, or name such a run"

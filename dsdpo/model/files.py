@@ -18,7 +18,7 @@ from dsdpo.model.hub import fetch_config
 from dsdpo.model.other_folders import hub_id_in, what_it_is
 from dsdpo.model.targets import modules_of, target_problems
 from dsdpo.model.tensors import tensor_problems
-from dsdpo.runtime.rundir import RunDir
+from dsdpo.runtime.rundir import RunDir, run_of_merged
 from dsdpo.runtime.weights import WEIGHTS, Shapes, damage, indexed, narrow, weight_files
 from dsdpo.runtime.weights import shapes as shapes_of
 
@@ -55,8 +55,8 @@ def problems(config: RunConfig, faulty: frozenset[str], reads_headers: bool = Tr
 
 def not_merged(config: RunConfig) -> RunDir | None:
     """The run whose adapter is to be merged before this one begins; None where nothing is left to do."""
-    model = Path(config.model_name_or_path)
-    return RunDir(model.parent) if config.create_new_adapter and not model.is_dir() else None
+    model = config.model_name_or_path
+    return run_of_merged(model) if config.create_new_adapter and not Path(model).is_dir() else None
 
 
 def fetched_problems(config: RunConfig) -> list[Problem]:

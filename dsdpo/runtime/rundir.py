@@ -174,3 +174,10 @@ class RunDir:
         """What `--fresh` moves: all but hidden files, the lock, the job's attempts and what was moved before."""
         stays = (".", self.lock.name, self.attempts.name, _REPLACED)
         return [path for path in sorted(self.path.iterdir()) if not path.name.startswith(stays)]
+
+
+def run_of_merged(model: str) -> RunDir | None:
+    """The run in whose folder a model is, or will be, that its adapter is merged into; None for any other model."""
+    run_dir = RunDir(Path(model).parent)
+    is_named = Path(model).name.startswith(run_dir.merged("").name)
+    return run_dir if is_named and run_dir.run_config.is_file() else None

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from dsdpo.config.load import load
+from dsdpo.config.rules import check_rules
+from dsdpo.model.files import not_merged
 
 
 @pytest.mark.parametrize(
@@ -81,3 +83,14 @@ def test_a_run_that_is_trained_further_is_merged_anew(tmp_path: Path) -> None:
         assert config is not None and Path(config.model_name_or_path).parent == tmp_path / "run"
         names.append(Path(config.model_name_or_path).name)
     assert names[0] == names[2] != names[1] and all(name.startswith("merged-") for name in names)
+
+
+@pytest.mark.parametrize("model", ["base", "org/merged-7b", "merged-base", "somewhere/else/merged-1"])
+def test_a_model_that_is_no_merged_run_is_no_run_to_merge(tmp_path: Path, model: str) -> None:
+    """Whatever it is called."""
+    (tmp_path / "next.yaml").write_text(
+        f"model_name_or_path: {model}\ncreate_new_adapter: true\ndataset: a\noutput_dir: out\n"
+    )
+    loaded = load(tmp_path / "next.yaml")
+    assert loaded.config is not None and not_merged(loaded.config) is None
+    assert [problem.code for problem in check_rules(loaded)] == ["create-new-adapter"]
