@@ -7,13 +7,13 @@ import atexit
 import dataclasses
 import gc
 import sys
-import textwrap
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from dsdpo import __version__
-from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, config_error
+from dsdpo.config.parser import Parser
+from dsdpo.errors import CheckpointError, DsdpoError, config_error
 from dsdpo.runtime.env import launched
 from dsdpo.runtime.rundir import RunDir
 
@@ -27,8 +27,17 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code (see `dsdpo.errors`)."""
     atexit.register(gc.freeze)  # or the last collection looks at all that was imported: a second for torch and the like
     arguments = sys.argv[1:] if argv is None else argv
-    parser = _parser()
-    args, overrides = parser.parse_known_args(arguments)
+    parser, commands = _parser()
+    place = next((i for i, word in enumerate(arguments) if word in commands), len(arguments))
+    options: list[str] = []
+    if place < len(arguments) and arguments[place] in _TAKES_OVERRIDES:
+        from dsdpo.config.command_line import separate
+
+        own, options = separate(arguments[place + 1 :], commands[arguments[place]].arities())
+        args, overrides = parser.parse_known_args([*arguments[: place + 1], *own])
+    else:
+        args, overrides = parser.parse_known_args(arguments)
+    overrides += options
     if overrides and args.command not in _TAKES_OVERRIDES:
         parser.error(f"{args.command} does not know {' '.join(overrides)}; see dsdpo {args.command} --help")
     args.typed = arguments
@@ -53,6 +62,8 @@ def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
     from dsdpo.launch.task import Task
     from dsdpo.launch.worker import join
 
+    if not _named_config(args, overrides):
+        args.usage_error("give RUN.yaml, or options such as --model_name_or_path")
     more = {name: getattr(args, name) for name in ("model", "fresh", "confirmed") if hasattr(args, name)}
     task = Task(args.command, args.config, overrides, typed=tuple(args.typed), **more)
     if args.command == "eval":
@@ -63,6 +74,15 @@ def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
     names = [field.name for field in dataclasses.fields(ClusterRequest)]
     cluster = ClusterRequest(**{name: getattr(args, name) for name in names})
     return supervise(task, cluster)
+
+
+def _named_config(args: argparse.Namespace, overrides: list[str]) -> bool:
+    """Put the file of --config in its place. Returns whether anything says what to do."""
+    if file := getattr(args, "file", None):
+        if args.config:
+            args.usage_error(f"found {args.config} and --config {file}; give one run config")
+        args.config = file
+    return bool(args.config or overrides)
 
 
 def _evaluation(args: argparse.Namespace, task: Task) -> Task:
@@ -89,6 +109,8 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
     from dsdpo.launch.preflight import preflight
     from dsdpo.launch.task import prepare_data
 
+    if not _named_config(args, overrides):
+        args.usage_error("give RUN.yaml, or options such as --model_name_or_path")
     config, _ = preflight(args.config, overrides, "prepare")
     prepare_data(config)
 
@@ -124,6 +146,14 @@ def _import_checkpoint(args: argparse.Namespace, _: list[str]) -> None:
     print(f"imported {import_checkpoint(source, target, args.tag, args.model)} to {target}")
 
 
+def _import_config(args: argparse.Namespace, overrides: list[str]) -> int:
+    from dsdpo.tools.import_config import import_config
+
+    if not _named_config(args, overrides):
+        args.usage_error("give another trainer's config, or its options")
+    return import_config(args.config, overrides, args.to, args.num_accelerators)
+
+
 def _chat(args: argparse.Namespace, _: list[str]) -> None:
     if args.prompts and not Path(args.prompts).is_file():
         raise config_error("prompts-file", "--prompts", f"--prompts: there is no file {args.prompts}")
@@ -146,33 +176,17 @@ def _plot(args: argparse.Namespace, _: list[str]) -> None:
 
 # --- arguments ---
 
-_TAKES_OVERRIDES = ("train", "prepare", "reference", "eval")
+_TAKES_OVERRIDES = ("train", "prepare", "reference", "eval", "import-config")
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with the exit code of a config error; commands on a run config list all options in their
-    help."""
-
-    def __init__(self, takes_options: bool = False, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, **kwargs)
-        self._takes_options = takes_options
-
-    def format_help(self) -> str:
-        return super().format_help() + ("\n" + option_help() if self._takes_options else "")
-
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(ConfigError.exit_code, f"{self.prog}: {message}\n")
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
-Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="dsdpo", description="Preference tuning of language models with DeepSpeed.")
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(prog="dsdpo", description="Preference tuning of language models with DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"dsdpo {__version__}")
     _add_local_rank(parser)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     train = _add_task(commands, "train", "train, or go on with a run that was stopped, and export the weights")
     train.add_argument("--fresh", action="store_true", help="begin again; what output_dir holds is moved aside")
     train.add_argument("--yes", dest="confirmed", action="store_true", help="do not ask before --fresh does so")
@@ -187,17 +201,21 @@ def _parser() -> _Parser:
     plot = commands.add_parser("plot", help="PNG curves from metrics.jsonl")
     plot.add_argument("output_dir", metavar="OUTPUT_DIR", help="output_dir of a run")
     plot.set_defaults(function=_plot)
-    return parser
+    _add_import_config(commands)
+    return parser, dict(commands.choices)
 
 
-def _add_task(commands: Commands, name: str, text: str) -> _Parser:
-    usage = f"dsdpo {name} RUN.yaml [arguments] [--key value ...]"
+def _add_task(commands: Commands, name: str, text: str) -> Parser:
+    usage = f"dsdpo {name} [RUN.yaml] [arguments] [--key value ...]"
     parser = commands.add_parser(name, help=text, usage=usage, takes_options=True)
-    parser.add_argument("config", metavar="RUN.yaml", help="run config; --key value changes one of its options")
+    what = "run config, also another trainer's; --key value sets one of its options"
+    parser.add_argument("config", metavar="RUN.yaml", nargs="?", default="", help=what)
+    parser.add_argument("--config", dest="file", metavar="RUN.yaml", help="the same, as TRL's scripts take it")
+    parser.set_defaults(usage_error=parser.error)
     return parser
 
 
-def _add_launch(parser: _Parser) -> None:
+def _add_launch(parser: Parser) -> None:
     launch = parser.add_argument_group("launch", "without them: all accelerators of this machine, or one CPU rank")
     launch.add_argument("--num_accelerators", type=int, metavar="N", help="ranks per node")
     launch.add_argument("--hostfile", metavar="FILE", help="nodes, as `host slots=N` lines")
@@ -212,7 +230,7 @@ def _add_launch(parser: _Parser) -> None:
     parser.set_defaults(function=_launched_task)
 
 
-def _add_local_rank(parser: _Parser) -> None:
+def _add_local_rank(parser: Parser) -> None:
     """Launchers add it, `deepspeed` before the command; LOCAL_RANK says the same."""
     parser.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
@@ -235,6 +253,17 @@ def _add_import(commands: Commands) -> None:
     parser.add_argument("--tag", metavar="TAG", help="which folder of DIR to read (the one that latest names)")
     parser.add_argument("--model", metavar="BASE", help="what was trained, or an adapter's base: folder or hub id")
     parser.set_defaults(function=_import_checkpoint)
+
+
+def _add_import_config(commands: Commands) -> None:
+    text = "another trainer's config or options as a run config"
+    more = "It lists what was translated, what has no effect here, and what is refused."
+    usage = "dsdpo import-config FILE [--to RUN.yaml] [--num_accelerators N] [--key value ...]"
+    parser = commands.add_parser("import-config", help=text, usage=usage, description=f"Writes {text}. {more}")
+    parser.add_argument("config", metavar="FILE", nargs="?", default="", help="of LLaMA-Factory or TRL; YAML or JSON")
+    parser.add_argument("--to", metavar="RUN.yaml", help="new file (the terminal)")
+    parser.add_argument("--num_accelerators", type=int, metavar="N", help="ranks in all, for train_batch_size")
+    parser.set_defaults(function=_import_config, usage_error=parser.error)
 
 
 def _add_checkpoints(commands: Commands) -> None:
@@ -287,20 +316,3 @@ def _add_chat(commands: Commands) -> None:
     longest = "longest conversation with its answer, in tokens (what the model can hold)"
     conversation.add_argument("--max_length", type=int, metavar="N", help=longest)
     parser.set_defaults(function=_chat)
-
-
-def option_help() -> str:
-    """Every option of a run config by group, with type, default and meaning."""
-    from dsdpo.config.options import options
-
-    resume = {"fixed": "", "free": "; may change on resume", "consent": "; with change_on_resume"}
-    lines = ["options of RUN.yaml, each also as --key value:"]
-    group = ""
-    for option in options().values():
-        if option.group != group:
-            group = option.group
-            lines += ["", f"{group}:"]
-        default = option.default if option.default == "required" else f"default {option.default}"
-        lines.append(f"  {option.name} ({option.allowed}; {default}{resume[option.resume]})")
-        lines += textwrap.wrap(option.doc, 104, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines) + "\n"

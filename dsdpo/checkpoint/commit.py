@@ -298,7 +298,7 @@ def retain(run_dir: RunDir, limit: int | None, every_forever: int | None) -> lis
     One that the file system could not read neither counts as sound nor is removed.
 
     Args:
-        limit: how many sound ones stay, at least 2; None: all.
+        limit: how many sound ones stay, at least 1; None: all.
         every_forever: checkpoints after a multiple of so many steps stay as well.
 
     Returns:
@@ -311,7 +311,7 @@ def retain(run_dir: RunDir, limit: int | None, every_forever: int | None) -> lis
         keep = every_forever is not None and checkpoint.step % every_forever == 0 and not checkpoint.problem
         if not checkpoint.problem:
             sound += 1
-            keep = keep or sound <= max(2, limit)
+            keep = keep or sound <= limit
         elif sound == 0 or checkpoint.uncertain:
             keep = True
         if not keep:

@@ -1,7 +1,7 @@
-"""Settings of accelerate, which this trainer does not read: named where they would be lost.
+"""Settings of accelerate: its DeepSpeed settings are followed, and what would be lost is named.
 
 `accelerate launch` is a launcher like any other here. What its config file says of training reaches the ranks as
-environment variables, of which none is used: where one differs from the run, that is an error.
+environment variables. They set what the run itself does not; where one differs from the run, that is an error.
 """
 
 from __future__ import annotations
@@ -21,6 +21,52 @@ _UNSET = ("", "none", "auto", "no", "false")
 _NO_SHARD = ("NO_SHARD", "3")
 _GRADIENTS_ALONE = ("SHARD_GRAD_OP", "2", "_HYBRID_SHARD_ZERO2", "HYBRID_SHARD_ZERO2", "5", "FALSE")
 _FILES = {("cpu", 3): "zero3_offload", ("nvme", 3): "zero3_nvme"}
+
+
+def run_options(data: Any) -> dict[str, Any]:
+    """Options of ours that a config of accelerate sets. Empty where it is none, or asks for something else than
+    DeepSpeed or plain data parallelism, which `foreign_settings` tells.
+    """
+    if not isinstance(data, dict) or not any(key in data for key in _ITS_KEYS):
+        return {}
+    precision = str(data.get("mixed_precision") or "no").lower()
+    if data.get("fsdp_config") or str(data.get("distributed_type")).upper() == "FSDP" or precision == "fp8":
+        return {}
+    block = data.get("deepspeed_config")
+    block = block if isinstance(block, dict) else {}
+    found: dict[str, Any] = {"deepspeed": block.get("deepspeed_config_file") or _zero(block)}
+    if precision in ("bf16", "fp16"):
+        found["precision"] = precision
+    if (clipping := _number(str(block.get("gradient_clipping")))) is not None:
+        found["max_grad_norm"] = clipping
+    return found
+
+
+def _zero(block: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The DeepSpeed settings that stand in accelerate's own file; None where nothing is sharded."""
+    stage = int(block.get("zero_stage") or 0) if str(block.get("zero_stage") or 0).isdigit() else 0
+    if stage == 0:
+        return None
+    zero: dict[str, Any] = {"stage": stage}
+    for part in ("optimizer", "param"):
+        device = str(block.get(f"offload_{part}_device") or "none").lower()
+        if device not in _UNSET and (part == "optimizer" or stage == 3):
+            zero[f"offload_{part}"] = {"device": device}
+            if path := block.get(f"offload_{part}_nvme_path"):
+                zero[f"offload_{part}"]["nvme_path"] = path
+    return {"zero_optimization": zero}
+
+
+def launch_options(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The same of `accelerate launch`; empty without one."""
+    if not any(name.startswith("ACCELERATE_DEEPSPEED") or name == "ACCELERATE_MIXED_PRECISION" for name in environment):
+        return {}
+    names = {"zero_stage": "ZERO_STAGE", "deepspeed_config_file": "CONFIG_FILE"}
+    names |= {f"offload_{part}_device": f"OFFLOAD_{part.upper()}_DEVICE" for part in ("optimizer", "param")}
+    block = {key: environment.get(f"ACCELERATE_DEEPSPEED_{name}") for key, name in names.items()}
+    block["gradient_clipping"] = environment.get("ACCELERATE_GRADIENT_CLIPPING")
+    found = run_options({"mixed_precision": environment.get("ACCELERATE_MIXED_PRECISION"), "deepspeed_config": block})
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def foreign_settings(data: Any) -> str:

@@ -20,6 +20,7 @@ from dsdpo.config.deepspeed_keys import (
     FIXED,
     FLAGS,
     HPZ,
+    IGNORED,
     NO_PARAM_SWAP,
     OFFLOAD_OPTIMIZER,
     OFFLOAD_PARAM,
@@ -75,6 +76,8 @@ def _check_leaf(key: str, value: Any, loaded: LoadResult) -> Problem | None:
     if key == f"{ZERO}.stage":
         fine = value in (0, 1, 2, 3) and type(value) is int
         return None if fine else _problem("value", f"{key} is {value!r}; allowed: 0, 1, 2, 3")
+    if key in IGNORED:
+        return None
     if key in REFUSED:
         return None if is_off(value) else _problem("refused", f"{key} is set; {REFUSED[key]}")
     if key in BLOCKS:
@@ -178,6 +181,7 @@ def _is_number(value: Any) -> bool:
 def _unknown(key: str) -> str:
     block, _, name = key.rpartition(".")
     prefix = f"{block}." if block else ""
-    known = [k.removeprefix(prefix) for k in (*PASSED, *OWNED, *FIXED, *REFUSED, *BLOCKS) if k.startswith(prefix)]
+    keys = (*PASSED, *OWNED, *FIXED, *REFUSED, *IGNORED, *BLOCKS)
+    known = [k.removeprefix(prefix) for k in keys if k.startswith(prefix)]
     hint = did_you_mean(name, [k for k in known if "." not in k])
     return f"unknown key {key}; {hint + ' ' if hint else ''}DeepSpeed would ignore it: correct or delete it"

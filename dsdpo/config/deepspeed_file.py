@@ -55,7 +55,7 @@ def _read(path: str) -> dict[str, Any]:
         raise _unreadable("deepspeed-file", f"deepspeed: {path} cannot be read: {error}") from None
     if text.startswith(LFS_POINTER.decode()):
         raise _unreadable("deepspeed-file", f"deepspeed: {path} {LFS_TEXT}")
-    if not _is_text(text) and (mapping := _yaml_mapping(text)):
+    if not _is_text(text) and (mapping := _mapping(text)):
         if foreign_settings(mapping):
             return mapping
         remedy = "DeepSpeed's settings are JSON, or a mapping under `deepspeed:` in the run config"
@@ -104,7 +104,19 @@ def _json_remedy(error: json.JSONDecodeError) -> str:
     return ""
 
 
-def _yaml_mapping(text: str) -> dict[str, Any]:
+def yaml_mapping(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file, or in the text itself; empty where there is no such file, or another content."""
+    if _is_text(path):
+        return _mapping(path)
+    if not path.endswith((".yaml", ".yml")):
+        return {}
+    try:
+        return _mapping(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _mapping(text: str) -> dict[str, Any]:
     """The mapping in a YAML text; empty where it is none."""
     try:
         found = yaml.safe_load(text)

@@ -105,15 +105,15 @@ REFUSED: dict[str, str] = {
     f"{OFFLOAD_OPTIMIZER}.cpuadam_cores_perc": "it is for super_offload, which is not supported; delete the key",
     "aio.use_gds": "GPUDirect Storage is not supported; delete the key",
     f"{ZERO}.legacy_stage1": "DeepSpeed has no such stage 1 any more; delete the key",
-    # _link_all_hp_params of 0.19.8 counts offsets in the order before the reordering that this flag asks for.
-    f"{ZERO}.round_robin_gradients": (
-        "with it, DeepSpeed's own map from parameters to optimizer state is wrong, and a checkpoint would mix them up; "
-        "it changes no result, so delete the key. What was saved with it cannot go on: begin again with --fresh"
-    ),
     **dict.fromkeys(_PIPELINE, "with it, a checkpoint read the optimizer's state back wrong from NVMe; delete the key"),
     **dict.fromkeys(_OLD_OFFLOAD, 'write "offload_optimizer": {"device": "cpu"}, or offload_param, instead'),
     **dict.fromkeys(_ZEROPP, "of ZeRO++ only zero_hpz_partition_size is supported; delete the key"),
 }
+
+# Keys that are left out, since they change no result. With round_robin_gradients, DeepSpeed's map from parameters to
+# optimizer state is wrong, and a checkpoint would mix them up: _link_all_hp_params of 0.19.8 counts offsets in the
+# order before the reordering that the flag asks for.
+IGNORED = _names("round_robin_gradients", f"{ZERO}.")
 
 FLAGS = _names(
     "wall_clock_breakdown memory_breakdown dump_state disable_python_gc disable_allgather prescale_gradients "

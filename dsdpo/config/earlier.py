@@ -42,6 +42,14 @@ def earlier_values(values: Mapping[str, Any], fresh: bool = False) -> dict[str, 
     }
 
 
+def recorded_batch(values: Mapping[str, Any], fresh: bool = False) -> int | None:
+    """The train_batch_size that the run in output_dir was begun with; None where there is no such run."""
+    for saved in _saved_runs(values, fresh):
+        if isinstance(found := saved.get("train_batch_size"), int):
+            return found
+    return None
+
+
 def remark(kept: Mapping[str, Any], config: RunConfig) -> str:
     """What to say of options that have kept an earlier default; empty where today's is the same."""
     others = {key: value for key, value in config.model_dump().items() if key not in kept}

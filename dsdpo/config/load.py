@@ -8,26 +8,28 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_origin
 
-import yaml
 from pydantic import ValidationError
 
+from dsdpo.config.accelerate import launch_options, run_options
 from dsdpo.config.aliases import suggest
-from dsdpo.config.earlier import earlier_values, remark
+from dsdpo.config.command_line import COMMAND_LINE, parse_overrides
+from dsdpo.config.deepspeed_file import yaml_mapping
+from dsdpo.config.earlier import earlier_values, recorded_batch, remark
 from dsdpo.config.fields import Checked
 from dsdpo.config.options import NUMERIC, base_kind, holds_numbers, options, value_kinds
-from dsdpo.config.run_file import Loader, read_yaml, value_of
+from dsdpo.config.run_file import read_yaml
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.translation.translate import Translation, translate
 from dsdpo.errors import Problem
 from dsdpo.runtime.rundir import RunDir
 
-COMMAND_LINE = "command line"
 _NOT_FINITE = ("inf", "infinity", "nan")  # pydantic takes these texts for numbers
 
 
@@ -38,7 +40,7 @@ class LoadResult:
     `config` holds every sound value; a key in `faulty` (wrong or missing) stands at its default or empty
     there, so a check looks at `faulty` first. `config` is None when the file itself cannot be read. `origins`
     tells where a given key was set: `run.yaml:3` or `command line`. `remark` says which defaults of an earlier version
-    count on.
+    count on, `translation` what options of another trainer have become.
     """
 
     config: RunConfig | None
@@ -46,19 +48,24 @@ class LoadResult:
     faulty: frozenset[str] = frozenset()
     origins: dict[str, str] = field(default_factory=dict)
     remark: str = ""
+    translation: Translation | None = None
 
     def where(self, key: str) -> str:
         """Where `key` got its value, for a message."""
         return self.origins.get(key, "default")
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), fresh: bool = False) -> LoadResult:
+def load(
+    path: str | Path | None, overrides: Sequence[str] = (), fresh: bool = False, ranks: int | None = None
+) -> LoadResult:
     """Read `path`, apply `--key value` overrides and validate key by key; a user's mistake raises nothing.
 
     Args:
+        path: a YAML or JSON file; None where the command line says everything.
         fresh: whether what output_dir holds will be moved aside.
+        ranks: how many there will be; None where that is not known.
     """
-    values, lines, problems = read_yaml(path)
+    values, lines, problems = read_yaml(path) if path else ({}, {}, [])
     changes, command_problems = parse_overrides(overrides)
     problems += command_problems
     if values is None:
@@ -66,16 +73,21 @@ def load(path: str | Path, overrides: Sequence[str] = (), fresh: bool = False) -
     origins = {key: f"{path}:{lines[key]}" if key in lines else str(path) for key in values}
     origins |= dict.fromkeys(changes, COMMAND_LINE)
     values |= changes
-    problems += _take_unknown(values, origins)
+    given = dict(values)
+    translation = translate(values, origins, ranks, lambda: recorded_batch(given, fresh))
+    values, origins = translation.values, translation.origins
+    problems += translation.problems + _take_unknown(values, origins)
     _take_unset(values, origins)
+    _take_accelerate(values, origins)
     _take_run(values)
     kept = earlier_values(values, fresh)
-    config, faulty, value_problems = _validate(values | kept, origins, str(path))
-    if config is not None and _is_recorded(path):
+    config, faulty, value_problems = _validate(values | kept, origins, str(path or COMMAND_LINE))
+    if config is not None and path and _is_recorded(path):
         origins = {
             key: place for key, place in origins.items() if place == COMMAND_LINE or not _is_default(config, key)
         }
-    return LoadResult(config, problems + value_problems, faulty, origins, remark(kept, config) if kept else "")
+    said = remark(kept, config) if kept else ""
+    return LoadResult(config, problems + value_problems, faulty, origins, said, translation)
 
 
 def _is_recorded(path: str | Path) -> bool:
@@ -85,6 +97,19 @@ def _is_recorded(path: str | Path) -> bool:
 
 def _is_default(config: RunConfig, key: str) -> bool:
     return bool(getattr(config, key) == RunConfig.model_fields[key].get_default(call_default_factory=True))
+
+
+def _take_accelerate(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Put the DeepSpeed settings of accelerate in their place: of a config file of its own that `deepspeed` names, and
+    of `accelerate launch`."""
+    named = values.get("deepspeed")
+    found = run_options(named if isinstance(named, dict) else yaml_mapping(named)) if named else {}
+    if found:
+        values["deepspeed"] = found["deepspeed"]
+    for place, taken in ((str(named), found), ("accelerate launch", launch_options(os.environ))):
+        for key, value in taken.items():
+            if values.get(key) is None and value is not None:
+                values[key], origins[key] = value, place
 
 
 def _take_run(values: dict[str, Any]) -> None:
@@ -127,64 +152,6 @@ def _run_of(name: Any) -> RunDir | None:
     if run_dir is None or (run_dir.path / "config.json").is_file():
         return None
     return run_dir if run_dir.run_config.is_file() and run_dir.final.is_dir() else None
-
-
-# --- command line ---
-
-
-def parse_overrides(tokens: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
-    """`--key value` and `--key=value` as a dict of values, and what is wrong with them."""
-    values: dict[str, Any] = {}
-    problems: list[Problem] = []
-    rest = list(tokens)
-    while rest:
-        token = rest.pop(0)
-        if not re.match(r"--[A-Za-z]", token):
-            text = f"{COMMAND_LINE}: found {token!r}; options are written `--key value` or `--key=value`"
-            problems.append(Problem("stray-argument", "", text))
-            continue
-        key, equals, text = token[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                hint = f", such as --{key} true" if base_kind(key) is bool else ""
-                text = f"{COMMAND_LINE}: --{key} has no value; write `--{key} value`{hint}"
-                problems.append(Problem("no-value", key, text))
-                continue
-            text = rest.pop(0)
-        if key in values:
-            text = f"{COMMAND_LINE}: --{key} is given twice; keep one of them"
-            problems.append(Problem("duplicate-option", key, text))
-            continue
-        values[key] = _parse_value(key, text)
-    return values, problems
-
-
-def _parse_value(key: str, text: str) -> Any:
-    """By YAML's rules, but text options stay as typed; of these, only a list is more than text."""
-    is_text = base_kind(key) not in NUMERIC
-    try:
-        loader = Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return text if text.strip() else None
-        if _is_text_alone(key, node):
-            return text
-        value = value_of(key, node, loader)
-    except (yaml.YAMLError, RecursionError):
-        return text
-    is_null = value is None and not text.startswith(("&", "!"))  # YAML's marks, of an empty value
-    return value if not is_text or is_null or isinstance(value, (list, dict)) else text
-
-
-def _is_text_alone(key: str, node: yaml.Node) -> bool:
-    """Whether what looks like a list or a mapping is the text of an option that takes none."""
-    field = RunConfig.model_fields.get(key)
-    kinds = {get_origin(kind) for kind in value_kinds(field)} if field else set()
-    is_list, is_mapping = isinstance(node, yaml.SequenceNode), isinstance(node, yaml.MappingNode)
-    takes_list = list in kinds or base_kind(key) in NUMERIC
-    return (is_list and not takes_list) or (
-        is_mapping and (dict not in kinds or not getattr(node, "flow_style", False))
-    )
 
 
 # --- values ---
@@ -247,7 +214,8 @@ def _look(key: str, values: dict[str, Any], origins: dict[str, str], path: str) 
     infinity."""
     required = options()[key].default == "required"
     if key not in values:
-        text = f"{path}: {key} is missing; add a line `{key}: ...` ({options()[key].allowed})"
+        remedy = f"add --{key} ..." if path == COMMAND_LINE else f"add a line `{key}: ...`"
+        text = f"{path}: {key} is missing; {remedy} ({options()[key].allowed})"
         return Problem("missing-option", key, text) if required else None
     value = values[key]
     items = value if isinstance(value, list) else [value]

@@ -17,12 +17,16 @@ from dsdpo.errors import Problem
 from dsdpo.runtime.rundir import run_of_merged
 
 
-def check_rules(loaded: LoadResult) -> list[Problem]:
-    """What all rules say whose options are themselves valid."""
+def check_rules(loaded: LoadResult, here: bool = True) -> list[Problem]:
+    """What all rules say whose options are themselves valid.
+
+    Args:
+        here: whether the run is to start here, with the packages that are installed.
+    """
     if loaded.config is None:
         return []
     problems = []
-    for code, keys, rule in RULES:
+    for code, keys, rule in RULES if here else [one for one in RULES if one[2] not in (_trackers, _flash_package)]:
         message = "" if loaded.faulty.intersection(keys) else rule(loaded.config, loaded.origins)
         if message:
             places = [f"{key} in {loaded.origins[key]}" for key in keys if key in loaded.origins]
@@ -208,7 +212,11 @@ def _attention(config: RunConfig, given: Given) -> str:
     wanted = config.attn_implementation
     if config.precision == "fp32" and wanted in ("varlen", *_FLASH_PACKAGES):
         return f"attn_implementation {wanted} computes in bf16, but precision is fp32; change one of them"
-    return missing_flash_package(wanted)
+    return ""
+
+
+def _flash_package(config: RunConfig, given: Given) -> str:
+    return missing_flash_package(config.attn_implementation)
 
 
 RULES: list[Rule] = [
@@ -228,4 +236,5 @@ RULES: list[Rule] = [
     ("lora-target", ("lora_target",), _lora_target),
     ("tracker-missing", ("report_to",), _trackers),
     ("attention", ("attn_implementation", "precision"), _attention),
+    ("attention", ("attn_implementation",), _flash_package),
 ]

@@ -304,8 +304,9 @@ class RunConfig(BaseModel):
     """Steps between checkpoints in output_dir/checkpoints; there is one after the last step too. Empty: none, but when
     the run is stopped."""
 
-    save_total_limit: int | None = Field(None, ge=2, json_schema_extra=FREE)
-    """Newest checkpoints that are kept, at least 2. Empty: all."""
+    save_total_limit: int | None = Field(None, ge=1, json_schema_extra=FREE)
+    """Newest checkpoints that are kept; an older one is removed when a new one is complete. With 1 there is nothing to
+    go back to where the newest is damaged. Empty: all."""
 
     save_every_forever: int | None = Field(None, ge=1, json_schema_extra=FREE)
     """Checkpoints after a multiple of so many steps are kept for ever, beyond save_total_limit. Empty: none."""

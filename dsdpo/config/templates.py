@@ -23,6 +23,7 @@ NAMES = (
     "phi4",
     "qwen",
     "qwen3",
+    "qwen3_nothink",
     "vicuna",
     "yi",
     "zephyr",
@@ -30,20 +31,25 @@ NAMES = (
 _SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt", ".json")
 _KNOWN = (OWN, *PLAIN, *NAMES)
 TEMPLATE_WORDS = (
-    f"one of {', '.join(_KNOWN)}, the path of a .jinja file, or a model folder (./folder) or model id (org/name) whose "
-    "chat template is taken"
+    f"one of {', '.join(_KNOWN)}, the path of a .jinja file, a model folder (./folder) or model id (org/name) whose "
+    "chat template is taken, or the template itself"
 )
 DATE_WORDS = "a day such as 2026-11-26 (YYYY-MM-DD)"
 
 
+def is_text(template: str) -> bool:
+    """Whether it is a chat template itself, and not the name of one."""
+    return "{%" in template or "{{" in template
+
+
 def is_path(template: str) -> bool:
     """Whether the text is a path of a file, a model folder or a model id, and no name."""
-    return template.endswith(_SUFFIXES) or "/" in template or "\\" in template
+    return not is_text(template) and (template.endswith(_SUFFIXES) or "/" in template or "\\" in template)
 
 
 def check_template(template: str) -> str:
     """The same text, if it can be a template. Raises ValueError. Whether a file is there is seen when it is read."""
-    if template in _KNOWN or is_path(template):
+    if template in _KNOWN or is_text(template) or is_path(template):
         return template
     raise ValueError(f"{template_hint(template)}must be {TEMPLATE_WORDS}")
 

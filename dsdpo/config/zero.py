@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.config.deepspeed_file import named, read_settings
-from dsdpo.config.deepspeed_keys import HPZ, OFFLOAD_OPTIMIZER, OFFLOAD_PARAM, OWNED, REFUSED, ZERO
+from dsdpo.config.deepspeed_keys import HPZ, IGNORED, OFFLOAD_OPTIMIZER, OFFLOAD_PARAM, OWNED, REFUSED, ZERO
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import Problem
 
@@ -143,12 +143,15 @@ def reference_engine_config(config: RunConfig, zero: ZeroConfig, dp_size: int, b
     return settings
 
 
+_OWN_BLOCKS = ("optimizer", "scheduler", "bfloat16")
+
+
 def _without(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`data` less what is "auto", owned by the run config or switched off."""
     kept = {}
     for key, value in data.items():
         name = prefix + key
-        if value == AUTO or name in REFUSED or name in OWNED or name in ("optimizer", "scheduler", "bfloat16"):
+        if value == AUTO or any(name in keys for keys in (REFUSED, IGNORED, OWNED, _OWN_BLOCKS)):
             continue
         if name in (OFFLOAD_OPTIMIZER, OFFLOAD_PARAM) and is_off(value):
             continue

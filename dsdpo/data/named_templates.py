@@ -165,6 +165,7 @@ NAMED = {
     "phi4": NamedTemplate(_PHI4, ("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
     "qwen": _CHATML_TEMPLATE,
     "qwen3": NamedTemplate(_QWEN3, _CHATML_TOKENS),
+    "qwen3_nothink": _CHATML_TEMPLATE,
     "vicuna": NamedTemplate(_VICUNA, ()),
     "yi": _CHATML_TEMPLATE,
     "zephyr": NamedTemplate(_ZEPHYR, ()),

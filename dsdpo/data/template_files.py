@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdpo.config.schema import RunConfig
-from dsdpo.config.templates import OWN, PLAIN, is_path
+from dsdpo.config.templates import OWN, PLAIN, is_path, is_text
 from dsdpo.data.named_templates import NAMED
 from dsdpo.errors import ConfigError, Problem
 
@@ -46,6 +46,8 @@ def find_template(template: str) -> TemplateText:
         return TemplateText(None, is_plain=True)
     if template in NAMED:
         return TemplateText(NAMED[template].jinja, is_named=True)
+    if is_text(template):
+        return TemplateText(template)
     assert is_path(template), "the run config has been checked"
     return TemplateText(_checked(template, _found(template)))
 
@@ -57,7 +59,7 @@ def problems(config: RunConfig, faulty: frozenset[str]) -> list[Problem]:
         faulty: options whose values cannot be used.
     """
     template = config.template
-    if "template" in faulty or (_HUB_ID.fullmatch(template) and not Path(template).exists()):
+    if "template" in faulty or is_text(template) or (_HUB_ID.fullmatch(template) and not Path(template).exists()):
         return []
     try:
         find_template(template)

@@ -63,7 +63,7 @@ def preflight(
     """The checked config of a run, and its DeepSpeed JSON.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; empty where the options say everything.
         overrides: `--key value` arguments.
         task: what the config is for. For `train`, output_dir may hold a run only if that can be continued.
         cluster: the launch that is asked for, when this process is to start it.
@@ -76,10 +76,10 @@ def preflight(
         IOFailure: all is well as far as files tell, but the hub gives no answer.
         CheckpointError: all is well but for an earlier run in output_dir that this one cannot go on with.
     """
-    loaded = load(path, overrides, fresh)
+    loaded = load(path or None, overrides, fresh, ranks)
     config = loaded.config
     zero, problems = check_deepspeed(loaded)
-    problems = loaded.problems + check_rules(loaded) + problems
+    problems = loaded.problems + check_rules(loaded) + problems + _check_ranks(loaded, task, ranks)
     problems += cluster.problems() if cluster else []
     problems += zero.rank_problems(ranks) if zero is not None and ranks else []
     if config is not None:
@@ -99,9 +99,27 @@ def preflight(
     if failure is not None:
         raise failure
     mesh = launched()
-    if loaded.remark and (mesh is None or mesh.is_main):
-        print(loaded.remark, flush=True)
+    if mesh is None or mesh.is_main:
+        for line in [*(loaded.translation.lines() if loaded.translation else ()), loaded.remark]:
+            if line:
+                print(line, flush=True)
     return config, zero
+
+
+def needs_ranks(path: str | Path, overrides: list[str]) -> bool:
+    """Whether the size of a step is given for each rank."""
+    translation = load(path or None, overrides).translation
+    return translation is not None and translation.needs_ranks
+
+
+def _check_ranks(loaded: LoadResult, task: str, ranks: int | None) -> list[Problem]:
+    if task != "train" or ranks is not None or loaded.translation is None or not loaded.translation.needs_ranks:
+        return []
+    text = (
+        "per_device_train_batch_size counts for each rank, and how many there will be is not known before they start; "
+        "set train_batch_size, the examples of a step over all of them"
+    )
+    return [Problem("ranks-unknown", "train_batch_size", text)]
 
 
 def _check_hub(config: RunConfig | None, model: str | None, faulty: set[str]) -> tuple[list[Problem], IOFailure | None]:
@@ -113,9 +131,9 @@ def _check_hub(config: RunConfig | None, model: str | None, faulty: set[str]) ->
         return [], error
 
 
-def reload(path: str | Path, overrides: list[str]) -> tuple[RunConfig, ZeroConfig]:
+def reload(path: str | Path, overrides: list[str], ranks: int) -> tuple[RunConfig, ZeroConfig]:
     """The same of a run that has passed `preflight` in its supervisor, maybe on another node. Raises ConfigError."""
-    loaded = load(path, overrides)
+    loaded = load(path or None, overrides, ranks=ranks)
     zero, problems = check_deepspeed(loaded)
     problems = loaded.problems + problems
     if loaded.config is not None:

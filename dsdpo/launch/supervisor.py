@@ -19,7 +19,7 @@ from pathlib import Path
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError, Problem, StopRequested
 from dsdpo.launch.deepspeed import Launch, StopRequests, end_leftovers, launch_command, launch_environment, run_launcher
-from dsdpo.launch.preflight import ClusterRequest, check_device, preflight
+from dsdpo.launch.preflight import ClusterRequest, check_device, needs_ranks, preflight
 from dsdpo.launch.slurm import Attempts, let_earlier_attempt_end, ranks_per_node, srun_command
 from dsdpo.launch.ssh import check_hosts, forget_environment, leave_environment, slots, without_secrets
 from dsdpo.launch.task import Task, clear_marks, finish, is_finished, prepare_data, resume_command
@@ -39,11 +39,13 @@ def supervise(task: Task, cluster: ClusterRequest) -> int:
         text = "--requeue works in a SLURM job that gives the nodes, such as that of slurm/train.sbatch"
         raise ConfigError(Problem("cluster", "requeue", text))
     ranks = _known_ranks(cluster, job)
+    if ranks is None and needs_ranks(task.path, task.overrides):
+        ranks = _number_of_ranks(cluster, job, _devices(cluster, job))
     config, zero = preflight(task.path, task.overrides, task.name, cluster, task.model, task.fresh, ranks)
     run_dir = RunDir(Path(config.output_dir))
     if task.fresh and job is not None and job.restarts and has_started_over(run_dir, job.job):
         task = replace(task, fresh=False)  # this attempt goes on
-        config, zero = preflight(task.path, task.overrides, task.name, cluster, task.model)
+        config, zero = preflight(task.path, task.overrides, task.name, cluster, task.model, ranks=ranks)
     devices = _devices(cluster, job)
     check_device(config, devices > 0 or bool(cluster.hostfile), zero, ranks or _number_of_ranks(cluster, job, devices))
     if not task.fresh and is_finished(task, config):

@@ -17,7 +17,8 @@ from dsdpo.runtime.rundir import RunDir
 
 @dataclass(frozen=True)
 class Task:
-    """What to do (`train`, `reference` or `eval`), on which YAML, with which overrides and `--model`.
+    """What to do (`train`, `reference` or `eval`), on which YAML (empty: the options say everything), with which
+    options and `--model`.
 
     `fresh` trains from the beginning though output_dir holds a run, which `confirmed` says without asking. `typed` are
     the arguments of the command as a user has typed them.
@@ -34,7 +35,8 @@ class Task:
     def argv(self, token: str) -> list[str]:
         """The arguments that make a rank do this under a supervisor that holds the lock `token`."""
         model = ["--model", self.model] if self.model else []
-        return [self.name, self.path, *model, "--supervised", token, *self.overrides]
+        file = [self.path] if self.path else []
+        return [self.name, *file, *model, "--supervised", token, *self.overrides]
 
 
 def resume_command(task: Task) -> str:

@@ -80,7 +80,7 @@ def _read(task: Task, mesh: Mesh, supervised: bool) -> tuple[RunConfig | None, Z
     """
     try:
         if supervised:
-            return *reload(task.path, task.overrides), None
+            return *reload(task.path, task.overrides, mesh.world_size), None
         if task.fresh:
             text = "--fresh works where `dsdpo train` is started plainly; here, empty output_dir instead"
             raise config_error("fresh", "--fresh", text)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dsdpo.cli import option_help
 from dsdpo.config.options import options
+from dsdpo.config.parser import option_help
 from dsdpo.config.schema import RunConfig, options_with
 
 PACKAGE = Path(__file__).parents[2] / "dsdpo"

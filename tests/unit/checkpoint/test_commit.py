@@ -110,16 +110,18 @@ def test_a_refused_write_is_exit_74(tmp_path: Path) -> None:
         pass
 
 
-def test_retention_keeps_two_sound_ones_and_the_forever_ones(tmp_path: Path) -> None:
+def test_retention_keeps_the_newest_sound_ones_and_the_forever_ones(tmp_path: Path) -> None:
     for step in range(10, 80, 10):
         save(tmp_path, step)
     (step_folder(RunDir(tmp_path), 60) / "run.json").unlink()
     assert retain(RunDir(tmp_path), None, None) == []
-    retain(RunDir(tmp_path), 1, 30)
+    retain(RunDir(tmp_path), 2, 30)
     assert [checkpoint.step for checkpoint in checkpoints(RunDir(tmp_path))] == [70, 50, 30]
     (step_folder(RunDir(tmp_path), 70) / "run.json").unlink()
     retain(RunDir(tmp_path), 2, None)
     assert [checkpoint.step for checkpoint in checkpoints(RunDir(tmp_path))] == [70, 50, 30]
+    retain(RunDir(tmp_path), 1, None)
+    assert [checkpoint.step for checkpoint in checkpoints(RunDir(tmp_path))] == [70, 50]
 
 
 @pytest.mark.parametrize("reads", ["read_bytes", "stat"])

@@ -12,11 +12,11 @@ import pytest
 
 from dsdpo.config.deepspeed import check_deepspeed
 from dsdpo.config.deepspeed_file import read_settings
-from dsdpo.config.deepspeed_keys import BLOCKS, FIXED, OWNED, PASSED, REFUSED, ZERO
+from dsdpo.config.deepspeed_keys import BLOCKS, FIXED, IGNORED, OWNED, PASSED, REFUSED, ZERO
 from dsdpo.config.load import load
 from tests.helpers.zero import DS_CONFIGS, HF_ZERO3, NVME
 
-KNOWN = {*PASSED, *OWNED, *FIXED, *REFUSED, *BLOCKS}
+KNOWN = {*PASSED, *OWNED, *FIXED, *REFUSED, *IGNORED, *BLOCKS}
 
 
 def problems(tmp_path: Path, data: object, **options: Any) -> list[str]:
@@ -97,7 +97,6 @@ def test_a_clash_names_both_places(
         {ZERO: {"stage": 2, "cpu_offload": True}},
         {ZERO: {"stage": 3, "zero_quantized_weights": True}},
         {ZERO: {"stage": 3, "offload_optimizer": {**NVME, "pipeline_read": True}}},
-        {ZERO: {"stage": 2, "round_robin_gradients": True}},
         {"pipeline": {"stages": 2}},
         {"sparse_attention": {"mode": "fixed"}},
         {"activation_checkpointing": {"partition_activations": True}},
@@ -169,7 +168,8 @@ def test_a_faulty_file_is_told(tmp_path: Path, data: object, said: str) -> None:
         ('{"zero_optimization": {"stage": 2, "stage": 3}}', ["deepspeed-duplicate"]),
         ('{"zero_optimization": {"stage": 3}', ["deepspeed-file"]),
         ('{"zero_optimization": {"stage": 3} // all\n}', ["deepspeed-file"]),
-        ('{"compute_environment": "LOCAL_MACHINE"}', ["accelerate-config"]),
+        ('{"distributed_type": "FSDP"}', ["accelerate-config"]),
+        ('{"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}}', []),
         ("[1]", ["deepspeed-file"]),
     ],
 )

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsdpo.config.load import LoadResult, load, parse_overrides
+from dsdpo.config.command_line import parse_overrides
+from dsdpo.config.load import LoadResult, load
 from dsdpo.config.schema import RunConfig
 
 MINIMAL = "model_name_or_path: gpt2\ndataset: pairs\noutput_dir: out\n"
@@ -193,11 +194,26 @@ def test_duplicates_on_the_command_line(tmp_path: Path) -> None:
     assert only_problem(tmp_path, MINIMAL, "--seed", "1", "--seed=2").startswith("command line: --seed is given twice")
 
 
-@pytest.mark.parametrize("tokens", [["--plot_loss"], ["--plot_loss", "--seed", "1"]])
+@pytest.mark.parametrize("tokens", [["--run_name"], ["--run_name", "--seed", "1"]])
 def test_an_option_without_value_is_named(tmp_path: Path, tokens: list[str]) -> None:
-    problem = only_problem(tmp_path, MINIMAL, *tokens)
-    assert "--plot_loss has no value" in problem
-    assert "--plot_loss true" in problem
+    assert "--run_name has no value" in only_problem(tmp_path, MINIMAL, *tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        (["--plot_loss"], {"plot_loss": True}),
+        (["--plot_loss", "--seed", "1"], {"plot_loss": True, "seed": 1}),
+        (["--plot_loss", "false"], {"plot_loss": False}),
+        (["--no_share_prefix"], {"share_prefix": False}),
+        (["--plot-loss", "--run-name", "a"], {"plot_loss": True, "run_name": "a"}),
+        (["--loss_type", "sigmoid", "sft", "--loss_weights", "1.0", "0.5"], {"loss_type": ["sigmoid", "sft"]}),
+        (["--dataset", "a", "b,c"], {"dataset": ["a", "b,c"]}),
+    ],
+)
+def test_switches_and_lists_on_the_command_line(tokens: list[str], found: dict[str, object]) -> None:
+    values, problems = parse_overrides(tokens)
+    assert problems == [] and {key: values[key] for key in found} == found
 
 
 @pytest.mark.parametrize("token", ["beta=1", "-beta", "0.5"])
@@ -210,15 +226,8 @@ def test_a_stray_argument_is_named(tmp_path: Path, token: str) -> None:
     [
         ("max_lenght", "did you mean max_length?"),
         ("Beta", "did you mean beta?"),
-        ("per_device_train_batch_size", "train_batch_size (pairs per optimizer step"),
-        ("gradient_accumulation_steps", "max_tokens_per_row"),
-        ("pref_beta", "set beta"),
-        ("pref_ftx", "loss_type: [sigmoid, sft] and loss_weights"),
-        ("rpo_alpha", "loss_type: [sigmoid, sft] and loss_weights"),
-        ("cutoff_len", "set max_length"),
-        ("bf16", "set precision"),
-        ("do_train", "delete the line"),
-        ("overwrite_output_dir", "output_dir"),
+        ("micro_train_batch_size", "train_batch_size (examples per optimizer step"),
+        ("sequence_len", "set max_length"),
         ("num_processes", "--num_accelerators"),
         ("zzzzz", "dsdpo train --help"),
     ],

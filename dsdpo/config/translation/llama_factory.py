@@ -1,0 +1,261 @@
+"""Options of LLaMA-Factory, today's and earlier ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsdpo.config.stages import STAGE_ALIASES
+from dsdpo.config.translation.rules import (
+    NOT_SET,
+    Given,
+    Meaning,
+    NoEffect,
+    Refused,
+    Rule,
+    Sets,
+    each,
+    is_off,
+    no_effect,
+    only,
+    option,
+    refused,
+    word,
+)
+from dsdpo.config.translation.trainer import TRAINER_DEFAULTS
+
+_LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
+_ATTENTION = {
+    "auto": "auto",
+    "sdpa": "sdpa",
+    "fa2": "flash_attention_2",
+    "fa3": "flash_attention_3",
+    "disabled": "sdpa",
+}
+
+
+def defaults(stage: str, given: Given) -> dict[str, Any]:
+    """What LLaMA-Factory takes where nothing says otherwise, where our default is another."""
+    return TRAINER_DEFAULTS | {"max_length": 2048}
+
+
+def stage_of(given: Given) -> str | None:
+    """None: its default is sft, ours dpo, so that a run must say which it wants."""
+    return None
+
+
+def _beta(value: Any, given: Given) -> Meaning:
+    stage = STAGE_ALIASES.get(str(given.get("stage", "sft")), given.get("stage", "sft"))
+    if value is None or stage not in ("dpo", "kto"):
+        return NoEffect(f"stage {stage} has no reference")
+    return Sets({"beta": value})
+
+
+def _loss(value: Any, given: Given) -> Meaning:
+    """`pref_loss` and `pref_ftx` together: the likelihood of the chosen answer is a second loss."""
+    stage = given.get("stage", "sft")
+    if stage != "dpo":
+        return NoEffect(f"stage {stage} does not read it")
+    name = word(given.get("pref_loss", given.get("dpo_loss")) or "sigmoid")
+    if name not in _LOSSES:
+        return Refused(f"pref_loss is {name}; allowed: {', '.join(_LOSSES)}, or set loss_type")
+    share = given.get("pref_ftx", given.get("dpo_ftx", given.get("ftx_gamma")))
+    if is_off(share):
+        return Sets({"loss_type": [_LOSSES[name]]})
+    return Sets({"loss_type": [_LOSSES[name], "sft"], "loss_weights": [1.0, float(share)]})
+
+
+def _smoothing(value: Any, given: Given) -> Meaning:
+    if is_off(value) or given.get("stage") != "dpo":
+        return NoEffect(NOT_SET)
+    return Sets({"label_smoothing": value})
+
+
+def _of_stage(stage: str, name: str) -> Rule:
+    def rule(value: Any, given: Given) -> Meaning:
+        if value is None or given.get("stage") != stage:
+            return NoEffect(f"stage {stage} reads it")
+        return Sets({name: value})
+
+    return rule
+
+
+def _attention(value: Any, given: Given) -> Meaning:
+    if value is None:
+        return NoEffect(NOT_SET)
+    name = word(value)
+    name = {"true": "fa2", "false": "disabled", "off": "disabled"}.get(name, name)
+    if name not in _ATTENTION:
+        return Refused("set attn_implementation")
+    return Sets({"attn_implementation": _ATTENTION[name]})
+
+
+def _no_checkpointing(value: Any, given: Given) -> Meaning:
+    return NoEffect(NOT_SET) if value is None else Sets({"gradient_checkpointing": is_off(value)})
+
+
+def _targets(value: Any, given: Given) -> Meaning:
+    return NoEffect(NOT_SET) if value is None or value == "" else Sets({"lora_target": value})
+
+
+def _reference(value: Any, given: Given) -> Meaning:
+    if value is None or value == given.get("model_name_or_path"):
+        return NoEffect("the reference is the untrained model")
+    return Refused("the reference is the untrained model itself; delete the line, or name that model twice")
+
+
+def _method(value: Any, given: Given) -> Meaning:
+    if value is None or word(value) in ("bnb", "bitsandbytes"):
+        return NoEffect("weights are quantized by bitsandbytes")
+    return Refused("weights are quantized by bitsandbytes: write bnb")
+
+
+def _packed(value: Any, given: Given) -> Meaning:
+    return NoEffect("rows are packed, and no example sees another")
+
+
+_HISTORY = "stage sft trains on the replies alone"
+_OTHER_OPTIMIZER = refused("the optimizer is AdamW; delete the line")
+_PLAIN_LORA = refused("only plain LoRA is supported; delete the line")
+_FREEZE = no_effect("finetuning_type freeze is not supported, and says so")
+_TEXT_ONLY = no_effect("only texts are trained on; a set with images ends the preparation")
+_TOKENS = refused("the vocabulary stays as it is; add tokens to the model before, and delete the line")
+
+LLAMA_FACTORY: dict[str, Rule] = {
+    # method
+    "pref_beta": _beta,
+    "dpo_beta": _beta,
+    **each(_loss, "pref_loss dpo_loss pref_ftx dpo_ftx ftx_gamma"),
+    "pref_bco_weight": refused("set loss_type: [sigmoid, bco_pair] and loss_weights"),
+    "dpo_label_smoothing": _smoothing,
+    "kto_chosen_weight": _of_stage("kto", "desirable_weight"),
+    "kto_rejected_weight": _of_stage("kto", "undesirable_weight"),
+    **each(_reference, "ref_model"),
+    **each(refused("set adapter_name_or_path, which is also the reference"), "ref_model_adapters"),
+    "ref_model_quantization_bit": refused("the reference has the weights of the policy: set quantization_bit"),
+    "additional_target": refused("the whole of a layer is not trained beside an adapter; delete the line"),
+    **each(_PLAIN_LORA, "use_rslora use_dora pissa_init pissa_convert loraplus_lr_ratio oft_rank module_dropout"),
+    **each(
+        no_effect("it belongs to an option that is not supported"), "pissa_iter loraplus_lr_embedding oft_block_size"
+    ),
+    "oft_target": no_effect("finetuning_type oft is not supported, and says so"),
+    **each(_FREEZE, "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules num_layer_trainable"),
+    "name_module_trainable": _FREEZE,
+    **each(_OTHER_OPTIMIZER, "use_galore use_apollo use_badam use_adam_mini use_muon use_llama_pro"),
+    **each(
+        no_effect("it belongs to an optimizer that is not supported"),
+        "galore_target galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise "
+        "apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj apollo_proj_type "
+        "apollo_scale_type apollo_layerwise apollo_scale_front badam_mode badam_start_block badam_switch_mode "
+        "badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose",
+    ),
+    **each(
+        refused("the loss of stage sft is the likelihood of the replies; delete the line"),
+        "use_dft_loss use_asft_loss use_eaft_loss",
+    ),
+    **each(no_effect("it belongs to a loss that is not supported"), "asft_alpha eaft_alpha"),
+    **each(
+        refused("ranks run DeepSpeed; delete the line"),
+        "use_mca use_megatron_bridge megatron_bridge_args use_hyper_parallel hyper_parallel_args use_kt use_ray",
+    ),
+    **each(
+        no_effect("it belongs to a stage that is not supported"), "reward_model reward_model_type reward_model_adapters"
+    ),
+    **each(
+        no_effect("it belongs to a stage that is not supported"),
+        "reward_model_quantization_bit ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards "
+        "ppo_logger",
+    ),
+    "compute_accuracy": no_effect("evaluation gives loss, perplexity or accuracy"),
+    "disable_shuffling": refused("seed orders the data anew in every epoch; delete the line"),
+    "early_stopping_steps": refused("training goes to its end; delete the line"),
+    "include_effective_tokens_per_second": no_effect("metrics.jsonl has tokens per second"),
+    "use_swanlab": refused("set report_to: wandb or tensorboard"),
+    **each(
+        no_effect("it belongs to use_swanlab"),
+        "swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir "
+        "swanlab_lark_webhook_url swanlab_lark_secret",
+    ),
+    **each(
+        _TEXT_ONLY,
+        "freeze_vision_tower freeze_multi_modal_projector freeze_language_model media_dir train_mm_proj_only",
+    ),
+    **each(
+        _TEXT_ONLY,
+        "image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels "
+        "video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate visual_inputs "
+        "image_resolution video_resolution",
+    ),
+    # model
+    "adapter_folder": no_effect("adapter_name_or_path names the folder"),
+    "use_fast_tokenizer": no_effect("the tokenizer is transformers' own for the model"),
+    "split_special_tokens": refused("special tokens in texts are told by the data; delete the line"),
+    **each(_TOKENS, "resize_vocab add_tokens add_special_tokens new_special_tokens new_special_tokens_config"),
+    "init_special_tokens": no_effect("the vocabulary stays as it is"),
+    "model_revision": option("model_revision"),
+    "low_cpu_mem_usage": no_effect("weights are read tensor by tensor"),
+    **each(
+        refused("a model is trained with the positions of its config.json; delete the line"), "rope_scaling shift_attn"
+    ),
+    "mixture_of_depths": refused("layers stay as they are; delete the line"),
+    "block_diag_attn": no_effect("rows are packed, and no example sees another"),
+    "flash_attn": _attention,
+    **each(
+        no_effect("it is about speed and memory alone"),
+        "use_unsloth use_unsloth_gc enable_liger_kernel use_reentrant_gc upcast_layernorm upcast_lmhead_output "
+        "use_kv_cache use_v1_kernels disable_version_checking offload_folder device_map compute_dtype "
+        "print_param_status",
+    ),
+    "disable_gradient_checkpointing": _no_checkpointing,
+    "moe_aux_loss_coef": refused("a router has no loss of its own here; delete the line"),
+    "train_from_scratch": refused("training begins with trained weights; delete the line"),
+    **each(no_effect("`dsdpo chat` answers by transformers"), "infer_backend infer_dtype"),
+    **each(no_effect("a token is read from HF_TOKEN, or from `hf auth login`"), "hf_hub_token om_hub_token"),
+    "ms_hub_token": no_effect("a token is read from MODELSCOPE_API_TOKEN"),
+    "trust_remote_code": no_effect("no code of a model's folder is run"),
+    "quantization_method": _method,
+    "quantization_device_map": no_effect("each rank quantizes while it loads"),
+    **each(
+        no_effect("`dsdpo export` writes the weights"),
+        "export_dir export_size export_device export_quantization_bit export_quantization_dataset "
+        "export_quantization_nsamples export_quantization_maxlen export_legacy_format export_hub_model_id",
+    ),
+    **each(
+        no_effect("`dsdpo chat` answers by transformers"),
+        "vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen "
+        "sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend max_new_tokens top_p top_k "
+        "temperature do_sample num_beams repetition_penalty length_penalty skip_special_tokens "
+        "predict_with_generate",
+    ),
+    "model_max_length": option("max_length"),
+    # data
+    "cutoff_len": option("max_length"),
+    "max_source_length": no_effect("max_length counts prompt and completion together"),
+    "max_target_length": no_effect("max_length counts prompt and completion together"),
+    "reserved_label_len": no_effect("truncation_mode says what is cut"),
+    "train_on_prompt": only("false", why=_HISTORY, remedy=f"{_HISTORY}: delete the line, or set stage: pt for texts"),
+    **each(no_effect("prepared data is read in pieces"), "streaming buffer_size data_shared_file_system"),
+    "overwrite_cache": no_effect("prepared data is found by its content"),
+    "preprocessing_batch_size": no_effect("it is about speed alone"),
+    **each(no_effect("the loss of padding counts nowhere"), "ignore_pad_token_for_loss eval_num_beams"),
+    "eval_on_each_dataset": refused("held-out sets are evaluated together; delete the line"),
+    **each(_packed, "packing neat_packing"),
+    "tool_format": refused("the chat template writes tools; delete the line"),
+    "enable_thinking": only(
+        "true", why="the chat template decides", remedy="set enable_thinking in chat_template_kwargs of the records"
+    ),
+    "preserve_thinking": only(
+        "false", why="the chat template decides", remedy="delete the line: the chat template decides"
+    ),
+    "tokenized_path": no_effect("prepared data is kept in cache_dir"),
+    # ray
+    **each(
+        refused("ranks are started by DeepSpeed or SLURM; delete the line"),
+        "ray_run_name ray_storage_path ray_storage_filesystem ray_num_workers resources_per_worker "
+        "placement_strategy master_addr master_port_ray ray_init_kwargs",
+    ),
+}
+
+# By these, options are LLaMA-Factory's, and not TRL's.
+SIGNS = frozenset(LLAMA_FACTORY) - {"trust_remote_code", "packing", "streaming", "model_revision", "ref_model"}
+SIGNS -= {"ref_model_adapters", "use_dora", "use_rslora", "max_new_tokens", "max_target_length", "buffer_size"}
+SIGNS |= {"dataset_dir", "finetuning_type", "lora_rank", "lora_target", "template", "quantization_bit", "mask_history"}

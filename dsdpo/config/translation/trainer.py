@@ -1,0 +1,226 @@
+"""Options of transformers' TrainingArguments, which TRL and LLaMA-Factory share; older names, too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsdpo.config.translation.rules import (
+    NOT_SET,
+    Given,
+    Meaning,
+    NoEffect,
+    Refused,
+    Rule,
+    Sets,
+    each,
+    is_off,
+    no_effect,
+    number,
+    only,
+    option,
+    refused,
+    word,
+)
+
+# AdamW, whatever fuses or pages it; their 8-bit relatives round the moments.
+_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "paged_adamw", "paged_adamw_32bit")
+_TORCH_NAMES = {"bfloat16": "bf16", "bf16": "bf16", "float16": "fp16", "half": "fp16", "fp16": "fp16"}
+_TORCH_NAMES |= {"float32": "fp32", "float": "fp32", "fp32": "fp32", "auto": "auto"}
+_BY_STEPS = "checkpoints and evaluations are counted in steps"
+
+# Their defaults, where ours differ and change what is learned.
+TRAINER_DEFAULTS: dict[str, Any] = {"learning_rate": 5e-5, "num_train_epochs": 3.0, "lr_scheduler_type": "linear"}
+PER_DEVICE = 8  # per_device_train_batch_size
+
+
+def _half(name: str) -> Rule:
+    """`bf16: true` and `fp16: true`. Where both are false, the model's own type or TRL's `dtype` decides."""
+
+    def rule(value: Any, given: Given) -> Meaning:
+        return NoEffect(NOT_SET) if is_off(value) else Sets({"precision": name})
+
+    return rule
+
+
+def dtype(value: Any, given: Given) -> Meaning:
+    """Of the weights in memory. Beside `bf16` or `fp16` it is of the master copy, which is in fp32 here."""
+    if value is None or any(not is_off(given.get(name)) for name in ("bf16", "fp16", "pure_bf16")):
+        return NoEffect("precision says what is computed with; gradients and the optimizer are in fp32")
+    name = word(value).removeprefix("torch.")
+    if name not in _TORCH_NAMES:
+        return Refused("set precision: bf16, fp16 or fp32")
+    return Sets({"precision": _TORCH_NAMES[name]})
+
+
+def _warmup_steps(value: Any, given: Given) -> Meaning:
+    """Below 1 it is a share of all steps."""
+    count = number(value)
+    if count is not None and 0 < count < 1:
+        return Sets({"warmup_ratio": count})
+    return Sets({"warmup_steps": value if count is None or count != int(count) else int(count)})
+
+
+def _max_steps(value: Any, given: Given) -> Meaning:
+    """0 and below: by epochs."""
+    count = number(value)
+    return NoEffect("num_train_epochs decides") if count is not None and count <= 0 else Sets({"max_steps": value})
+
+
+def _schedule(value: Any, given: Given) -> Meaning:
+    return Sets({"lr_scheduler_type": "constant" if word(value) == "constant_with_warmup" else value})
+
+
+def _when(name: str) -> Rule:
+    """`save_strategy` and `eval_strategy`."""
+
+    def rule(value: Any, given: Given) -> Meaning:
+        text = word(value)
+        if text in ("steps", "none"):
+            return NoEffect(f"{name} decides")
+        if text in ("false", "no"):
+            return Sets({name: None})
+        if text == "epoch" and name == "eval_steps":
+            return Sets({name: None})  # once, at the end
+        if text == "epoch":
+            return NoEffect(f"{name} decides, and there is a checkpoint at the end; {_BY_STEPS}")
+        return Refused(f"set {name}; {_BY_STEPS}")
+
+    return rule
+
+
+def _steps(name: str) -> Rule:
+    """Below 1 it would be a share of all steps; without the strategy `steps` it means nothing."""
+
+    def rule(value: Any, given: Given) -> Meaning:
+        strategy = given.get(f"{name.removesuffix('_steps')}_strategy")
+        if name == "eval_steps":
+            strategy = strategy or given.get("evaluation_strategy")
+        if strategy is not None and word(strategy) != "steps":
+            return NoEffect(f"{name.removesuffix('_steps')}_strategy is {word(strategy)}")
+        count = number(value)
+        if count is not None and 0 < count < 1:
+            return Refused(f"give a number of steps: a share of all of them ({value}) is not supported")
+        return Sets({name: None if count is not None and count <= 0 else value})
+
+    return rule
+
+
+def _resume(value: Any, given: Given) -> Meaning:
+    if value is None or word(value) in ("true", "false", ""):
+        return NoEffect("a run goes on from the newest checkpoint in output_dir; --fresh begins again")
+    return Sets({"resume_from_checkpoint": value})
+
+
+def _data_seed(value: Any, given: Given) -> Meaning:
+    if value is None or str(value) == str(given.get("seed", 42)):
+        return NoEffect("seed orders the data")
+    return Refused("set seed, which orders the data, too")
+
+
+def _optim(value: Any, given: Given) -> Meaning:
+    if word(value) in (*_ADAMW, "none"):
+        return NoEffect("the optimizer is AdamW, fused where the device has that")
+    return Refused("the optimizer is AdamW: delete the line, or write adamw_torch")
+
+
+_ELSEWHERE = "it is about speed alone"
+_UPLOAD = "nothing is uploaded: `hf upload` takes final/ of output_dir"
+
+# Rules for names that are ours, too, and say something else or more there.
+SHARED: dict[str, Rule] = {
+    "max_steps": _max_steps,
+    "warmup_steps": _warmup_steps,
+    "lr_scheduler_type": _schedule,
+    "save_steps": _steps("save_steps"),
+    "eval_steps": _steps("eval_steps"),
+    "resume_from_checkpoint": _resume,
+    "cache_dir": no_effect("it is for downloads, which go to HF_HUB_CACHE; prepared data is beside output_dir"),
+    "gradient_checkpointing": lambda value, given: (
+        NoEffect(NOT_SET) if value is None else Sets({"gradient_checkpointing": value})
+    ),
+}
+
+TRAINER: dict[str, Rule] = {
+    "bf16": _half("bf16"),
+    "fp16": _half("fp16"),
+    "pure_bf16": _half("bf16"),
+    "optim": _optim,
+    "data_seed": _data_seed,
+    "save_strategy": _when("save_steps"),
+    "eval_strategy": _when("eval_steps"),
+    "evaluation_strategy": _when("eval_steps"),
+    "adam_eps": option("adam_epsilon"),
+    "max_norm": option("max_grad_norm"),
+    "gradient_clipping": option("max_grad_norm"),
+    **each(no_effect("the command says it"), "do_train"),
+    **each(no_effect("eval_dataset and val_size say it"), "do_eval eval_on_start eval_delay"),
+    **each(refused("`dsdpo chat` and `dsdpo eval` come after the training; delete the line"), "do_predict"),
+    **each(
+        no_effect("rows are filled by tokens: max_tokens_per_row"),
+        "per_device_eval_batch_size eval_accumulation_steps auto_find_batch_size group_by_length "
+        "length_column_name batch_eval_metrics eval_do_concat_batches eval_use_gather_object prediction_loss_only "
+        "include_for_metrics include_inputs_for_metrics",
+    ),
+    **each(
+        no_effect("a run goes on from its checkpoints; --fresh begins again"),
+        "overwrite_output_dir ignore_data_skip restore_callback_states_from_checkpoint enable_jit_checkpoint",
+    ),
+    **each(no_effect("checkpoints hold what a run needs to go on"), "save_only_model save_safetensors"),
+    **each(
+        no_effect("metrics.jsonl in output_dir has every step"),
+        "logging_dir logging_strategy logging_first_step logging_nan_inf_filter log_level log_level_replica "
+        "log_on_each_node include_num_input_tokens_seen include_tokens_per_second skip_memory_metrics debug "
+        "project trackio_space_id trackio_bucket_id trackio_static_space_id",
+    ),
+    **each(
+        no_effect("the loader reads prepared shards"),
+        "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+        "dataloader_multiprocessing_context dataloader_in_order remove_unused_columns dataloader_drop_last",
+    ),
+    **each(
+        no_effect("the launcher and DeepSpeed decide it"),
+        "ddp_timeout ddp_backend ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters "
+        "ddp_static_graph save_on_each_node local_rank",
+    ),
+    **each(
+        no_effect(_ELSEWHERE),
+        "tf32 torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config "
+        "use_cache torch_empty_cache_steps gradient_checkpointing_kwargs activation_checkpointing_kwargs "
+        "jit_mode_eval",
+    ),
+    **each(
+        no_effect(_UPLOAD),
+        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision "
+        "push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_model_revision",
+    ),
+    "average_tokens_across_devices": only(
+        "true",
+        why="losses are averaged over the whole step",
+        remedy="losses are averaged over the whole step: write true",
+    ),
+    "activation_checkpointing": option("gradient_checkpointing"),
+    "train_sampling_strategy": only(
+        "random", why="seed orders the data", remedy="seed orders the data anew in every epoch: write random"
+    ),
+    "metric_for_best_model": no_effect("the last weights are exported"),
+    "greater_is_better": no_effect("the last weights are exported"),
+    "load_best_model_at_end": refused(
+        "the last weights are exported; `dsdpo export --step` takes an earlier checkpoint"
+    ),
+    "lr_scheduler_kwargs": refused("the schedules have no further settings; delete the line"),
+    **each(
+        refused("the optimizer is AdamW, for every trained parameter; delete the line"),
+        "optim_args optim_target_modules",
+    ),
+    "label_smoothing_factor": refused("delete the line: only preference losses have label_smoothing"),
+    **each(refused("evaluation computes as the training does; delete the line"), "bf16_full_eval fp16_full_eval"),
+    "full_determinism": refused("a run on CPUs repeats bit for bit, one on GPUs does not; delete the line"),
+    "use_cpu": refused("set DS_ACCELERATOR=cpu where the command is started"),
+    "no_cuda": refused("set DS_ACCELERATOR=cpu where the command is started"),
+    **each(
+        refused("ranks run DeepSpeed: set deepspeed: ds_configs/zero3.json, or delete the line"),
+        "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap accelerator_config parallelism_config",
+    ),
+    **each(refused("set precision: bf16"), "fp8 fp8_backend fp8_enable_fsdp_float8_all_gather"),
+    "label_names": refused("the columns of the data are told by dataset_info.json; delete the line"),
+}
