@@ -145,8 +145,9 @@ def _entry(name: str, info: dict[str, Any], root: Path, records: Records) -> Dat
         if (found := _path(without, root)) is not None:
             check_file_split(found, split, name)
             return DatasetEntry(name, root, files=data_files(found, root, name, split), split=split)
-        if _HUB_ID.fullmatch(without) and not without.endswith(FILE_KINDS):
-            return DatasetEntry(name, root, hub_id=without, split=split)
+        hub_id, _, subset = without.partition(":")
+        if _HUB_ID.fullmatch(hub_id) and not hub_id.endswith(FILE_KINDS):
+            return DatasetEntry(name, root, hub_id=hub_id, split=split, subset=subset or None)
     if _HUB_ID.fullmatch(name) and not name.endswith(FILE_KINDS):
         folder, split = name.split("/")
         if (parent := _path(folder, root)) is not None and is_saved_dict(parent):

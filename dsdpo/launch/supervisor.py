@@ -129,7 +129,7 @@ def _launch(
         asked = " ".join(filter(None, (cluster.include, cluster.exclude and f"all but {cluster.exclude}")))
         return Launch(command, environment, asked or _ranks(cluster.num_accelerators or devices or 1, devices))
     hosts = list(slots(cluster.hostfile, cluster.include, cluster.exclude))
-    check_hosts(hosts, task.path, run_dir.path)
+    check_hosts(hosts, task.path or ".", run_dir.path)
     leave_environment(run_dir, token, os.environ)
     return Launch(command, without_secrets(environment), ", ".join(hosts))
 

@@ -11,6 +11,7 @@ import yaml
 from dsdpo.config.load import load
 from dsdpo.config.options import options
 from dsdpo.config.rules import check_rules
+from dsdpo.config.schema import RunConfig
 from dsdpo.config.translation.translate import Translation
 from dsdpo.errors import ConfigError, IOFailure, config_error
 from dsdpo.runtime.files import write_atomically
@@ -37,8 +38,8 @@ def import_config(path: str, overrides: list[str], to: str | None, ranks: int | 
         print(line, file=sys.stderr)
     if problems := [*loaded.problems, *check_rules(loaded, here=False)]:
         raise ConfigError(problems)
-    assert translation is not None, "without problems there is a translation"
-    text = run_config(translation)
+    assert translation is not None and loaded.config is not None, "without problems there are both"
+    text = run_config(translation, loaded.config)
     if to is None:
         print(text, end="")
         return 0
@@ -60,9 +61,9 @@ def report(translation: Translation) -> list[str]:
     return lines
 
 
-def run_config(translation: Translation) -> str:
-    """The options as YAML, by group, with the name that set each."""
-    values = dict(translation.values)
+def run_config(translation: Translation, config: RunConfig) -> str:
+    """The options that were set as YAML, by group."""
+    values = {name: getattr(config, name) for name in translation.values}
     if translation.needs_ranks:
         del values["train_batch_size"]
     lines, group = [f"# from a config of {translation.source}" if translation.source else "# a run config"], ""
