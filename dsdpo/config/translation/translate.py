@@ -99,7 +99,8 @@ class Translation:
             return []
         said = [f"read as options of {self.source}; `dsdpo import-config` lists each, and writes a run config"]
         if self.renamed:
-            said.append(f"  set: {', '.join(f'{text} ({name})' for name, text in self.renamed.items())}")
+            found = [text if name in text else f"{text} ({name})" for name, text in self.renamed.items()]
+            said.append(f"  set: {', '.join(found)}")
         if self.defaults:
             found = ", ".join(f"{name} {_text(value)}" for name, value in self.defaults.items())
             said.append(f"  by the defaults of {self.source}: {found}")
@@ -249,10 +250,10 @@ def _take_batch(
     begun = recorded()
     done.needs_ranks = begun is None and ranks is None
     size = begun or product * (ranks or 1)
-    how = "as the run in output_dir was begun" if begun else f"{words} * {ranks or 'number of'} ranks"
+    how = "what the run in output_dir was begun with" if begun else f"{words} * {ranks or 'number of'} ranks"
     done.values["train_batch_size"] = size
     done.origins["train_batch_size"] = origins[names[0]] if names else f"default of {done.source}"
-    done.renamed[names[0] if names else PER_DEVICE_SIZE] = f"train_batch_size {size}, {how}"
+    done.renamed[names[0] if names else PER_DEVICE_SIZE] = f"train_batch_size {size} = {how}"
 
 
 def _keep_batch(done: Translation, given: Given, names: list[str], words: str, size: int | None) -> None:
