@@ -99,8 +99,8 @@ class Translation:
             return []
         said = [f"read as options of {self.source}; `dsdpo import-config` lists each, and writes a run config"]
         if self.renamed:
-            found = [text if name in text else f"{text} ({name})" for name, text in self.renamed.items()]
-            said.append(f"  set: {', '.join(found)}")
+            each = [text if name in text else f"{text} ({name})" for name, text in self.renamed.items()]
+            said.append(f"  set: {', '.join(each)}")
         if self.defaults:
             found = ", ".join(f"{name} {_text(value)}" for name, value in self.defaults.items())
             said.append(f"  by the defaults of {self.source}: {found}")
