@@ -218,6 +218,28 @@ def cpu_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opti
     return optimizer
 
 
+def has_fp16() -> bool:
+    """Whether DeepSpeed trains in fp16 on this process's device."""
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().is_fp16_supported())
+
+
+def without_scale_warnings(engine: Any) -> None:
+    """Keep an engine with a constant loss scale from saying, at each overflow, that the step is skipped."""
+    engine.optimizer.loss_scaler.update_scale = lambda overflow: None
+
+
+def drop_overflowed_gradients(engine: Any) -> None:
+    """After a step that an overflow has stopped: let no gradient of it be added to those of the next one.
+
+    DeepSpeed 0.19.8 keeps the buffers of an offloaded stage 1 or 2, in which an infinite sum stays infinite.
+    """
+    if engine.zero_optimization_stage() < 3:
+        buffers = engine.optimizer.averaged_gradients
+        buffers.update(dict.fromkeys(buffers))
+
+
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
     """Whether ZeRO-3 holds this parameter in pieces."""
     return hasattr(parameter, "ds_id")

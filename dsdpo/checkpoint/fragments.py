@@ -20,7 +20,7 @@ from dsdpo.engine.zero_state import STATES, Piece
 from dsdpo.errors import CheckpointError
 
 Index = dict[str, Any]
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
 
 def rank_file(rank: int, world_size: int) -> str:

@@ -56,6 +56,7 @@ class Saver:
         facts: what run.json says beside the step: the same in all checkpoints of this process.
         say: where progress is told.
         token: of the lock on output_dir, looked at before a checkpoint counts; None without a lock.
+        changing: what run.json says beside the step that changes from step to step.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Saver:
         facts: dict[str, Any],
         say: Callable[[str], None],
         token: str | None = None,
+        changing: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self._config = config
         self._engine = engine
@@ -73,6 +75,7 @@ class Saver:
         self._facts = facts
         self._say = say
         self._token = token
+        self._changing = changing
         self._run_dir = RunDir(Path(config.output_dir))
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self._in_flight: _InFlight | None = None
@@ -124,7 +127,9 @@ class Saver:
         if self._config.async_save:
             tensors = self._copied(tensors)
         tensors |= random_state()
-        run = {"step": step, "adam_step": adam_step(self._engine), **self._facts} if self._mesh.is_main else None
+        run = None
+        if self._mesh.is_main:
+            run = {"step": step, "adam_step": adam_step(self._engine), **self._changing(), **self._facts}
         job = self._pool.submit(self._write, staged, tensors, run)
         self._in_flight = _InFlight(step, staged, folder, index_of(pieces, self._mesh.rank), job)
         if not self._config.async_save:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsdpo.config.precision import precision_of
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import Problem
 
@@ -84,10 +85,10 @@ def foreign_settings(data: Any) -> str:
         file = json_of_stage(stage, block.get("offload_optimizer_device"))
         said = f"its zero_stage {stage} is {file}: name that file in deepspeed" if file else "it shards nothing"
     precision = str(data.get("mixed_precision") or "no").lower()
-    if precision == "bf16":
-        said += ", and set precision: bf16"
-    elif precision in ("fp16", "fp8"):
-        said += f"; {precision} is not supported: set precision: bf16"
+    if precision in ("bf16", "fp16"):
+        said += f", and set precision: {precision}"
+    elif precision == "fp8":
+        said += "; fp8 is not supported: set precision: bf16"
     return f"is an accelerate config; {said}{_of_ranks(data)}"
 
 
@@ -143,12 +144,12 @@ def _precision(config: RunConfig, given: Mapping[str, str], cuda: bool) -> list[
     wanted = given.get("MIXED_PRECISION", "").lower()
     if not wanted:
         return []
-    ours = {"auto": "bf16" if cuda else "fp32"}.get(config.precision, config.precision)
+    ours = precision_of(config.precision, cuda)
     if wanted == ours:
         return []
-    remedy = (
-        "set precision: bf16, or mixed_precision: no there" if wanted == "bf16" else "only bf16 and fp32 are supported"
-    )
+    remedy = "only bf16, fp16 and fp32 are supported"
+    if wanted in ("bf16", "fp16"):
+        remedy = f"set precision: {wanted}, or mixed_precision: no there"
     return [("precision", f"mixed_precision is {wanted}, but precision is {config.precision} ({ours} here); {remedy}")]
 
 

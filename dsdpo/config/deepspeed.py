@@ -21,6 +21,7 @@ from dsdpo.config.deepspeed_keys import (
     FLAGS,
     HPZ,
     IGNORED,
+    LOSS_SCALES,
     NO_PARAM_SWAP,
     OFFLOAD_OPTIMIZER,
     OFFLOAD_PARAM,
@@ -32,6 +33,7 @@ from dsdpo.config.deepspeed_keys import (
     ZERO,
 )
 from dsdpo.config.load import LoadResult
+from dsdpo.config.precision import FP16, ScaleRule
 from dsdpo.config.zero import AUTO, ZeroConfig, block_of, is_off
 from dsdpo.errors import ConfigError, Problem
 
@@ -56,6 +58,7 @@ def check_deepspeed(loaded: LoadResult) -> tuple[ZeroConfig | None, list[Problem
         return None, error.problems
     found = [_check_leaf(key, value, loaded) for key, value in _leaves(data)]
     found += _check_offload(data) + _check_hpz(data) + _check_nvme(data, config.async_save)
+    found += _check_scales(data) if not any(found) else []
     problems = [replace(one, text=f"{named(config.deepspeed)}: {one.text}") for one in found if one]
     return None if problems else ZeroConfig.of(config, data), problems
 
@@ -146,6 +149,18 @@ def _check_hpz(data: dict[str, Any]) -> list[Problem]:
     return []
 
 
+def _check_scales(data: dict[str, Any]) -> list[Problem]:
+    """Whether the loss scale begins above its lowest value."""
+    rule = ScaleRule.of(data)
+    if rule.first >= rule.lowest:
+        return []
+    text = (
+        f"{FP16}.min_loss_scale is {rule.lowest:g}, but the scale begins at {rule.first:g}; lower it, or raise "
+        f"{FP16}.initial_scale_power"
+    )
+    return [_problem("value", text)]
+
+
 def _check_owned(key: str, value: Any, loaded: LoadResult) -> Problem | None:
     option, wanted = OWNED[key]
     if option in loaded.faulty or loaded.config is None:
@@ -169,6 +184,11 @@ def _check_passed(key: str, value: Any) -> Problem | None:
         return _problem("value", f"{key} is {value!r}; allowed: a number, at least 0, or auto")
     if key in COUNTS and not (_is_number(value) and value >= 1 and value == int(value)):
         return _problem("value", f"{key} is {value!r}; allowed: a whole number, at least 1, or auto")
+    if key in LOSS_SCALES:
+        kind, highest = LOSS_SCALES[key]
+        if not (_is_number(value) and 0 <= value <= highest and kind(value) == value):
+            what = "a whole number" if kind is int else "a number"
+            return _problem("value", f"{key} is {value!r}; allowed: {what} from 0 to {highest:g}, or auto")
     if key in SETTINGS and not isinstance(value, dict):
         return _problem("value", f"{key} is {value!r}; it must be an object {{...}}")
     return None

@@ -19,14 +19,16 @@ def _names(text: str, block: str = "") -> frozenset[str]:
 ZERO = "zero_optimization"
 OFFLOAD_OPTIMIZER, OFFLOAD_PARAM = f"{ZERO}.offload_optimizer", f"{ZERO}.offload_param"
 HPZ = f"{ZERO}.zero_hpz_partition_size"
-BLOCKS = _names("zero_optimization bf16 bfloat16 optimizer optimizer.params scheduler scheduler.params data_types") | {
+BLOCKS = _names(
+    "zero_optimization bf16 bfloat16 fp16 optimizer optimizer.params scheduler scheduler.params data_types"
+) | {
     OFFLOAD_OPTIMIZER,
     OFFLOAD_PARAM,
     "aio",
 }
 
 _SCHEDULERS = {"linear": "WarmupDecayLR", "constant": "WarmupLR", "cosine": "WarmupCosineLR"}
-_BF16 = {"bf16": True, "fp32": False}
+_BF16 = {"bf16": True, "fp32": False, "fp16": False}
 
 # key -> (option that owns it, its value there; None: the two cannot be compared)
 OWNED: dict[str, tuple[str, Callable[[RunConfig], Any]]] = {
@@ -36,6 +38,7 @@ OWNED: dict[str, tuple[str, Callable[[RunConfig], Any]]] = {
     "gradient_clipping": ("max_grad_norm", lambda c: c.max_grad_norm),
     "bf16.enabled": ("precision", lambda c: _BF16.get(c.precision)),
     "bfloat16.enabled": ("precision", lambda c: _BF16.get(c.precision)),
+    "fp16.enabled": ("precision", lambda c: c.precision == "fp16"),  # which auto never is
     "optimizer.params.lr": ("learning_rate", lambda c: c.learning_rate),
     "optimizer.params.betas": ("adam_beta1", lambda c: [c.adam_beta1, c.adam_beta2]),
     "optimizer.params.eps": ("adam_epsilon", lambda c: c.adam_epsilon),
@@ -60,6 +63,8 @@ FIXED: dict[str, Any] = {
     "dataloader_drop_last": False,
     "bf16.bf16_master_weights_and_grads": False,
     "bf16.bf16_optimizer_states": False,
+    "fp16.auto_cast": False,
+    "fp16.fp16_master_weights_and_grads": False,
     "zero_optimization.compute_grad_norm": True,
     f"{OFFLOAD_OPTIMIZER}.fast_init": False,
     f"{OFFLOAD_OPTIMIZER}.ratio": 1.0,
@@ -90,9 +95,8 @@ NO_PARAM_SWAP = (
 
 # key -> what to do instead; an error unless the JSON switches it off
 REFUSED: dict[str, str] = {
-    "fp16": "fp16 is not supported; set precision: bf16 in the run config",
-    "torch_autocast": "set precision: bf16 in the run config",
-    "amp": "set precision: bf16 in the run config",
+    "torch_autocast": "set precision: bf16 or fp16 in the run config",
+    "amp": "set precision: bf16 or fp16 in the run config",
     "data_types.param_dtype": "set precision in the run config",
     "data_types.buffer_dtype": "set precision in the run config",
     "activation_checkpointing": "set gradient_checkpointing in the run config",
@@ -119,7 +123,7 @@ FLAGS = _names(
     "wall_clock_breakdown memory_breakdown dump_state disable_python_gc disable_allgather prescale_gradients "
     "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer bf16.immediate_grad_update bf16.check_grad_overflow "
     "bf16.check_overflow bfloat16.immediate_grad_update bfloat16.check_grad_overflow aio.single_submit "
-    "aio.overlap_events"
+    "aio.overlap_events fp16.consecutive_hysteresis"
 ) | _names(
     "offload_optimizer.pin_memory offload_param.pin_memory "
     "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions "
@@ -143,7 +147,13 @@ ZERO_OTHER = _names(
     f"{ZERO}.",
 )
 
-COUNTS = _names("steps_per_print gradient_predivide_factor vocabulary_size")
+# The two keys about hysteresis change nothing: they delay a lower scale by steps that are skipped, and none is here.
+COUNTS = _names(
+    "steps_per_print gradient_predivide_factor vocabulary_size fp16.loss_scale_window fp16.hysteresis "
+    "fp16.min_loss_scale"
+)
+# key -> the type and the highest value, of a scale that fp32 holds
+LOSS_SCALES = {"fp16.loss_scale": (float, 2**127), "fp16.initial_scale_power": (int, 127)}
 SETTINGS = _names("flops_profiler comms_logger timers checkpoint")
 
 # Engine keys that go to DeepSpeed as they are.
@@ -151,6 +161,7 @@ PASSED = (
     FLAGS
     | SIZES
     | COUNTS
+    | LOSS_SCALES.keys()
     | SETTINGS
     | ZERO_OTHER
     | _names("seq_parallel_communication_data_type log_level data_types.keep_in_fp32_modules")

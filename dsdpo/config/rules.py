@@ -211,7 +211,7 @@ def missing_flash_package(attn_implementation: str) -> str:
 def _attention(config: RunConfig, given: Given) -> str:
     wanted = config.attn_implementation
     if config.precision == "fp32" and wanted in ("varlen", *_FLASH_PACKAGES):
-        return f"attn_implementation {wanted} computes in bf16, but precision is fp32; change one of them"
+        return f"attn_implementation {wanted} computes in bf16 or fp16, but precision is fp32; change one of them"
     return ""
 
 

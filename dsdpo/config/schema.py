@@ -82,13 +82,14 @@ class RunConfig(BaseModel):
         "auto", "sdpa", "varlen", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
     ] = Field("auto", json_schema_extra=FREE)
     """Attention over packed rows. `sdpa`: one torch SDPA call per segment, runs everywhere. `varlen`: one
-    `torch.nn.attention.varlen` call, CUDA in bf16. `flex_attention`: torch's FlexAttention, CUDA.
-    `flash_attention_2`, `_3`, `_4`: the packages flash-attn, flash-attn-3, flash-attn-4, CUDA in bf16. `auto`:
-    varlen on CUDA in bf16, sdpa elsewhere."""
+    `torch.nn.attention.varlen` call. `flash_attention_2`, `_3`, `_4`: the packages flash-attn, flash-attn-3,
+    flash-attn-4. These four need CUDA, bf16 or fp16, and GPUs of compute capability 8.0 (Ampere) or higher.
+    `flex_attention`: torch's FlexAttention, CUDA. `auto`: varlen where it runs, else sdpa."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of weights and activations; gradients and the optimizer stay in fp32. `auto`: bf16 on CUDA,
-    fp32 on CPU."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of weights and activations; gradients are summed, and the optimizer works, in fp32. `auto`: bf16 on
+    CUDA, fp32 on CPU. `fp16`: for GPUs without bf16 (NVIDIA Turing and Volta). Its loss scale follows the block `fp16`
+    of the DeepSpeed JSON, and a step whose gradients overflow is computed again with a lower one."""
 
     gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
     """Recompute each layer's activations in the backward pass: less memory, about a third more time."""

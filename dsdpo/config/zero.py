@@ -12,10 +12,12 @@ from typing import Any
 
 from dsdpo.config.deepspeed_file import named, read_settings
 from dsdpo.config.deepspeed_keys import HPZ, IGNORED, OFFLOAD_OPTIMIZER, OFFLOAD_PARAM, OWNED, REFUSED, ZERO
+from dsdpo.config.precision import FP16, Precision, ScaleRule
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import Problem
 
 AUTO = "auto"
+_REWRITTEN = ("optimizer", "scheduler", "bfloat16", FP16)  # blocks that the run config and `engine_config` replace
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,14 @@ class ZeroConfig:
             path=named(config.deepspeed) if config.deepspeed else None,
         )
 
-    def effective_stage(self, bf16: bool) -> int:
-        """The stage that is run: stage 0 in bf16 becomes 1, since only from there on are master weights fp32."""
-        return self.stage or int(bf16)
+    def effective_stage(self, precision: Precision) -> int:
+        """The stage that is run: stage 0 in 16 bit becomes 1, since only from there on are master weights fp32."""
+        return self.stage or int(precision != "fp32")
+
+    @property
+    def scale_rule(self) -> ScaleRule:
+        """For the loss scale of a run in fp16."""
+        return ScaleRule.of(self.raw)
 
     def rank_problems(self, world_size: int) -> list[Problem]:
         """What the JSON asks of the number of ranks.
@@ -108,11 +115,12 @@ def _folder_of(config: RunConfig, offload: dict[str, Any]) -> Path:
     return Path(offload["nvme_path"]) / f"dsdpo-{run}"
 
 
-def engine_config(config: RunConfig, zero: ZeroConfig, dp_size: int, bf16: bool) -> dict[str, Any]:
+def engine_config(config: RunConfig, zero: ZeroConfig, dp_size: int, precision: Precision) -> dict[str, Any]:
     """The complete config for `deepspeed.initialize`. Batch sizes count micro-batches of one rank.
 
-    The caller sets the accumulation boundary itself and passes its own optimizer; in bf16 gradients
-    accumulate and travel in fp32. Assumes a config that passed `check_deepspeed`.
+    The caller sets the accumulation boundary itself and passes its own optimizer; in 16 bit gradients accumulate and
+    travel in fp32. In fp16 DeepSpeed gets a constant loss scale, which `engine/loss_scale.py` sets for each step.
+    Assumes a config that passed `check_deepspeed`.
 
     Args:
         dp_size: number of data-parallel ranks: each has one row of a micro-step.
@@ -128,22 +136,20 @@ def engine_config(config: RunConfig, zero: ZeroConfig, dp_size: int, bf16: bool)
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
-        "bf16": {**user.get("bf16", {}), "enabled": bf16},
-        "zero_optimization": {**user.get(ZERO, {}), "stage": zero.effective_stage(bf16)},
+        "bf16": {**user.get("bf16", {}), "enabled": precision == "bf16"},
+        **({FP16: {"enabled": True, "loss_scale": zero.scale_rule.first}} if precision == FP16 else {}),
+        "zero_optimization": {**user.get(ZERO, {}), "stage": zero.effective_stage(precision)},
         "data_types": {**user.get("data_types", {}), "grad_accum_dtype": "fp32"},
-        **({"communication_data_type": "fp32"} if bf16 else {}),
+        **({"communication_data_type": "fp32"} if precision != "fp32" else {}),
     }
 
 
-def reference_engine_config(config: RunConfig, zero: ZeroConfig, dp_size: int, bf16: bool) -> dict[str, Any]:
+def reference_engine_config(config: RunConfig, zero: ZeroConfig, dp_size: int, precision: Precision) -> dict[str, Any]:
     """The same for a frozen model beside the policy: always stage 3, with the user's block if it is of stage 3."""
-    settings = engine_config(config, zero, dp_size, bf16)
+    settings = engine_config(config, zero, dp_size, precision)
     block = settings["zero_optimization"] if settings["zero_optimization"]["stage"] == 3 else {"stage": 3}
     settings["zero_optimization"] = {key: value for key, value in block.items() if key != "offload_optimizer"}
     return settings
-
-
-_OWN_BLOCKS = ("optimizer", "scheduler", "bfloat16")
 
 
 def _without(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -151,7 +157,7 @@ def _without(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     kept = {}
     for key, value in data.items():
         name = prefix + key
-        if value == AUTO or any(name in keys for keys in (REFUSED, IGNORED, OWNED, _OWN_BLOCKS)):
+        if value == AUTO or any(name in keys for keys in (REFUSED, IGNORED, OWNED, _REWRITTEN)):
             continue
         if name in (OFFLOAD_OPTIMIZER, OFFLOAD_PARAM) and is_off(value):
             continue

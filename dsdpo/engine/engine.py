@@ -11,38 +11,50 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from transformers import PreTrainedModel
 
-from dsdpo.compat import end_stale_builds, unlink_shared_buffers
+from dsdpo.compat import end_stale_builds, has_fp16, unlink_shared_buffers
+from dsdpo.config.precision import Precision, no_fp16, precision_of
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig, engine_config, reference_engine_config
 from dsdpo.engine.nvme import check_swap_room, prepare_swap
 from dsdpo.engine.optimizer import build_optimizer, parameter_groups
-from dsdpo.errors import ConfigError
+from dsdpo.errors import ConfigError, config_error
 from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora
-from dsdpo.model.attention.register import choose
+from dsdpo.model.attention.register import Capability, choose
 from dsdpo.model.load import Head, load_model
 from dsdpo.model.packed import PackedModel
 from dsdpo.plan.shape import ModelShape
+from dsdpo.runtime.collectives import all_gather_object, raise_on_any_rank
 from dsdpo.runtime.env import Mesh
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where this rank computes: its device, and whether in bf16 or fp32."""
+    """Where this rank computes, and in what.
+
+    Attributes:
+        capability: compute capability of the weakest of the run's GPUs; None without CUDA.
+    """
 
     device: torch.device
-    bf16: bool
+    precision: Precision
+    capability: Capability | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """Of weights and activations."""
-        return torch.bfloat16 if self.bf16 else torch.float32
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+    def attention(self, attn_implementation: str) -> str:
+        """The name of the backend for this run. Raises ConfigError, see `choose`."""
+        return choose(attn_implementation, self.precision, self.capability)
 
 
 def start_process_group(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Hardware:
     """Join the other ranks (NCCL on CUDA, gloo on CPU) and pick this rank's device.
 
     Raises:
-        ConfigError: the DeepSpeed JSON does not fit the number of ranks, or a node cannot offload to NVMe.
+        ConfigError: the DeepSpeed JSON does not fit the number of ranks, a node cannot offload to NVMe, or a device
+            has no fp16.
     """
     if problems := zero.rank_problems(mesh.world_size):
         raise ConfigError(problems)
@@ -56,8 +68,16 @@ def start_process_group(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Hard
         unlink_shared_buffers(mesh.rank)
     prepare_swap(zero, mesh)
     device = torch.device(accelerator.current_device_name())
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return Hardware(device, bf16)
+    precision = precision_of(config.precision, device.type == "cuda")
+    raise_on_any_rank(lambda: _check_fp16(precision))
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    # the weakest of all: each rank must choose the same attention
+    return Hardware(device, precision, capability and min(all_gather_object(capability)))
+
+
+def _check_fp16(precision: Precision) -> None:
+    if precision == "fp16" and not has_fp16():
+        raise config_error("no-fp16", "precision", no_fp16(get_accelerator().device_name()))
 
 
 def build_engine(
@@ -79,8 +99,8 @@ def build_engine(
         ConfigError: the model cannot be trained this way.
         IOFailure: a node has no room on NVMe for the optimizer's state.
     """
-    settings = engine_config(config, zero, mesh.dp_size, hardware.bf16)
-    attention = choose(config.attn_implementation, hardware.device, hardware.bf16)
+    settings = engine_config(config, zero, mesh.dp_size, hardware.precision)
+    attention = hardware.attention(config.attn_implementation)
     torch.manual_seed(config.seed)
     adapter = weights if weights is not None and is_adapter(weights) else None
     whole = config.model_name_or_path if weights is None or adapter else weights
@@ -106,8 +126,8 @@ def build_engine(
 
 def build_reference_engine(config: RunConfig, zero: ZeroConfig, mesh: Mesh, hardware: Hardware) -> DeepSpeedEngine:
     """The untrained model, frozen and sharded with ZeRO-3 over the ranks, whatever the policy's stage."""
-    settings = reference_engine_config(config, zero, mesh.dp_size, hardware.bf16)
-    attention = choose(config.attn_implementation, hardware.device, hardware.bf16)
+    settings = reference_engine_config(config, zero, mesh.dp_size, hardware.precision)
+    attention = hardware.attention(config.attn_implementation)
     base = load_model(config.model_name_or_path, config, settings, attention, hardware.dtype)
     base.requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=PackedModel(base), config=settings)
@@ -141,11 +161,11 @@ def describe(engine: DeepSpeedEngine, config: RunConfig, zero: ZeroConfig, mesh:
     """One line on what trains where."""
     shape = ModelShape.from_module(engine.module)
     stage, asked = engine.zero_optimization_stage(), zero.stage
-    raised = f" (stage {asked} with bf16 runs as stage 1)" if stage != asked else ""
+    raised = f" (stage {asked} with {hardware.precision} runs as stage 1)" if stage != asked else ""
     groups = f" with a second copy in groups of {zero.hpz_size} ranks" if zero.hpz_size > 1 else ""
     return (
         f"{config.stage} of {config.model_name_or_path}: {shape.total / 1e6:.1f}M parameters, "
         f"{shape.trained / 1e6:.1f}M trainable ({config.finetuning_type}), reference {config.reference_kind}; "
         f"ZeRO stage {stage}{raised}{groups}, {mesh.world_size} ranks on {hardware.device.type}, "
-        f"{'bf16' if hardware.bf16 else 'fp32'}, {held_here(engine)}"
+        f"{hardware.precision}, {held_here(engine)}"
     )

@@ -123,7 +123,7 @@ def _write_weights(path: Path, fragments: Fragments, stored: dict[str, str], dty
 
 
 def _dtype(name: str) -> torch.dtype:
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

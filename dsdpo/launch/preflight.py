@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsdpo.checkpoint.continuing import earlier_run_problem
+from dsdpo.compat import has_fp16
 from dsdpo.config.accelerate import launch_problems
 from dsdpo.config.deepspeed import check_deepspeed
 from dsdpo.config.load import LoadResult, load
+from dsdpo.config.precision import no_fp16
 from dsdpo.config.rules import check_rules
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.stages import STAGES
@@ -151,6 +153,8 @@ def check_device(config: RunConfig, cuda: bool, zero: ZeroConfig | None = None, 
     """
     problems = zero.rank_problems(ranks) if zero is not None and ranks else []
     problems += files.cuda_problems(config) if cuda else []
+    if config.precision == "fp16" and not cuda and not has_fp16():
+        problems.append(Problem("no-fp16", "precision", no_fp16("cpu")))
     wanted = config.attn_implementation
     if wanted not in ("auto", "sdpa") and not cuda:
         text = f"attn_implementation is {wanted}, but no CUDA device is visible here; set sdpa or auto"

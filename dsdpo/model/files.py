@@ -190,10 +190,10 @@ def model_problems(folder: Path, config: RunConfig, faulty: frozenset[str]) -> l
 
 
 def cuda_problems(config: RunConfig) -> list[Problem]:
-    """What a model in a folder asks of the attention that `auto` means on a GPU."""
+    """What a model in a folder asks of the attention that `auto` means on a GPU; in fp16 that depends on the GPU."""
     path = Path(config.model_name_or_path) / "config.json"
     settings, fault = read_object(path) if path.is_file() else ({}, "missing")
-    if fault or config.attn_implementation != "auto" or config.precision == "fp32":
+    if fault or config.attn_implementation != "auto" or config.precision in ("fp32", "fp16"):
         return []
     return support.head_problems(Architecture.read(settings), "varlen")
 

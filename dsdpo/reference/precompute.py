@@ -14,7 +14,6 @@ from dsdpo.data.loader import BatchLoader
 from dsdpo.engine.engine import Hardware
 from dsdpo.errors import IOFailure, NumericError, StopRequested
 from dsdpo.model.adapters import reference_weights
-from dsdpo.model.attention.register import choose
 from dsdpo.model.load import weights_digests
 from dsdpo.model.packed import PackedInputs
 from dsdpo.objectives.sums import completion_sums
@@ -39,7 +38,7 @@ def open_store(config: RunConfig, mesh: Mesh, hardware: Hardware) -> ReferenceSt
             "format": _STORE_FORMAT,
             "weights": list(weights_digests(config, mesh).values()),
             "dtype": str(hardware.dtype),
-            "attention": choose(config.attn_implementation, hardware.device, hardware.bf16),
+            "attention": hardware.attention(config.attn_implementation),
             "share_prefix": config.share_prefix,
         }
     )

@@ -25,7 +25,6 @@ def train(run: Run) -> None:
         set_learning_rate(engine, learning_rate)
         reference = run.reference.logps(batch)
         run.watchdog.beat(step)
-        sums = MetricSums(objective.metrics, run.hardware.device)
         grad_norm: torch.Tensor | float = 0.0
         denominator = objective.denominator(batch)
         # a step without loss tokens updates nothing
@@ -34,13 +33,18 @@ def train(run: Run) -> None:
             loss_of = objective.bind(batch, reference, run.forward)
             # DeepSpeed averages gradients over data-parallel ranks: times their number, this is the mean over the step.
             scale = run.mesh.dp_size / denominator
-        for number, micro_batch in enumerate(micro_batches, 1):
-            engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            loss = loss_of(micro_batch, run.forward(micro_batch))
-            engine.backward(loss.total * scale, scale_wrt_gas=False)
-            grad_norm = optimizer_step(engine)
-            sums.add(loss)
-            run.watchdog.beat(step)
+        run.scaling.begin_step()
+        again = True
+        while again:  # once; in fp16 until the gradients fit
+            sums = MetricSums(objective.metrics, run.hardware.device)
+            for number, micro_batch in enumerate(micro_batches, 1):
+                engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+                loss = loss_of(micro_batch, run.forward(micro_batch))
+                engine.backward(loss.total * scale, scale_wrt_gas=False)
+                grad_norm = optimizer_step(engine)
+                sums.add(loss)
+                run.watchdog.beat(step)
+            again = bool(micro_batches) and run.scaling.computes_again(sums.per_example)
         sums.reduce(grad_norm, bool(run.stop_flag), run.saver.status)
         if run.end_step(step, batch, sums, learning_rate):
             break

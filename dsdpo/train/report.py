@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from dsdpo.checkpoint.commit import checkpoints
-from dsdpo.data.loader import Batch, ExampleSource
+from dsdpo.data.loader import ExampleSource
 from dsdpo.export.huggingface import adapter_remark
 from dsdpo.runtime.collectives import all_gather_object
 from dsdpo.runtime.command import command_line
 from dsdpo.runtime.progress import format_interval
 from dsdpo.runtime.rundir import RunDir
-from dsdpo.train.metrics import MetricSums, StepTotals, brief
+from dsdpo.train.metrics import StepTotals, brief
+from dsdpo.train.step import QueuedStep
 
 _NAMED = 8  # examples that an error about numbers names
 
@@ -88,10 +89,11 @@ def next_commands(run_dir: RunDir, answers: bool = True) -> list[str]:
     return [command_line(ask), command_line(export)]
 
 
-def not_finite(done: int, batch: Batch, sums: MetricSums, totals: StepTotals, source: ExampleSource) -> str:
+def not_finite(step: QueuedStep, totals: StepTotals, source: ExampleSource) -> str:
     """Name the step and the examples. A collective call: every rank knows only its own losses."""
+    batch = step.batch
     mine: list[int] = []
-    for micro_batch, losses in zip(batch.micro_batches, sums.per_example):
+    for micro_batch, losses in zip(batch.micro_batches, step.sums.per_example):
         bad = micro_batch.examples[(~torch.isfinite(losses)).cpu().numpy()]
         mine += batch.example_ids[bad].tolist()
     everyone = all_gather_object(mine)
@@ -104,6 +106,23 @@ def not_finite(done: int, batch: Batch, sums: MetricSums, totals: StepTotals, so
     named = ", ".join(f"{i} ({source.where(i)})" for i in ids[:_NAMED])
     more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
     return (
-        f"step {done}: {found}; example ids {named}{more}. Nothing was saved after it. "
+        f"step {step.done}: {found}; example ids {named}{more}. Nothing was saved after it. "
+        f"{_in_fp16(step.scaling, totals)}"
         "A lower learning_rate, a longer warmup_ratio or fp32 may help; so may a look at these examples"
+    )
+
+
+def _in_fp16(scaling: dict[str, float], totals: StepTotals) -> str:
+    """What fp16 has to do with numbers that are not finite; empty for other precisions."""
+    if not scaling:
+        return ""
+    if totals.bad_losses:
+        return (
+            "The largest number of fp16 is 65504, and no loss scale changes a loss: begin a run with precision: bf16 "
+            "where the GPUs have it, or fp32. "
+        )
+    return (
+        f"The gradients overflow in fp16 at loss scale {scaling['loss_scale']:g}, and fp16.min_loss_scale (or a "
+        "constant fp16.loss_scale) of the DeepSpeed JSON allows no lower one: lower it there, or begin a run with "
+        "precision: bf16 where the GPUs have it, or fp32. "
     )

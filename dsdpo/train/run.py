@@ -22,6 +22,7 @@ from dsdpo.data.loader import Batch, BatchLoader
 from dsdpo.data.order import Order
 from dsdpo.data.packing import MicroBatch
 from dsdpo.engine.engine import Hardware
+from dsdpo.engine.loss_scale import StepScaling
 from dsdpo.errors import IOFailure, NumericError, StopRequested
 from dsdpo.export.huggingface import export_engine, set_aside
 from dsdpo.model.packed import ModelOutput, PackedInputs
@@ -35,29 +36,10 @@ from dsdpo.runtime.rundir import RunDir
 from dsdpo.runtime.stop import StopFlag
 from dsdpo.runtime.watchdog import Watch
 from dsdpo.train.evaluate import evaluate
-from dsdpo.train.metrics import MetricSums, Reporter, memory_peak_gb
+from dsdpo.train.metrics import MetricSums, Reporter
 from dsdpo.train.report import not_finite, summary
 from dsdpo.train.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What is known of a step when its kernels have been queued.
-
-    Attributes:
-        done: optimizer steps taken with it.
-        batch: its examples.
-        sums: its metrics, reduced but not read.
-        learning_rate: that it used.
-        seconds: since the step before was queued and the one before that was done, without evaluations and saves: on
-            average what a step takes on the device, the optimizer and the wait for data included.
-    """
-
-    done: int
-    batch: Batch
-    sums: MetricSums
-    learning_rate: float
-    seconds: float
+from dsdpo.train.step import QueuedStep
 
 
 @dataclass
@@ -75,6 +57,7 @@ class Run:
     mesh: Mesh
     hardware: Hardware
     engine: DeepSpeedEngine
+    scaling: StepScaling
     tokenizer: PreTrainedTokenizerBase
     objective: Objective
     loader: BatchLoader
@@ -89,7 +72,7 @@ class Run:
     watchdog: Watch
     done: int = field(init=False)
     stopping: bool = field(init=False, default=False)
-    _queued: _Step | None = field(init=False, default=None)
+    _queued: QueuedStep | None = field(init=False, default=None)
     _since: float = field(init=False, default=0.0)
     _began: float = field(init=False, default=0.0)
 
@@ -152,7 +135,8 @@ class Run:
         saves, evaluates = self._save_is_due(), self._evaluation_is_due()
         if saves or evaluates:
             sums.read()  # waits for this step as well: its time is its own
-        self._queued = _Step(self.done, batch, sums, learning_rate, time.perf_counter() - self._since)
+        seconds = time.perf_counter() - self._since
+        self._queued = QueuedStep(self.done, batch, sums, learning_rate, self.scaling.record, seconds)
         if saves:
             self.flush()
             self._save()
@@ -217,31 +201,16 @@ class Run:
         if totals.bad_losses or not math.isfinite(totals.grad_norm):
             with self.watchdog.slow("the checkpoint before"), suppress(IOFailure):  # it is finite, and not to be lost
                 self.saver.finish()
-            raise NumericError(not_finite(step.done, step.batch, step.sums, totals, self.loader.source))
+            raise NumericError(not_finite(step, totals, self.loader.source))
         self.stopping = self.stopping or totals.stop
         with self.watchdog.slow("a checkpoint"):
             if self.saver.poll(step.done, totals.written, totals.failed):
                 self._check_room(step.done)
-        packing = step.batch.packing
-        skipped = {}
-        if not self.objective.denominator(step.batch):
-            self.reporter.say(f"step {step.done}: no token of its examples is in the loss; nothing was updated")
-            skipped = {"skipped": 1.0}
-        self.reporter.step(
-            {
-                **skipped,
-                "step": step.done,
-                "epoch": step.done / self.order.steps_per_epoch(self.config.train_batch_size),
-                **totals.means,
-                "grad_norm": totals.grad_norm,
-                "learning_rate": step.learning_rate,
-                "logical_tokens_per_second": packing.logical_tokens / step.seconds,
-                "physical_tokens_per_second": packing.physical_tokens / step.seconds,
-                "idle_share": packing.idle_share,
-                "step_time": step.seconds,
-                "memory_peak_gb": memory_peak_gb(self.hardware.device),
-            }
-        )
+        updated = bool(self.objective.denominator(step.batch))
+        for line in step.remarks(updated):
+            self.reporter.say(line)
+        epoch = step.done / self.order.steps_per_epoch(self.config.train_batch_size)
+        self.reporter.step(step.record(totals, updated, epoch, self.hardware.device))
 
     # --- saves ---
 

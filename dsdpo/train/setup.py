@@ -22,6 +22,7 @@ from dsdpo.data.loader import BatchLoader, ExampleSource
 from dsdpo.data.order import Order
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.engine.engine import Hardware, build_engine, describe
+from dsdpo.engine.loss_scale import LossScale, StepScaling
 from dsdpo.engine.row_tokens import row_tokens
 from dsdpo.objectives.base import Objective
 from dsdpo.objectives.stages import objective_of
@@ -72,7 +73,8 @@ def set_up(
     held_out = None if eval_set is None else load(eval_set, np.arange(len(eval_set)))
     watchdog = watchdog or Watch(RunDir(Path(config.output_dir)), mesh, config.hang_timeout, None)
     tokenizer, metadata = _metadata(config, mesh, engine, train_set, len(order), load.row_tokens)
-    saver = _saver(config, mesh, engine, point, metadata, reporter.say, watchdog.token)
+    scaling = _scaling(engine, hardware, zero, point)
+    saver = _saver(config, mesh, engine, point, metadata, reporter.say, watchdog.token, scaling)
     if trains and config.save_steps is not None and point.step < schedule.total_steps:
         saver.check_room()
     steps = f"{schedule.total_steps} steps of {config.train_batch_size}"
@@ -82,6 +84,7 @@ def set_up(
         mesh=mesh,
         hardware=hardware,
         engine=engine,
+        scaling=scaling,
         tokenizer=tokenizer,
         objective=objective,
         loader=loader,
@@ -145,6 +148,15 @@ class _Loaders:
         return loader, self._reference_of(loader, ids)
 
 
+def _scaling(engine: DeepSpeedEngine, hardware: Hardware, zero: ZeroConfig, point: ResumePoint) -> StepScaling:
+    """The loss scale of a run in fp16, as its checkpoint left it."""
+    loss_scale = None
+    if hardware.precision == "fp16":
+        saved = point.run.get("loss_scale")
+        loss_scale = LossScale.saved(zero.scale_rule, saved) if saved else LossScale.first(zero.scale_rule)
+    return StepScaling(engine, hardware.device, loss_scale)
+
+
 def _saver(
     config: RunConfig,
     mesh: Mesh,
@@ -153,6 +165,7 @@ def _saver(
     metadata: dict[str, Any],
     say: Callable[[str], None],
     token: str | None,
+    scaling: StepScaling,
 ) -> Saver:
     """Makes checkpoints of an engine, which gets its state back here.
 
@@ -161,4 +174,4 @@ def _saver(
     if point.checkpoint is not None:
         restore(engine, point.checkpoint, config, mesh)
         say(f"resumed after step {point.step} from {point.checkpoint.path}")
-    return Saver(config, engine, mesh, {**point.identity, **metadata}, say, token)
+    return Saver(config, engine, mesh, {**point.identity, **metadata}, say, token, lambda: scaling.state)

@@ -6,11 +6,12 @@ under our names, so transformers builds no mask and never guesses document borde
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import AttentionInterface
 
+from dsdpo.config.precision import Precision
 from dsdpo.config.rules import missing_flash_package
 from dsdpo.errors import config_error
 from dsdpo.model.attention.backends import BACKENDS, VARLEN_KERNELS, Backend
@@ -71,26 +72,33 @@ for _backend, _name in NAMES.items():
     register(_name, BACKENDS[_backend])
 
 
-def choose(attn_implementation: str, device: torch.device, bf16: bool) -> str:
+Capability: TypeAlias = tuple[int, int]
+_AMPERE: Capability = (8, 0)
+
+
+def choose(attn_implementation: str, precision: Precision, capability: Capability | None) -> str:
     """The name under which transformers finds the backend for a run.
+
+    Args:
+        capability: compute capability of the weakest of the run's GPUs; None without CUDA.
 
     Raises:
         ConfigError: the backend's device, precision or package is not there.
     """
+    runs_varlen = capability is not None and capability >= _AMPERE and precision != "fp32"
     if attn_implementation == "auto":
-        attn_implementation = "varlen" if device.type == "cuda" and bf16 else "sdpa"
-    needs = ""
-    if attn_implementation in VARLEN_KERNELS and not (device.type == "cuda" and bf16):
-        needs = "CUDA and bf16"
-    elif attn_implementation == "flex_attention" and device.type != "cuda":
-        needs = "CUDA"
-    if needs:
-        raise config_error(
-            "no-cuda",
-            "attn_implementation",
-            f"attn_implementation {attn_implementation} needs {needs}, this run is on {device.type} in "
-            f"{'bf16' if bf16 else 'fp32'}: use attn_implementation auto or sdpa",
+        attn_implementation = "varlen" if runs_varlen else "sdpa"
+    wanted = f"attn_implementation {attn_implementation}"
+    if capability is None and attn_implementation != "sdpa":
+        text = f"{wanted} needs CUDA, and this run is on CPUs: use auto or sdpa"
+        raise config_error("no-cuda", "attn_implementation", text)
+    if attn_implementation in VARLEN_KERNELS and not runs_varlen:
+        found = ".".join(map(str, capability or ()))
+        text = (
+            f"{wanted} needs bf16 or fp16 on GPUs of compute capability 8.0 (Ampere) or higher; this run is in "
+            f"{precision}, on a GPU of {found}: use auto or sdpa"
         )
+        raise config_error("attention-gpu", "attn_implementation", text)
     if missing := missing_flash_package(attn_implementation):
         raise config_error("attention", "attn_implementation", missing)
     return NAMES[attn_implementation]

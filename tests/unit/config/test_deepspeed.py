@@ -49,6 +49,8 @@ def test_a_trainer_users_file_with_auto_passes(tmp_path: Path) -> None:
         ({"train_batch_size": 32}, {}),
         ({"bf16": {"enabled": True}}, {"precision": "bf16"}),
         ({"bf16": {"enabled": False}}, {"precision": "fp32"}),
+        ({"bf16": {"enabled": False}, "fp16": {"enabled": True}}, {"precision": "fp16"}),
+        ({"fp16": {"enabled": False}}, {"precision": "bf16"}),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "betas": [0.9, 0.999]}}}, {}),
         ({"scheduler": {"type": "WarmupCosineLR"}}, {}),
         ({"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}, {}),
@@ -71,6 +73,10 @@ def test_an_equal_value_is_no_clash(tmp_path: Path, data: dict[str, Any], option
         ({"gradient_accumulation_steps": 1}, {}, ["gradient_accumulation_steps", "max_tokens_per_row"]),
         ({"bf16": {"enabled": True}}, {"precision": "fp32"}, ["bf16.enabled is True", "precision", "fp32"]),
         ({"bf16": {"enabled": True}}, {}, ["bf16.enabled", "it is auto"]),
+        ({"fp16": {"enabled": True}}, {}, ["fp16.enabled", "it is auto"]),
+        ({"fp16": {"enabled": True}}, {"precision": "bf16"}, ["fp16.enabled is True", "precision", "bf16"]),
+        ({"fp16": {"enabled": False}}, {"precision": "fp16"}, ["fp16.enabled is False", "precision", "fp16"]),
+        ({"bf16": {"enabled": True}}, {"precision": "fp16"}, ["bf16.enabled is True", "precision", "fp16"]),
         ({"optimizer": {"params": {"lr": 1e-6}}}, {}, ["optimizer.params.lr", "learning_rate", "1e-05"]),
         ({"optimizer": {"type": "Lamb"}}, {}, ["optimizer.type is 'Lamb'", "AdamW"]),
         ({"scheduler": {"type": "WarmupLR"}}, {}, ["scheduler.type", "lr_scheduler_type"]),
@@ -91,7 +97,6 @@ def test_a_clash_names_both_places(
 @pytest.mark.parametrize(
     "data",
     [
-        {"fp16": {"enabled": True}},
         {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
         {ZERO: {"stage": 3, "offload_param": {"device": "cpu", "nvme_path": "x"}}},
         {ZERO: {"stage": 2, "cpu_offload": True}},
@@ -218,6 +223,39 @@ def test_offloading(tmp_path: Path, zero: dict[str, Any], said: str) -> None:
     found = problems(tmp_path, {ZERO: zero})
     assert len(found) == bool(said), found
     assert not said or said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}, ""),
+        ({"loss_scale": 0.5, "min_loss_scale": 8, "consecutive_hysteresis": True}, ""),
+        ({"loss_scale": "auto", "min_loss_scale": "auto", "auto_cast": False}, ""),
+        ({"initial_scale_power": 2, "min_loss_scale": 4}, ""),
+        ({"loss_scale": -1}, "loss_scale is -1; allowed: a number from 0"),
+        ({"loss_scale": True}, "loss_scale is True"),
+        ({"initial_scale_power": 2.5}, "initial_scale_power is 2.5; allowed: a whole number from 0 to 127"),
+        ({"initial_scale_power": 128}, "initial_scale_power is 128"),
+        ({"loss_scale_window": 0}, "loss_scale_window is 0; allowed: a whole number, at least 1"),
+        ({"min_loss_scale": 0.5}, "min_loss_scale is 0.5"),
+        ({"hysteresis": "2"}, "hysteresis is '2'"),
+        ({"initial_scale_power": 2, "min_loss_scale": 8}, "min_loss_scale is 8, but the scale begins at 4"),
+        ({"auto_cast": True}, "auto_cast is True"),
+        ({"fp16_master_weights_and_grads": True}, "fp16_master_weights_and_grads is True"),
+        ({"scale_window": 100}, "did you mean loss_scale_window?"),
+    ],
+)
+def test_the_loss_scale(tmp_path: Path, block: dict[str, Any], said: str) -> None:
+    found = problems(tmp_path, {"fp16": block}, precision="fp16")
+    assert len(found) == bool(said), found
+    assert not said or said in found[0]
+
+
+def test_fp16_keys_are_those_of_the_installed_deepspeed() -> None:
+    from deepspeed.runtime.precision_config import DeepSpeedFP16Config
+
+    ours = {key.removeprefix("fp16.") for key in KNOWN if key.startswith("fp16.")}
+    assert ours == set(DeepSpeedFP16Config.model_fields)
 
 
 def test_nvme_and_async_save_clash(tmp_path: Path) -> None:

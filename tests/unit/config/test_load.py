@@ -248,7 +248,7 @@ def test_an_unknown_key_comes_with_advice(tmp_path: Path, key: str, advice: str)
         ("beta:", "beta is empty; allowed: a number"),
         ("max_length: 10.5", "max_length is 10.5; allowed: a whole number, at least 8"),
         ("plot_loss: maybe", 'plot_loss is "maybe"; allowed: true or false'),
-        ("precision: fp16", 'precision is "fp16"; allowed: one of auto, fp32, bf16'),
+        ("precision: fp8", 'precision is "fp8"; allowed: one of auto, fp32, bf16, fp16'),
         ("stage: ppo", 'stage is "ppo"; allowed: one of '),
         ("loss_type: sigmoid,dpo", "loss_type is"),
         ("loss_weights: [1, true]", "loss_weights is [1, true]; allowed: a list of numbers"),

@@ -39,6 +39,7 @@ def problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         "finetuning_type: full\n",
         "max_steps: 10\nnum_train_epochs: 3\n",
         "attn_implementation: varlen\nprecision: bf16\n",
+        "attn_implementation: varlen\nprecision: fp16\n",
         "attn_implementation: sdpa\nprecision: fp32\n",
     ],
 )

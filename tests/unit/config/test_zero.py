@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from dsdpo.config.deepspeed_keys import ZERO
+from dsdpo.config.precision import Precision
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig, engine_config, reference_engine_config
 from dsdpo.errors import ConfigError
@@ -55,8 +56,8 @@ def test_a_run_without_a_json() -> None:
     config = config_of(None)
     zero = ZeroConfig.load(config)
     assert zero == ZeroConfig(0, "none", "none", None, 1, {}, None)
-    assert engine_config(config, zero, 2, bf16=False)[ZERO] == {"stage": 0}
-    assert [zero.effective_stage(bf16) for bf16 in (False, True)] == [0, 1]
+    assert engine_config(config, zero, 2, "fp32")[ZERO] == {"stage": 0}
+    assert [zero.effective_stage(precision) for precision in get_args(Precision)] == [0, 1, 1]
 
 
 @pytest.mark.parametrize("path", sorted(DS_CONFIGS.iterdir()), ids=lambda path: path.stem)
@@ -74,7 +75,7 @@ def test_our_own_files_have_the_stage_of_their_name(path: Path) -> None:
 def test_a_frozen_reference_is_of_stage_3(tmp_path: Path, zero: dict[str, Any], expected: dict[str, Any]) -> None:
     config = named(tmp_path, {ZERO: zero})
     values = ZeroConfig.load(config)
-    assert reference_engine_config(config, values, 2, bf16=False)[ZERO] == expected
+    assert reference_engine_config(config, values, 2, "fp32")[ZERO] == expected
     assert values.raw == {ZERO: zero}
 
 
@@ -84,7 +85,7 @@ def test_each_run_has_its_own_folder_on_nvme(tmp_path: Path) -> None:
     zero, other = ZeroConfig.load(config), ZeroConfig.load(config.model_copy(update={"output_dir": "other"}))
     assert zero.nvme_path is not None and other.nvme_path is not None and zero.nvme_path != other.nvme_path
     assert zero.nvme_path.parent == other.nvme_path.parent == Path(NVME["nvme_path"])
-    assert engine_config(config, zero, 1, True)[ZERO]["offload_optimizer"]["nvme_path"] == str(zero.nvme_path)
+    assert engine_config(config, zero, 1, "bf16")[ZERO]["offload_optimizer"]["nvme_path"] == str(zero.nvme_path)
     assert zero.raw[ZERO]["offload_optimizer"] == NVME
 
 
@@ -104,27 +105,31 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
         ZeroConfig.load(config_of(tmp_path / "no.json"))
 
 
-@pytest.mark.parametrize(("stage", "bf16", "effective"), [(0, False, 0), (0, True, 1), (1, True, 1), (3, True, 3)])
-def test_stage_0_in_bf16_runs_as_stage_1(tmp_path: Path, stage: int, bf16: bool, effective: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "precision", "effective"),
+    [(0, "fp32", 0), (0, "bf16", 1), (0, "fp16", 1), (1, "bf16", 1), (3, "bf16", 3), (3, "fp16", 3)],
+)
+def test_stage_0_in_16_bit_runs_as_stage_1(tmp_path: Path, stage: int, precision: Precision, effective: int) -> None:
     config = named(tmp_path, {ZERO: {"stage": stage}})
     zero = ZeroConfig.load(config)
-    assert (zero.stage, zero.effective_stage(bf16)) == (stage, effective)
-    assert engine_config(config, zero, 2, bf16)[ZERO]["stage"] == effective
+    assert (zero.stage, zero.effective_stage(precision)) == (stage, effective)
+    assert engine_config(config, zero, 2, precision)[ZERO]["stage"] == effective
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-def test_the_engine_gets_a_complete_config(tmp_path: Path, bf16: bool) -> None:
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_the_engine_gets_a_complete_config(tmp_path: Path, precision: Precision) -> None:
     config = named(tmp_path, HF_ZERO3, max_grad_norm=0.3)
-    final = engine_config(config, ZeroConfig.load(config), 4, bf16)
+    final = engine_config(config, ZeroConfig.load(config), 4, precision)
     assert "auto" not in json.dumps(final)
     assert (final["train_batch_size"], final["train_micro_batch_size_per_gpu"]) == (4, 1)
     assert final["gradient_accumulation_steps"] == 1
     assert final["gradient_clipping"] == 0.3
-    assert final["bf16"] == {"enabled": bf16}
+    assert final["bf16"] == {"enabled": precision == "bf16"}
+    assert final.get("fp16") == ({"enabled": True, "loss_scale": 2.0**16} if precision == "fp16" else None)
     assert final["data_types"]["grad_accum_dtype"] == "fp32"
-    assert final.get("communication_data_type") == ("fp32" if bf16 else None)
+    assert final.get("communication_data_type") == ("fp32" if precision != "fp32" else None)
     assert final["steps_per_print"] == 2000
-    assert not {"fp16", "optimizer", "scheduler"} & set(final)
+    assert not {"optimizer", "scheduler"} & set(final)
     assert final[ZERO] == {
         "stage": 3,
         "overlap_comm": True,
@@ -136,12 +141,13 @@ def test_the_engine_gets_a_complete_config(tmp_path: Path, bf16: bool) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(DS_CONFIGS.iterdir()), ids=lambda path: path.stem)
-@pytest.mark.parametrize("bf16", [True, False])
-def test_deepspeed_itself_accepts_the_engine_config(path: Path, bf16: bool) -> None:
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_deepspeed_itself_accepts_the_engine_config(path: Path, precision: Precision) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config = config_of(path)
-    parsed = DeepSpeedConfig(engine_config(config, ZeroConfig.load(config), 1, bf16))
+    parsed = DeepSpeedConfig(engine_config(config, ZeroConfig.load(config), 1, precision))
     assert parsed.zero_optimization_stage == int(path.stem[4])
-    assert parsed.bfloat16_config.enabled is bf16
+    assert parsed.bfloat16_config.enabled is (precision == "bf16")
+    assert parsed.float16_config.enabled is (precision == "fp16")
     assert parsed.gradient_clipping == 1.0

@@ -34,7 +34,7 @@ TABLE: dict[str, tuple[dict[str, str], dict[str, str], list[str], list[tuple[str
     "no such JSON": ({}, {}, ["--deepspeed", "z.json"], [("deepspeed-file", "deepspeed")]),
     "half a mapping": ({}, {}, ["--deepspeed", '{"zero_optimization": '], [("deepspeed-file", "deepspeed")]),
     "a typo in a mapping": ({}, {}, ["--deepspeed", '{"zero": {}}'], [("deepspeed-unknown-key", "deepspeed")]),
-    "fp16": ({}, {}, ["--deepspeed", '{"fp16": {"enabled": true}}'], [("deepspeed-refused", "deepspeed")]),
+    "fp16": ({}, {}, ["--deepspeed", '{"fp16": {"enabled": true}}'], [("deepspeed-clash", "deepspeed")]),
     "no offload": ({}, {}, ["--deepspeed", '{"zero_optimization": {"stage": 3, "offload_optimizer": null}}'], []),
     "offload auto": ({}, {}, ["--deepspeed", '{"zero_optimization": {"stage": 3, "offload_param": "auto"}}'], []),
     "a mapping": ({}, {}, ["--deepspeed", STAGE3], []),

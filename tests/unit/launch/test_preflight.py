@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from dsdpo.checkpoint.commit import RUN_FILE, commit, hashed_file, resume_candidates, stage, step_folder
+from dsdpo.compat import has_fp16
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, ConfigError
 from dsdpo.launch.node_info import facts
@@ -330,6 +332,26 @@ def test_attention_for_cuda_is_refused_on_a_cpu(tmp_path: Path, run: dict[str, A
     check_device(config, cuda=True)
     with pytest.raises(ConfigError, match="no CUDA device"):
         check_device(config, cuda=False)
+
+
+@pytest.mark.parametrize(("isa", "refused"), [("AVX2", True), ("ALL", False)])
+def test_fp16_is_refused_on_a_cpu_without_it(
+    tmp_path: Path, run: dict[str, Any], isa: str, refused: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Asked in a process of its own, whose oneDNN uses no newer instructions."""
+    if not refused and not has_fp16():
+        pytest.skip("this CPU has no fp16")
+    config = check(tmp_path, run | {"precision": "fp16"})
+    check_device(config, cuda=True)
+    code = (
+        "import sys, pickle; from dsdpo.launch.preflight import check_device; from dsdpo.errors import ConfigError\n"
+        "try:\n    check_device(pickle.load(sys.stdin.buffer), cuda=False)\n"
+        "except ConfigError as error:\n    print('CODES', [problem.code for problem in error.problems])"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "DS_ACCELERATOR": "cpu"}
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, input=pickle.dumps(config), env=environment, stdout=subprocess.PIPE, check=True)
+    assert ("CODES ['no-fp16']" in done.stdout.decode()) == refused
 
 
 def test_no_heavy_library_is_imported(tmp_path: Path, run: dict[str, Any]) -> None:

@@ -294,6 +294,7 @@ def test_names_of_modules_pass(tmp_path: Path, run: dict[str, Any], given: str, 
 
 @pytest.mark.parametrize(("size", "precision", "cuda", "found"), [
     (100, "auto", True, ["model-heads"]), (100, "fp32", True, []), (100, "auto", False, []), (64, "bf16", True, []),
+    (100, "fp16", True, []),
 ])  # fmt: skip
 def test_heads_that_a_gpu_cannot_take_are_told_before_a_launch(
     tmp_path: Path, run: dict[str, Any], size: int, precision: str, cuda: bool, found: list[str]

@@ -1,9 +1,11 @@
 from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config
 
+from dsdpo.config.precision import Precision
 from dsdpo.config.rules import missing_flash_package
 from dsdpo.data.packing import Segment, build_micro_batch
 from dsdpo.errors import ConfigError
@@ -14,6 +16,7 @@ from tests.helpers.tiny import random_pairs, tiny_llama_config
 from tests.helpers.varlen import varlen_in_plain_torch
 
 CPU = torch.device("cpu")
+VOLTA, TURING, AMPERE, HOPPER = (7, 0), (7, 5), (8, 0), (9, 0)  # compute capabilities
 
 
 def tensors(tokens: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -67,24 +70,32 @@ def test_the_block_mask_allows_what_sdpa_computes(share_prefix: bool) -> None:
 
 
 def test_choice_of_backend() -> None:
-    cuda = torch.device("cuda")
-    assert choose("auto", CPU, bf16=False) == choose("auto", cuda, bf16=False) == "dsdpo_sdpa"
-    assert choose("auto", cuda, bf16=True) == "dsdpo_varlen"
-    assert choose("flex_attention", cuda, bf16=False) == choose("flex_attention", cuda, bf16=True) == "dsdpo_flex"
-    assert choose("sdpa", CPU, bf16=True) == choose("sdpa", cuda, bf16=True) == "dsdpo_sdpa"
+    for capability in (None, VOLTA, TURING, AMPERE, HOPPER):
+        for precision in get_args(Precision):
+            assert choose("sdpa", precision, capability) == "dsdpo_sdpa"
+            runs_varlen = capability in (AMPERE, HOPPER) and precision != "fp32"
+            assert choose("auto", precision, capability) == ("dsdpo_varlen" if runs_varlen else "dsdpo_sdpa")
+            if capability is not None:
+                assert choose("flex_attention", precision, capability) == "dsdpo_flex"
 
 
 @pytest.mark.parametrize("backend", [name for name in NAMES if name != "sdpa"])
 def test_an_unusable_choice_is_an_error(backend: str) -> None:
-    with pytest.raises(ConfigError, match=f"{backend} needs CUDA.*on cpu in bf16: use .* sdpa"):
-        choose(backend, CPU, bf16=True)
+    assert refused(backend, "bf16", None) == ["no-cuda"]
     if backend != "flex_attention":
-        with pytest.raises(ConfigError, match="needs CUDA and bf16, this run is on cuda in fp32"):
-            choose(backend, torch.device("cuda"), bf16=False)
+        assert refused(backend, "fp32", AMPERE) == ["attention-gpu"]
+        for precision in ("bf16", "fp16"):
+            assert refused(backend, precision, TURING) == refused(backend, precision, VOLTA) == ["attention-gpu"]
     if missing := missing_flash_package(backend):
-        with pytest.raises(ConfigError, match="is not installed"):
-            choose(backend, torch.device("cuda"), bf16=True)
+        for precision in ("bf16", "fp16"):
+            assert refused(backend, precision, HOPPER) == ["attention"]
         assert backend in missing
+
+
+def refused(backend: str, precision: Any, capability: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        choose(backend, precision, capability)
+    return [problem.code for problem in caught.value.problems]
 
 
 @pytest.mark.parametrize("name", NAMES.values())
