@@ -58,6 +58,7 @@ KINDS: list[dict[str, Any]] = [
     {"stage": 3, "offload": True},
     {"stage": 1, "finetuning_type": "lora", "lora_dropout": 0.2},
     {"stage": 3, "finetuning_type": "lora", "reference": "live"},
+    {"stage": 1, "reference": "live"},
     {"stage": 2, "objective": "rm", "finetuning_type": "lora"},
     {"stage": 1, "objective": "kto"},
 ]
@@ -129,8 +130,6 @@ def test_a_checkpoint_keeps_the_scale(base: Path) -> None:
     assert steps_of(same) == steps_of(whole) and same[1]["scale"][1] == whole[1]["scale"][1]
     for found, expected in zip(same, whole):
         assert_same(found["state"], expected["state"])
-    names = [line["loss_scale"] for line in steps_of(whole)]
-    assert [line["loss_scale"] for line in steps_of(moved)][:3] == names[:3]
     np.testing.assert_allclose(steps_of(moved)[-1]["loss"], steps_of(whole)[-1]["loss"], rtol=0.02)
     assert_exported_alike(base / "moved" / "out", base / "assembled")
 
@@ -145,6 +144,12 @@ def assert_exported_alike(run: Path, folder: Path) -> None:
         assert json.loads((place / "config.json").read_text())["dtype"] == "float16"
 
 
+def test_a_rank_whose_device_has_no_fp16_ends_with_64(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    found = run_ranks("tests.helpers.fp16:refused", 1, task(base, "refused", stage=1), fresh=True)
+    assert found == [["no-fp16"]]
+
+
 def test_where_no_scale_helps_the_run_ends_with_70(base: Path) -> None:
     """At the lowest scale, at a constant one, and where a loss itself is not finite."""
     floor, constant, nan = go(
@@ -152,7 +157,7 @@ def test_where_no_scale_helps_the_run_ends_with_70(base: Path) -> None:
         [
             task(base, "floor", stage=1, scale={**HIGH, "min_loss_scale": 2**30}),
             task(base, "constant-high", stage=3, scale={"loss_scale": 2.0**40}),
-            task(base, "nan", stage=2, learning_rate=1e30, warmup_steps=0),
+            task(base, "nan", stage=2, learning_rate=1e30, warmup_steps=0, scale={"initial_scale_power": 8}),
         ],
     )
     assert NumericError.exit_code == 70
@@ -162,5 +167,5 @@ def test_where_no_scale_helps_the_run_ends_with_70(base: Path) -> None:
     assert all(rank["scale"][1] == {"loss_scale": {"scale": 2.0**30, "steps": 0}} for rank in floor)
     for rank in nan:
         assert "step 2: the loss of " in rank["error"] and "no loss scale changes a loss" in rank["error"]
-        assert rank["scale"][1]["loss_scale"]["scale"] == 2.0**16, "nothing was tried"
+        assert rank["scale"][1]["loss_scale"]["scale"] == 2.0**8, "nothing was tried"
     assert not any(rank["lines"] for rank in (*floor, *constant))

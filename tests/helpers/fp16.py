@@ -12,7 +12,7 @@ import torch
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.engine.engine import start_process_group
 from dsdpo.engine.zero_state import adam_step, local_shards
-from dsdpo.errors import NumericError
+from dsdpo.errors import ConfigError, NumericError
 from dsdpo.runtime.env import launched
 from dsdpo.runtime.rundir import RunDir
 from dsdpo.runtime.stop import StopFlag
@@ -100,3 +100,12 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
     assert found.keys() == expected.keys() and found
     different = [key for key in expected if not np.array_equal(found[key], expected[key])]
     assert not different, f"{len(different)} of {len(expected)} differ, such as {different[0]}"
+
+
+def refused(task: dict[str, Any]) -> list[str]:
+    """Codes of the problems that keep a rank from beginning."""
+    try:
+        go([task])
+    except ConfigError as error:
+        return [problem.code for problem in error.problems]
+    return []
