@@ -69,14 +69,15 @@ def start_process_group(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Hard
     prepare_swap(zero, mesh)
     device = torch.device(accelerator.current_device_name())
     precision = precision_of(config.precision, device.type == "cuda")
-    raise_on_any_rank(lambda: _check_fp16(precision))
+    if precision == "fp16":
+        raise_on_any_rank(_check_fp16)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     # the weakest of all: each rank must choose the same attention
     return Hardware(device, precision, capability and min(all_gather_object(capability)))
 
 
-def _check_fp16(precision: Precision) -> None:
-    if precision == "fp16" and not has_fp16():
+def _check_fp16() -> None:
+    if not has_fp16():
         raise config_error("no-fp16", "precision", no_fp16(get_accelerator().device_name()))
 
 

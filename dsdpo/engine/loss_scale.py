@@ -28,7 +28,7 @@ class Outcome(Enum):
 
     APPLIED = "the weights were updated"
     AGAIN = "the same batch is to be computed again, with a lower scale"
-    HOPELESS = "no lower scale helps"
+    FAILED = "no lower scale helps"
 
 
 @dataclass
@@ -71,17 +71,17 @@ class LossScale:
         """
         if not overflow:
             self.steps += 1
-            if self.steps == self.rule.window:
+            if self.rule.window is not None and self.steps >= self.rule.window:
                 self.scale, self.steps = 2 * self.scale, 0
             return Outcome.APPLIED
         if self.scale <= self.rule.lowest or not losses_finite:
-            return Outcome.HOPELESS
+            return Outcome.FAILED
         self.scale, self.steps = max(self.scale / 2, self.rule.lowest), 0
         return Outcome.AGAIN
 
 
 class StepScaling:
-    """Takes the steps of an engine with the right scale; outside of fp16 it does nothing.
+    """Sets the loss scale of each step of an engine, and tells which are to be computed again; only in fp16.
 
     Args:
         engine: of the policy.

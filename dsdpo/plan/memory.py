@@ -28,7 +28,7 @@ def activation_bytes_per_token(shape: ModelShape, element: int, checkpointing: b
     copies in fp32. With gradient checkpointing, e h for each layer and the above for one.
 
     Args:
-        element: bytes of an activation: 2 in bf16, 4 in fp32.
+        element: bytes of an activation: 2 in bf16 and fp16, 4 in fp32.
         checkpointing: whether layers are recomputed.
     """
     h = shape.hidden

@@ -17,7 +17,7 @@ class Setup:
 
     Attributes:
         stage: ZeRO's.
-        element: bytes of a weight, 2 in bf16, 4 in fp32.
+        element: bytes of a weight, 2 in bf16 and fp16, 4 in fp32.
         live: whether the reference is computed in every step.
         hpz: GPUs over which hpZ spreads its second copy; 1 without.
         optimizer: where its state lies; from stage 1 on the CPU, in stage 3 NVMe too.

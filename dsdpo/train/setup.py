@@ -68,13 +68,11 @@ def set_up(
     for line in (*point.remarks, describe(engine, config, zero, mesh, hardware)):
         reporter.say(line)
     load = _Loaders(config, zero, mesh, hardware, engine, objective, point, reporter.say, stop_flag)
-    used = order.ids_of_steps(schedule.total_steps, config.train_batch_size, config.seed)
-    loader, reference = load(train_set, used)
+    loader, reference = load(train_set, order.ids_of_steps(schedule.total_steps, config.train_batch_size, config.seed))
     held_out = None if eval_set is None else load(eval_set, np.arange(len(eval_set)))
     watchdog = watchdog or Watch(RunDir(Path(config.output_dir)), mesh, config.hang_timeout, None)
     tokenizer, metadata = _metadata(config, mesh, engine, train_set, len(order), load.row_tokens)
-    scaling = _scaling(engine, hardware, zero, point)
-    saver = _saver(config, mesh, engine, point, metadata, reporter.say, watchdog.token, scaling)
+    saver, scaling = _saver(config, zero, mesh, hardware, engine, point, metadata, reporter.say, watchdog.token)
     if trains and config.save_steps is not None and point.step < schedule.total_steps:
         saver.check_room()
     steps = f"{schedule.total_steps} steps of {config.train_batch_size}"
@@ -148,30 +146,27 @@ class _Loaders:
         return loader, self._reference_of(loader, ids)
 
 
-def _scaling(engine: DeepSpeedEngine, hardware: Hardware, zero: ZeroConfig, point: ResumePoint) -> StepScaling:
-    """The loss scale of a run in fp16, as its checkpoint left it."""
-    loss_scale = None
-    if hardware.precision == "fp16":
-        saved = point.run.get("loss_scale")
-        loss_scale = LossScale.saved(zero.scale_rule, saved) if saved else LossScale.first(zero.scale_rule)
-    return StepScaling(engine, hardware.device, loss_scale)
-
-
 def _saver(
     config: RunConfig,
+    zero: ZeroConfig,
     mesh: Mesh,
+    hardware: Hardware,
     engine: DeepSpeedEngine,
     point: ResumePoint,
     metadata: dict[str, Any],
     say: Callable[[str], None],
     token: str | None,
-    scaling: StepScaling,
-) -> Saver:
-    """Makes checkpoints of an engine, which gets its state back here.
+) -> tuple[Saver, StepScaling]:
+    """Makes checkpoints of an engine, which gets its state and, in fp16, its loss scale back here.
 
     That comes after the reference, which the untrained policy may have had to compute.
     """
     if point.checkpoint is not None:
         restore(engine, point.checkpoint, config, mesh)
         say(f"resumed after step {point.step} from {point.checkpoint.path}")
-    return Saver(config, engine, mesh, {**point.identity, **metadata}, say, token, lambda: scaling.state)
+    loss_scale = None
+    if hardware.precision == "fp16":
+        saved = point.run.get("loss_scale")
+        loss_scale = LossScale.saved(zero.scale_rule, saved) if saved else LossScale.first(zero.scale_rule)
+    scaling = StepScaling(engine, hardware.device, loss_scale)
+    return Saver(config, engine, mesh, {**point.identity, **metadata}, say, token, lambda: scaling.state), scaling

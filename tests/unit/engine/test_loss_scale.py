@@ -20,6 +20,12 @@ def test_an_overflow_halves_the_scale_and_asks_for_the_same_batch() -> None:
     assert found.after(overflow=False) is Outcome.APPLIED and (found.scale, found.steps) == (4.0, 1)
 
 
+def test_a_shorter_window_on_resume_doubles_at_once() -> None:
+    found = LossScale.saved(RULE, {"scale": 4.0, "steps": 700})
+    found.after(overflow=False)
+    assert (found.scale, found.steps) == (8.0, 0)
+
+
 def test_it_doubles_after_a_window_without_an_overflow() -> None:
     found = LossScale.first(RULE)
     scales = []
@@ -31,21 +37,21 @@ def test_it_doubles_after_a_window_without_an_overflow() -> None:
 
 def test_nothing_helps_at_the_lowest_scale() -> None:
     found = LossScale(ScaleRule(first=5.0, lowest=2.0, window=3), 5.0)
-    assert [found.after(overflow=True) for _ in range(3)] == [Outcome.AGAIN, Outcome.AGAIN, Outcome.HOPELESS]
+    assert [found.after(overflow=True) for _ in range(3)] == [Outcome.AGAIN, Outcome.AGAIN, Outcome.FAILED]
     assert found.scale == 2.0
 
 
 @pytest.mark.parametrize("scale", [1.0, 16.0])
 def test_no_scale_helps_a_loss_that_is_not_finite(scale: float) -> None:
     found = LossScale(RULE, scale, 2)
-    assert found.after(overflow=True, losses_finite=False) is Outcome.HOPELESS
+    assert found.after(overflow=True, losses_finite=False) is Outcome.FAILED
     assert (found.scale, found.steps) == (scale, 2)
 
 
 def test_a_constant_scale_stays() -> None:
     found = LossScale.first(CONSTANT)
     assert [found.after(overflow=False) for _ in range(2000)] == [Outcome.APPLIED] * 2000
-    assert found.after(overflow=True) is Outcome.HOPELESS and found.scale == 8.0
+    assert found.after(overflow=True) is Outcome.FAILED and found.scale == 8.0
 
 
 def test_it_goes_on_as_it_was_saved() -> None:
