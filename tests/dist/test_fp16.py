@@ -91,12 +91,13 @@ def test_a_step_that_overflows_is_computed_again(base: Path, world: int) -> None
 
 
 def test_a_scale_that_grows_changes_nothing_but_rounding(base: Path) -> None:
-    """DeepSpeed's own scaler would divide the gradients of each step before which it grows by twice the scale."""
+    """DeepSpeed's own scaler would halve the gradients of each step after which it grows, unless they are clipped."""
+    unclipped = {"stage": 1, "max_grad_norm": 100.0}
     constant, growing = go(
         1,
         [
-            task(base, "constant", stage=1, scale={"loss_scale": 1024}),
-            task(base, "growing", stage=1, scale={"initial_scale_power": 8, "loss_scale_window": 1}),
+            task(base, "constant", **unclipped, scale={"loss_scale": 1024}),
+            task(base, "growing", **unclipped, scale={"initial_scale_power": 8, "loss_scale_window": 1}),
         ],
     )
     assert [line["loss_scale"] for line in constant[0]["lines"]] == [1024.0] * STEPS
