@@ -112,7 +112,7 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
     if not _named_config(args, overrides):
         args.usage_error("give RUN.yaml, or options such as --model_name_or_path")
     config, _ = preflight(args.config, overrides, "prepare")
-    prepare_data(config)
+    prepare_data(config, trains=False)
 
 
 def _export(args: argparse.Namespace, _: list[str]) -> None:

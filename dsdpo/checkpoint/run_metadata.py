@@ -24,7 +24,7 @@ def identity(config: RunConfig, mesh: Mesh, hardware: Hardware, train_set: Examp
     A collective call.
     """
     return {
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json") | {"hub": config.model_source.hub},
         "dtype": str(hardware.dtype).removeprefix("torch."),
         "fingerprints": {**weights_digests(config, mesh), "data": train_set.fingerprint},
         "earlier_fingerprints": train_set.earlier_fingerprints,

@@ -23,6 +23,7 @@ from dsdpo.config.command_line import COMMAND_LINE, parse_overrides
 from dsdpo.config.deepspeed_file import yaml_mapping
 from dsdpo.config.earlier import earlier_values, recorded_batch, remark
 from dsdpo.config.fields import Checked
+from dsdpo.config.hubs import hub_of
 from dsdpo.config.options import NUMERIC, base_kind, holds_numbers, options, value_kinds
 from dsdpo.config.run_file import read_yaml
 from dsdpo.config.schema import RunConfig
@@ -128,12 +129,27 @@ def _take_run(values: dict[str, Any]) -> None:
         values |= {"model_name_or_path": str(run_dir.merged(_adapter_key(run_dir))), "adapter_name_or_path": None}
         return
     if adapter_run is not None:
+        _take_hub(values, run_dir)
         return
     values["model_name_or_path"] = str(run_dir.final)
     if adapter.is_file() and values.get("adapter_name_or_path") is None and values.get("finetuning_type") != "full":
         with suppress(OSError, ValueError, KeyError, TypeError):  # the check of the model's files says what is wrong
             base = json.loads(adapter.read_bytes())["base_model_name_or_path"]
             values |= {"model_name_or_path": str(base), "adapter_name_or_path": str(run_dir.final)}
+            _take_hub(values, run_dir)
+
+
+def _take_hub(values: dict[str, Any], run_dir: RunDir) -> None:
+    """Take the base model of a run's adapter from the hub and at the revision that the adapter was trained on."""
+    with suppress(OSError, ValueError, AttributeError):  # the check of the adapter's files says what is wrong
+        settings = json.loads((run_dir.final / "adapter_config.json").read_bytes())
+        base = settings.get("base_model_name_or_path")
+        if base != values.get("model_name_or_path") or Path(str(base)).is_dir():
+            return
+        if values.get("hub") in (None, "auto"):
+            values["hub"] = hub_of(run_dir.final)
+        if values.get("model_revision") is None and settings.get("revision"):
+            values["model_revision"] = settings["revision"]
 
 
 def _adapter_key(run_dir: RunDir) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dsdpo.config.fields import CONSENT, FREE, Checked, OneOf, ResumePolicy, resume_policy
+from dsdpo.config.hubs import ModelSource, picked_hub
 from dsdpo.config.losses import ANY_LOSS, LOSSES, RANKINGS
 from dsdpo.config.stages import STAGE_ALIASES, STAGES
 from dsdpo.config.templates import DATE_WORDS, TEMPLATE_WORDS, check_date, check_template, template_hint
@@ -44,8 +45,16 @@ class RunConfig(BaseModel):
 
     # --- model ---
     model_name_or_path: str = Field(json_schema_extra=FREE)
-    """Hugging Face model id, or a local folder with `config.json`, weights and tokenizer, or the output_dir of a run,
+    """Model id on a hub, or a local folder with `config.json`, weights and tokenizer, or the output_dir of a run,
     whose weights are taken: those of its `final/`."""
+
+    model_revision: str | None = Field(None, json_schema_extra=FREE)
+    """Branch, tag or commit of model_name_or_path on its hub, for config, weights and tokenizer; a commit makes a run
+    reproducible. Empty: the hub's default branch, as it is when the run starts."""
+
+    hub: Literal["auto", "huggingface", "modelscope"] = Field("auto", json_schema_extra=FREE)
+    """Hub that ids of models, data sets and templates are asked of. `modelscope` needs the `modelscope` extra. `auto`:
+    Hugging Face, or ModelScope where USE_MODELSCOPE_HUB=1 is set and USE_HF is not."""
 
     stage: Annotated[str, OneOf(STAGES.keys)] = "dpo"
     """Training stage. `pt`: further pre-training on plain text, in chunks of at most max_length. `sft`: supervised
@@ -389,6 +398,16 @@ class RunConfig(BaseModel):
         return [value] if isinstance(value, (int, float)) else value
 
     @property
+    def model_source(self) -> ModelSource:
+        """Where the run's model comes from."""
+        return self.source_of(self.model_name_or_path)
+
+    def source_of(self, name: str) -> ModelSource:
+        """Where a model comes from that is named in this run: `model_revision` is of the run's own."""
+        revision = self.model_revision if name == self.model_name_or_path else None
+        return ModelSource(name, picked_hub(self.hub), revision)
+
+    @property
     def max_seconds(self) -> float | None:
         """`max_time` in seconds."""
         return None if self.max_time is None else seconds_of(self.max_time)
@@ -413,6 +432,11 @@ class RunConfig(BaseModel):
     def cache_path(self) -> Path:
         """`cache_dir`, or its default."""
         return Path(self.cache_dir) if self.cache_dir else Path(self.output_dir).parent / ".dsdpo_cache"
+
+    @property
+    def weight_stamps(self) -> Path:
+        """Folder that remembers hashes of weight files."""
+        return self.cache_path / "reference" / "weights"
 
     @property
     def weighted_losses(self) -> dict[str, float]:

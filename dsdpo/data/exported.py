@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.stages import STAGES
+from dsdpo.data.template_files import template_place
 from dsdpo.data.templates import ExampleEncoder
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class ExportedTemplate:
         Raises:
             ConfigError: the template does not fit the tokenizer.
         """
-        encoder = ExampleEncoder(tokenizer, config.template, config.default_system, date)
+        template = template_place(config.template, config.model_source.hub)
+        encoder = ExampleEncoder(tokenizer, template, config.default_system, date)
         end = end_token or str(tokenizer.convert_ids_to_tokens(encoder.end_id))
         pad = _padding(tokenizer, [end, *encoder.end_tokens]) if STAGES[config.stage].head == "value" else None
         return cls(encoder.chat_template or tokenizer.chat_template, end, encoder.end_tokens[1:], pad)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.encode import Limits
-from dsdpo.data.hub_sets import NotCached, load_hub
+from dsdpo.data.hub_sets import NotCached, load_hub, modelscope_digest
 from dsdpo.data.registry import DatasetEntry
 from dsdpo.data.template_date import date_uses
 from dsdpo.errors import DataError
@@ -126,7 +126,7 @@ def set_fingerprint(
     described = []
     for entry, source in zip(entries, sources):
         fields = {key: value for key, value in asdict(entry).items() if key not in ("root", "files")}
-        for key, default in (("ignore_columns", ()), ("records", "pairs")):
+        for key, default in (("ignore_columns", ()), ("records", "pairs"), ("revision", None)):
             if fields[key] == default:
                 del fields[key]  # sets of earlier versions, which did not have it, are known again
         described.append({**fields, "labels": [entry.label(file) for file in entry.files], "content": source})
@@ -216,10 +216,12 @@ def source_digest(entry: DatasetEntry, stamps: Path, refresh: bool) -> str:
     if entry.hub_id is None:
         return _digest([file_digest(path, stamps) for path in entry.files])
     identity = {"hub": entry.hub_id, "subset": entry.subset, "split": entry.split, "folder": entry.folder}
+    identity |= {"revision": entry.revision} if entry.revision else {}
     stamp = stamps / f"{_digest({**identity, 'modelscope': entry.modelscope})}.json"
     if refresh:
         try:
-            write_atomically(stamp, json.dumps({**identity, "fingerprint": load_hub(entry)._fingerprint}))
+            found = modelscope_digest(entry, stamps) if entry.modelscope else load_hub(entry)._fingerprint
+            write_atomically(stamp, json.dumps({**identity, "fingerprint": found}))
         except NotCached:
             if not stamp.exists():
                 raise

@@ -22,6 +22,7 @@ _KEYS: dict[str, type] = {
     "tags": dict,
     "split": str,
     "subset": str,
+    "revision": str,
     "folder": str,
     "num_samples": int,
     "allow_empty_rejected": bool,

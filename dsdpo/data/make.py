@@ -32,6 +32,7 @@ from dsdpo.data.registry import DatasetEntry
 from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SCHEMA, SetIdentity, write_shards
 from dsdpo.data.split import PROMPT_KEYS
 from dsdpo.data.tally import Tally, too_many
+from dsdpo.data.template_files import template_place
 from dsdpo.data.templates import ExampleEncoder
 from dsdpo.errors import DataError
 from dsdpo.runtime.files import fsync_path, write_atomically
@@ -65,7 +66,11 @@ def make_set(
         OSError: the file system refused a write.
     """
     encoder = ExampleEncoder(
-        tokenizer, config.template, config.default_system, identity.template_date, config.mask_thinking
+        tokenizer,
+        template_place(config.template, config.model_source.hub),
+        config.default_system,
+        identity.template_date,
+        config.mask_thinking,
     )
     rows = RowEncoder(
         encoder,

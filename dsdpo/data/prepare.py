@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from dsdpo.config.hubs import picked_hub
 from dsdpo.config.losses import ANY_LOSS, RANKINGS
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.stages import STAGES
@@ -20,7 +21,7 @@ from dsdpo.data.shards import DROPPED_ROWS, MANIFEST, SHARD_FORMAT, PreparedSet,
 from dsdpo.data.split import is_split, split_folder, write_split
 from dsdpo.data.tally import reason_texts
 from dsdpo.data.template_date import date_for, date_uses
-from dsdpo.data.template_files import find_template
+from dsdpo.data.template_files import find_template, template_place
 from dsdpo.data.vocabulary import embedding_rows
 from dsdpo.errors import ConfigError, DataError, HangError, IOFailure
 
@@ -78,7 +79,8 @@ def prepare(config: RunConfig, split: Split) -> PreparedSet | None:
 def _check_tokens(config: RunConfig, whole: PreparedSet, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
     """Raise DataError where an example holds a token id that the model has no embedding for."""
     largest = whole.manifest.get("largest_token", -1)  # sets of earlier versions do not say
-    known = embedding_rows(config.model_name_or_path, config.adapter_name_or_path)
+    place, revision = config.model_source.place()
+    known = embedding_rows(place, config.adapter_name_or_path, revision)
     if known is None or largest < known[0]:
         return
     size, said_by = known
@@ -179,7 +181,7 @@ def _tokenizer(config: RunConfig) -> Callable[[], PreTrainedTokenizerBase]:
     def load() -> PreTrainedTokenizerBase:
         from dsdpo.data.templates import load_tokenizer
 
-        return load_tokenizer(config.model_name_or_path)
+        return load_tokenizer(*config.model_source.place())
 
     return cache(load)
 
@@ -204,7 +206,7 @@ def _names(config: RunConfig, split: Split) -> list[str] | None:
 
 
 def _resolved(names: list[str], config: RunConfig) -> list[DatasetEntry]:
-    entries, problems = resolve(names, config.dataset_dir, STAGES[config.stage].records)
+    entries, problems = resolve(names, config.dataset_dir, STAGES[config.stage].records, picked_hub(config.hub))
     if problems:
         raise ConfigError(problems)
     return [replace(entry, ignore_columns=(*entry.ignore_columns, *config.ignore_columns)) for entry in entries]
@@ -215,9 +217,9 @@ def _set_path(
 ) -> tuple[Path, SetIdentity]:
     """Folder of the set, and what stands for its content."""
     folder = config.cache_path / "prepared"
-    known = known_tokenizer(Path(config.model_name_or_path), tokenizer, folder / "sources")
+    known = known_tokenizer(Path(config.model_source.place()[0]), tokenizer, folder / "sources")
     sources = [source_digest(entry, folder / "sources", refresh) for entry in entries]
-    template = find_template(config.template)
+    template = find_template(template_place(config.template, picked_hub(config.hub)))
     uses = date_uses(template.text) if template.text is not None else ([] if template.is_plain else known.date_uses)
     date = date_for(config, uses, refresh)
     inputs = (config, entries, known.digest, sources, template.text, date)

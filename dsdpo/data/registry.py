@@ -7,14 +7,15 @@ what is wrong instead of raising.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dsdpo.config.aliases import did_you_mean
+from dsdpo.config.hubs import Hub, picked_hub
 from dsdpo.config.losses import ANY_LOSS
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.stages import STAGES, Records
@@ -30,8 +31,9 @@ from dsdpo.data.folders import (
 from dsdpo.data.formats.detect import READS, unread
 from dsdpo.data.info_file import check_keys, read_info
 from dsdpo.errors import Problem
+from dsdpo.runtime.modelscope import INSTALL, is_installed
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?(?::([\w.-]+))?")  # with a revision, subset
 _WITH_SPLIT = re.compile(r"(.+):(\w+(?:\.\w+)*(?:\[[\d:%-]*\])?)")  # with a part, as `datasets` takes it: train[:10%]
 _HASH_BLOCK = 1 << 22
 
@@ -46,6 +48,7 @@ class DatasetEntry:
         files: local data files in reading order; empty for a hub set.
         hub_id: `org/name`, or None for files.
         modelscope: the hub is ModelScope instead of Hugging Face.
+        revision: branch, tag or commit of a hub set; None: the hub's default.
         records: what the records are, as the stage takes them.
         formatting: a key of READS[records], or None to tell it from `columns` and the first rows.
         columns, tags: renamed columns and message keys, as in LLaMA-Factory.
@@ -69,6 +72,7 @@ class DatasetEntry:
     num_samples: int | None = None
     allow_empty_rejected: bool = False
     ignore_columns: tuple[str, ...] = ()
+    revision: str | None = None
 
     def row_limit(self, max_samples: int | None) -> int | None:
         """Rows to read at most: num_samples and the run's max_samples, whichever is smaller. None: all."""
@@ -81,14 +85,16 @@ class DatasetEntry:
 
 
 def resolve(
-    names: list[str], dataset_dir: str | Path, records: Records = "pairs"
+    names: list[str], dataset_dir: str | Path, records: Records = "pairs", hub: Hub = "huggingface"
 ) -> tuple[list[DatasetEntry], list[Problem]]:
     """Look the names of `dataset` or `eval_dataset` up.
 
     Args:
-        names: names from dataset_info.json, paths inside dataset_dir, or hub ids (`org/name`), tried in this order.
+        names: names from dataset_info.json, paths inside dataset_dir, or hub ids (`org/name`, with `@revision` and
+            `:split` where wanted), tried in this order.
         dataset_dir: folder that holds dataset_info.json.
         records: what the stage takes.
+        hub: that a plain id is asked of, and an entry that names its set on both hubs.
 
     Returns:
         The entries that are valid, in the order asked for, and what is wrong with the others.
@@ -104,7 +110,7 @@ def resolve(
             problems.append(Problem("dataset", "dataset", f"{name} is named twice; name each set once"))
             continue
         try:
-            entries.append(replace(_entry(name, info, root.resolve(), records), records=records))
+            entries.append(replace(_entry(name, info, root.resolve(), records, hub), records=records))
         except EntryProblem as problem:
             problems.append(Problem("dataset", "dataset", str(problem)))
     return entries, problems
@@ -118,10 +124,21 @@ def problems(config: RunConfig, faulty: frozenset[str]) -> list[Problem]:
     for key in ("dataset", "eval_dataset"):
         names = getattr(config, key)
         if key not in faulty and names:
-            entries, wrong = resolve(names, config.dataset_dir, STAGES[config.stage].records)
+            entries, wrong = resolve(names, config.dataset_dir, STAGES[config.stage].records, picked_hub(config.hub))
             for problem in [*wrong, *_weight_problems(entries, config, faulty)]:
                 found.setdefault(problem, []).append(key)
     return [replace(one, option=keys[0], text=f"{', '.join(keys)}: {one.text}") for one, keys in found.items()]
+
+
+def hub_entries(config: RunConfig, faulty: frozenset[str]) -> list[DatasetEntry]:
+    """The sets of a run that lie on a hub, of those that are valid."""
+    names = [name for key in ("dataset", "eval_dataset") if key not in faulty for name in getattr(config, key)]
+    if "dataset_dir" in faulty:
+        return []
+    entries, _ = resolve(
+        list(dict.fromkeys(names)), config.dataset_dir, STAGES[config.stage].records, picked_hub(config.hub)
+    )
+    return [entry for entry in entries if entry.hub_id is not None]
 
 
 def _weight_problems(entries: Sequence[DatasetEntry], config: RunConfig, faulty: frozenset[str]) -> Iterator[Problem]:
@@ -135,9 +152,9 @@ def _weight_problems(entries: Sequence[DatasetEntry], config: RunConfig, faulty:
             yield Problem("weight", "dataset", text + "so that no loss belongs to one; delete it or change loss_type")
 
 
-def _entry(name: str, info: dict[str, Any], root: Path, records: Records) -> DatasetEntry:
+def _entry(name: str, info: dict[str, Any], root: Path, records: Records, hub: Hub) -> DatasetEntry:
     if name in info:
-        return _described(name, info[name], root, records)
+        return _described(name, info[name], root, records, hub)
     if (found := _path(name, root)) is not None:
         return DatasetEntry(name, root, files=data_files(found, root, name))
     if with_split := _WITH_SPLIT.fullmatch(name):
@@ -145,19 +162,34 @@ def _entry(name: str, info: dict[str, Any], root: Path, records: Records) -> Dat
         if (found := _path(without, root)) is not None:
             check_file_split(found, split, name)
             return DatasetEntry(name, root, files=data_files(found, root, name, split), split=split)
-        hub_id, _, subset = without.partition(":")
-        if _HUB_ID.fullmatch(hub_id) and not hub_id.endswith(FILE_KINDS):
-            return DatasetEntry(name, root, hub_id=hub_id, split=split, subset=subset or None)
-    if _HUB_ID.fullmatch(name) and not name.endswith(FILE_KINDS):
-        folder, split = name.split("/")
+        if entry := _of_hub(name, without, root, hub):
+            return replace(entry, split=split)
+    if entry := _of_hub(name, name, root, hub):
+        folder, split = name.split("/", 1)
         if (parent := _path(folder, root)) is not None and is_saved_dict(parent):
             return DatasetEntry(name, root, files=data_files(parent, root, name, split), split=split)
-        return DatasetEntry(name, root, hub_id=name)
+        return entry
     if name.endswith(FILE_KINDS) or "/" in name:
         raise EntryProblem(f"{name}: there is no such file in {root}")
     known = ", ".join(sorted(info)[:8]) + (", ..." if len(info) > 8 else "")
     hint = did_you_mean(name, info) or (f"it describes {known}" if info else f"there is no entry in {root / INFO_FILE}")
     raise EntryProblem(f"{name} is not in {INFO_FILE}, no file in {root} and no hub id (org/name); {hint}")
+
+
+def _of_hub(name: str, written: str, root: Path, hub: Hub) -> DatasetEntry | None:
+    """The set that `org/name`, `org/name@revision` or either with `:subset` means, if it means one."""
+    found = _HUB_ID.fullmatch(written)
+    if found is None or found[1].endswith(FILE_KINDS):
+        return None
+    if hub == "modelscope":
+        _check_client(name)
+    hub_id, revision, subset = found.groups()
+    return DatasetEntry(name, root, hub_id=hub_id, modelscope=hub == "modelscope", revision=revision, subset=subset)
+
+
+def _check_client(where: str) -> None:
+    if not is_installed():
+        raise EntryProblem(f"{where}: ModelScope's client modelscope-hub is not installed; {INSTALL}")
 
 
 def _path(name: str, root: Path) -> Path | None:
@@ -170,7 +202,7 @@ def _path(name: str, root: Path) -> Path | None:
     return None
 
 
-def _described(name: str, described: Any, root: Path, records: Records) -> DatasetEntry:
+def _described(name: str, described: Any, root: Path, records: Records, hub: Hub) -> DatasetEntry:
     """An entry of dataset_info.json, checked key by key."""
     where = f"{INFO_FILE}, {name}"
     if not isinstance(described, dict):
@@ -193,7 +225,7 @@ def _described(name: str, described: Any, root: Path, records: Records) -> Datas
             f"{where}: formatting {formatting} does not read columns.{', columns.'.join(left)}; "
             f"it reads {', '.join(reads[formatting])}: delete the others, or give the formatting that the rows have"
         )
-    files, hub_id, modelscope = _source(where, described, root, name)
+    files, hub_id, modelscope = _source(where, described, root, hub)
     return DatasetEntry(
         name=name,
         root=root,
@@ -209,19 +241,22 @@ def _described(name: str, described: Any, root: Path, records: Records) -> Datas
         num_samples=described.get("num_samples"),
         allow_empty_rejected=bool(described.get("allow_empty_rejected")),
         ignore_columns=tuple(described.get("ignore_columns") or ()),
+        revision=described.get("revision") or None,
     )
 
 
-def _source(where: str, described: dict[str, Any], root: Path, name: str) -> tuple[tuple[Path, ...], str | None, bool]:
-    """(files, hub id, is it ModelScope): a hub wins over file_name, and Hugging Face over ModelScope."""
-    if described.get("hf_hub_url"):
-        return (), described["hf_hub_url"], False
-    if described.get("ms_hub_url"):
-        if importlib.util.find_spec("modelscope") is None:
-            raise EntryProblem(f"{where}: ms_hub_url needs the modelscope package; install it, or give hf_hub_url")
-        return (), described["ms_hub_url"], True
+def _source(where: str, described: dict[str, Any], root: Path, hub: Hub) -> tuple[tuple[Path, ...], str | None, bool]:
+    """(files, hub id, is it ModelScope): a hub wins over file_name, and the run's own over the other."""
+    ids = [(key, described[key]) for key in ("hf_hub_url", "ms_hub_url") if described.get(key)]
+    if ids:
+        key, hub_id = ids[-1 if hub == "modelscope" else 0]
+        if key == "ms_hub_url":
+            _check_client(f"{where}, {key}")
+        return (), hub_id, key == "ms_hub_url"
     if not described.get("file_name"):
         raise EntryProblem(f"{where}: needs file_name, hf_hub_url or ms_hub_url")
+    if described.get("revision"):
+        raise EntryProblem(f"{where}: revision is of a set on a hub, not of file_name; delete it")
     path = root / described["file_name"]
     if not path.exists():
         raise EntryProblem(f"{where}: file_name {described['file_name']} does not exist in {root}")
@@ -234,12 +269,19 @@ def _source(where: str, described: dict[str, Any], root: Path, name: str) -> tup
 def _check_sha1(where: str, path: Path, expected: str) -> None:
     if path.is_dir():
         raise EntryProblem(f"{where}: file_sha1 is for one file, but file_name is the folder {path.name}; delete it")
+    found = _sha1(path, path.stat().st_mtime_ns)
+    if found != expected.lower():
+        raise EntryProblem(
+            f"{where}: {path.name} has sha1 {found}, file_sha1 says {expected}; "
+            "fetch the file again, or correct file_sha1 if the change is meant"
+        )
+
+
+@cache
+def _sha1(path: Path, changed: int) -> str:
+    """Of a file that has changed last at a time: entries are looked up more than once."""
     digest = hashlib.sha1(usedforsecurity=False)
     with path.open("rb") as stream:
         while block := stream.read(_HASH_BLOCK):
             digest.update(block)
-    if digest.hexdigest() != expected.lower():
-        raise EntryProblem(
-            f"{where}: {path.name} has sha1 {digest.hexdigest()}, file_sha1 says {expected}; "
-            "fetch the file again, or correct file_sha1 if the change is meant"
-        )
+    return digest.hexdigest()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsdpo.config.hubs import Hub, ModelSource
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.templates import OWN, PLAIN, is_path, is_text
 from dsdpo.data.named_templates import NAMED
@@ -50,6 +51,17 @@ def find_template(template: str) -> TemplateText:
         return TemplateText(template)
     assert is_path(template), "the run config has been checked"
     return TemplateText(_checked(template, _found(template)))
+
+
+def template_place(template: str, hub: Hub) -> str:
+    """A template as it is named, or the folder that stands for an id of ModelScope.
+
+    Raises:
+        ConfigError, IOFailure: as `ModelSource.local`.
+    """
+    if hub != "modelscope" or Path(template).exists() or not _HUB_ID.fullmatch(template):
+        return template
+    return str(ModelSource(template, hub).local("template", whole=False))
 
 
 def problems(config: RunConfig, faulty: frozenset[str]) -> list[Problem]:

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id."""
+def load_tokenizer(model_name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, or of an id on Hugging Face at a revision."""
     from transformers import AutoTokenizer  # here, since finding a prepared set takes no tokenizer
 
-    return AutoTokenizer.from_pretrained(model_name_or_path)
+    return AutoTokenizer.from_pretrained(model_name_or_path, revision=revision or "main")
 
 
 @dataclass(frozen=True)

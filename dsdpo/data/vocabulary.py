@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from dsdpo.runtime.weights import EMBEDDINGS, shapes
 
 
-def embedding_rows(model_name_or_path: str, adapter: str | None) -> tuple[int, str] | None:
+def embedding_rows(model_name_or_path: str, adapter: str | None, revision: str | None = None) -> tuple[int, str] | None:
     """Rows of the token embedding, and the file that says so; None where no file tells.
 
     The weights' own shape goes before what config.json says, and an adapter's own embeddings go before the model's.
@@ -22,7 +22,7 @@ def embedding_rows(model_name_or_path: str, adapter: str | None) -> tuple[int, s
         found = [(rows, str(path)) for path in _weight_files(folder) for rows in _embeddings(path)]
         if found:
             return max(found)
-    path = folders[-1] / "config.json" if folders[-1].is_dir() else _cached_config(model_name_or_path)
+    path = folders[-1] / "config.json" if folders[-1].is_dir() else _cached_config(model_name_or_path, revision)
     if path is None:
         return None
     config = _json(path)
@@ -53,10 +53,10 @@ def _embeddings(path: Path) -> Iterator[int]:
             yield shape[0]
 
 
-def _cached_config(hub_id: str) -> Path | None:
+def _cached_config(hub_id: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(hub_id, "config.json")
+    found = try_to_load_from_cache(hub_id, "config.json", revision=revision)
     return Path(found) if isinstance(found, str) else None
 
 

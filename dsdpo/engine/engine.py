@@ -18,8 +18,9 @@ from dsdpo.config.zero import ZeroConfig, engine_config, reference_engine_config
 from dsdpo.engine.nvme import check_swap_room, prepare_swap
 from dsdpo.engine.optimizer import build_optimizer, parameter_groups
 from dsdpo.errors import ConfigError, config_error
-from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora
+from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora, record_base_revision
 from dsdpo.model.attention.register import Capability, choose
+from dsdpo.model.hub import fetch_weights
 from dsdpo.model.load import Head, load_model
 from dsdpo.model.packed import PackedModel
 from dsdpo.plan.shape import ModelShape
@@ -98,13 +99,15 @@ def build_engine(
 
     Raises:
         ConfigError: the model cannot be trained this way.
-        IOFailure: a node has no room on NVMe for the optimizer's state.
+        IOFailure: a node has no room on NVMe for the optimizer's state, or a hub gives no answer.
     """
     settings = engine_config(config, zero, mesh.dp_size, hardware.precision)
     attention = hardware.attention(config.attn_implementation)
     torch.manual_seed(config.seed)
+    weights = weights and fetch_weights(config.source_of(weights), mesh)
     adapter = weights if weights is not None and is_adapter(weights) else None
     whole = config.model_name_or_path if weights is None or adapter else weights
+    fetch_weights(config.source_of(whole), mesh)
     base = load_model(whole, config, settings, attention, hardware.dtype, head)
     model: torch.nn.Module = base
     if adapter:
@@ -114,6 +117,7 @@ def build_engine(
         model = continue_lora(base, config.adapter_name_or_path, keep_reference, config.lora_dropout)
     elif weights is None and config.finetuning_type == "lora":
         model = add_lora(base, config)
+    record_base_revision(model, config.model_revision)
     packed = PackedModel(model, head, config.use_weighting)
     if settings["zero_optimization"]["stage"] == 3:
         gather_by_layer(packed, base)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsdpo.checkpoint.commit import Checkpoint, read_run, verify
 from dsdpo.checkpoint.fragments import Fragments, write_stream
+from dsdpo.config.hubs import ModelSource, picked_hub
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.exported import ExportedTemplate
 from dsdpo.data.templates import load_tokenizer
@@ -36,9 +37,11 @@ def assemble(checkpoint: Checkpoint, folder: Path) -> None:
     if problem:
         raise CheckpointError(f"{checkpoint.path} cannot be used: {problem}; `dsdpo checkpoints` lists the others")
     run = read_run(checkpoint.path)
-    base = run["config"]["model_name_or_path"]
+    config = run["config"]
+    base = config["model_name_or_path"]
+    source = ModelSource(base, picked_hub(config.get("hub", "huggingface")), config.get("model_revision"))
     try:
-        tokenizer = load_tokenizer(base)
+        tokenizer = load_tokenizer(*source.place())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the tokenizer of {base}, which the run trained, cannot be loaded: {error}") from error
     exported = _exported(run, tokenizer)

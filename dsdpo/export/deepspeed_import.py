@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from dsdpo.config.hubs import ModelSource
 from dsdpo.errors import CheckpointError, DsdpoError, IOFailure
 from dsdpo.export.huggingface import check_target, new_folder, resolve_base
 from dsdpo.export.match import fit, some
@@ -210,20 +211,25 @@ def _config_folder(near: list[Path], adapter: Path | None, base: str | None) -> 
         if (folder / _CONFIG).is_file():
             return folder
     if adapter is not None:
-        named = _adapter_config(adapter).base_model_name_or_path
-        if named:
-            return _model_folder(named, f"{adapter / _ADAPTER_CONFIG}: base_model_name_or_path")
+        settings = _adapter_config(adapter)
+        if named := settings.base_model_name_or_path:
+            where = f"{adapter / _ADAPTER_CONFIG}: base_model_name_or_path"
+            return _model_folder(named, where, settings.revision)
     raise CheckpointError(
         f"no {_CONFIG} in {near[0]} or {near[1]}; name the model that was trained, as a folder or hub id, with --model"
     )
 
 
-def _model_folder(name: str, said_by: str) -> Path:
+def _model_folder(name: str, said_by: str, revision: str | None = None) -> Path:
     """The folder, or the local copy of a hub id's config and tokenizer."""
+    source = ModelSource.named(name, revision)
     folder = Path(name)
-    if not folder.is_dir():
+    if not source.is_folder and source.hub == "modelscope":
+        folder = source.local(said_by, whole=False, refresh=True)
+    elif not source.is_folder:
+        wanted = [_CONFIG, _GENERATION_CONFIG, *_TOKENIZER]
         try:
-            folder = Path(snapshot_download(name, allow_patterns=[_CONFIG, _GENERATION_CONFIG, *_TOKENIZER]))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{said_by}: {name} is no folder here, and no model of the hub within reach: {error}; name the model "

@@ -25,6 +25,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from dsdpo.checkpoint.commit import MANIFEST, RUN_FILE, Checkpoint, checkpoints, read, read_run, verify
 from dsdpo.compat import is_partitioned
+from dsdpo.config.hubs import Hub, ModelSource, hub_of, picked_hub
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.errors import CheckpointError, IOFailure
 from dsdpo.export.assemble import assemble
@@ -83,7 +84,9 @@ def _write_folder(
 ) -> None:
     """save_pretrained into a new folder in place of `folder`."""
     with new_folder(folder) as temporary:
-        which = {"selected_adapters": ["default"]} if isinstance(model, peft.PeftModel) else {}
+        # without the second one, PEFT asks Hugging Face how many embeddings the base has
+        of_adapter = {"selected_adapters": ["default"], "save_embedding_layers": False}
+        which = of_adapter if isinstance(model, peft.PeftModel) else {}
         model.save_pretrained(temporary, **which, **({} if state is None else {"state_dict": state}))
         if isinstance(model, peft.PeftModel) and state is not None and SCORE_WEIGHT in state:
             file = temporary / "adapter_model.safetensors"  # PEFT writes its own copies of such layers alone
@@ -140,8 +143,9 @@ def adapter_remark(folder: Path) -> str:
     if not (folder / "adapter_config.json").is_file() or not (folder / GENERATION_CONFIG_NAME).is_file():
         return ""
     try:
-        base = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        of_base = _end_ids(_generation_config(base))
+        settings = peft.PeftConfig.from_pretrained(str(folder))
+        base = settings.base_model_name_or_path
+        of_base = _end_ids(_generation_config(*ModelSource(base, hub_of(folder), settings.revision).place()))
         missing = [end for end in _end_ids(GenerationConfig.from_pretrained(str(folder))) if end not in of_base]
         names = ", ".join(map(str, load_tokenizer(str(folder)).convert_ids_to_tokens(missing)))
     except Exception:  # a base that is not there any more must not end the run that wrote the adapter
@@ -155,12 +159,12 @@ def adapter_remark(folder: Path) -> str:
     )
 
 
-def _generation_config(model: str) -> GenerationConfig:
+def _generation_config(model: str, revision: str | None) -> GenerationConfig:
     """What `generate` takes for a model: generation_config.json, or what config.json says."""
     try:
-        return GenerationConfig.from_pretrained(model)
+        return GenerationConfig.from_pretrained(model, revision=revision or "main")
     except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, revision=revision or "main"))
 
 
 def _end_ids(config: GenerationConfig) -> list[int]:
@@ -193,12 +197,13 @@ def export(output_dir: Path, to: Path, merge: bool, step: int | None = None) -> 
         with new_folder(to) as folder:
             assemble(checkpoint, folder)
         if merge:
-            _write_folder(to, merged(to), load_tokenizer(str(to)), None)
+            hub = picked_hub(read_run(checkpoint.path)["config"].get("hub", "huggingface"))
+            _write_folder(to, merged(to, hub), load_tokenizer(str(to)), None)
         return checkpoint.path
     if merge and not (source / "adapter_config.json").exists():
         raise CheckpointError(f"{source} is a whole model, there is no adapter to merge: leave --merge away")
     if merge:
-        _write_folder(to, merged(source), load_tokenizer(str(source)), None)
+        _write_folder(to, merged(source, hub_of(source)), load_tokenizer(str(source)), None)
     else:
         shutil.copytree(source, to, dirs_exist_ok=True)
     return source
@@ -226,15 +231,20 @@ def check_target(to: Path) -> None:
         raise CheckpointError(f"{to} is not empty: choose another folder for --to")
 
 
-def merged(adapter: Path) -> PreTrainedModel:
-    """An adapter's base model with the adapter folded in, on the CPU, in the precision that the base is stored in."""
+def merged(adapter: Path, hub: Hub) -> PreTrainedModel:
+    """An adapter's base model with the adapter folded in, on the CPU, in the precision that the base is stored in.
+
+    Args:
+        hub: of the base model.
+    """
     settings = peft.PeftConfig.from_pretrained(str(adapter))
-    name = settings.base_model_name_or_path
+    name, revision = ModelSource(settings.base_model_name_or_path, hub, settings.revision).place(whole=True)
+    pinned = {"revision": revision or "main", "dtype": "auto"}
     if settings.task_type == peft.TaskType.SEQ_CLS:
-        base = AutoModelForSequenceClassification.from_pretrained(name, dtype="auto", num_labels=1)
+        base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **pinned)
         base.config.pad_token_id = load_tokenizer(str(adapter)).pad_token_id
     else:
-        base = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        base = AutoModelForCausalLM.from_pretrained(name, **pinned)
     whole = peft.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     if (adapter / GENERATION_CONFIG_NAME).is_file():
         whole.generation_config = GenerationConfig.from_pretrained(str(adapter))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dsdpo.checkpoint.continuing import earlier_run_problem
 from dsdpo.compat import has_fp16
 from dsdpo.config.accelerate import launch_problems
 from dsdpo.config.deepspeed import check_deepspeed
+from dsdpo.config.hubs import HUBS, Hub, environment_problems, why_picked
 from dsdpo.config.load import LoadResult, load
 from dsdpo.config.precision import no_fp16
 from dsdpo.config.rules import check_rules
@@ -21,6 +23,8 @@ from dsdpo.data import registry, template_files
 from dsdpo.errors import CheckpointError, ConfigError, IOFailure, Problem
 from dsdpo.model import files
 from dsdpo.runtime.env import has_gpu_driver, launched
+
+_MODEL = "model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ def preflight(
     config = loaded.config
     zero, problems = check_deepspeed(loaded)
     problems = loaded.problems + check_rules(loaded) + problems + _check_ranks(loaded, task, ranks)
+    asked: list[str] = []
     problems += cluster.problems() if cluster else []
     problems += zero.rank_problems(ranks) if zero is not None and ranks else []
     if config is not None:
@@ -89,6 +94,8 @@ def preflight(
         problems += template_files.problems(config, loaded.faulty)
         problems += _check_folders(config, loaded.faulty) + _check_task(config, loaded.faulty, task)
         problems += files.folder_problems(model, "--model", adapter_allowed=True) if model else []
+        asked = _asked(config, loaded.faulty, model)
+        problems += environment_problems(config.hub) if asked else []
         if zero is not None and not loaded.faulty & {"precision", "max_grad_norm", "train_batch_size"}:
             problems += launch_problems(config, zero.raw, os.environ, has_gpu_driver())
     hub, failure = _check_hub(config, model, {*loaded.faulty, *(problem.option for problem in problems)})
@@ -101,11 +108,16 @@ def preflight(
     if failure is not None:
         raise failure
     mesh = launched()
-    if mesh is None or mesh.is_main:
-        for line in [*(loaded.translation.lines() if loaded.translation else ()), loaded.remark]:
-            if line:
-                print(line, flush=True)
+    for remark in said(loaded, asked) if mesh is None or mesh.is_main else ():
+        print(remark, flush=True)
     return config, zero
+
+
+def said(loaded: LoadResult, asked: list[str]) -> Iterator[str]:
+    """What to say before a run: how its options were read, and which hub is asked."""
+    if loaded.translation is not None:
+        yield from loaded.translation.lines()
+    yield from filter(None, (loaded.remark, *asked))
 
 
 def needs_ranks(path: str | Path, overrides: list[str]) -> bool:
@@ -124,11 +136,30 @@ def _check_ranks(loaded: LoadResult, task: str, ranks: int | None) -> list[Probl
     return [Problem("ranks-unknown", "train_batch_size", text)]
 
 
+def _asked(config: RunConfig, faulty: frozenset[str], model: str | None) -> list[str]:
+    """A line for each hub that a run asks, with what is asked of it and why."""
+    names: dict[Hub, list[str]] = {}
+    if _MODEL not in faulty and files.asks_hub(config):
+        names.setdefault(config.model_source.hub, []).append(config.model_name_or_path)
+    if model and not config.source_of(model).is_folder:
+        names.setdefault(config.model_source.hub, []).append(model)
+    for entry in registry.hub_entries(config, faulty):
+        names.setdefault("modelscope" if entry.modelscope else "huggingface", []).append(entry.name)
+    return [
+        f"asking {HUBS[hub]} for {', '.join(dict.fromkeys(found))} ({why_picked(config.hub)})"
+        for hub, found in names.items()
+    ]
+
+
 def _check_hub(config: RunConfig | None, model: str | None, faulty: set[str]) -> tuple[list[Problem], IOFailure | None]:
     """What is wrong with the hub ids of a run, and why that cannot be told: the hub gives no answer."""
+    if "hub" in faulty:
+        return [], None
     try:
-        found = files.fetched_problems(config) if config is not None and "model_name_or_path" not in faulty else []
-        return found + (files.fetched_weights(model, "--model") if model and "--model" not in faulty else []), None
+        found = files.fetched_problems(config) if config is not None and _MODEL not in faulty else []
+        if config is not None and model and "--model" not in faulty:
+            found += files.fetched_weights(config.source_of(model), "--model")
+        return found, None
     except IOFailure as error:
         return [], error
 

@@ -22,7 +22,8 @@ from dsdpo.runtime.rundir import RunDir
 
 _CONNECT_S, _CHECK_S = 15, 45
 # Of this shell's environment, for ranks on other hosts. What else a login shell sets there stands.
-_OF_LIBRARIES = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "MLFLOW_", "TENSORBOARD_")
+_OF_HUBS = ("HF_", "HUGGING_FACE_", "MODELSCOPE_", "USE_HF", "USE_MODELSCOPE_HUB", "USE_OPENMIND_HUB")
+_OF_LIBRARIES = ("TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "MLFLOW_", "TENSORBOARD_")
 _OF_TORCH = ("NCCL_", "TORCH_", "GLOO_", "OMP_", "CUDA_", "TRITON_", "DS_", "DSDPO_", "DEEPSPEED_", "UCX_", "PYTHON")
 _NOT = ("CUDA_VISIBLE_DEVICES",)  # the launcher sets it on each host
 
@@ -111,7 +112,9 @@ def leave_environment(run_dir: RunDir, token: str, environment: Mapping[str, str
     The launcher would put it on ssh's command line, where every user of the hosts can read tokens.
     """
     forget_environment(run_dir)  # of a run that was killed
-    wanted = [name for name in environment if name.startswith(_OF_LIBRARIES + _OF_TORCH) and name not in _NOT]
+    wanted = [
+        name for name in environment if name.startswith(_OF_HUBS + _OF_LIBRARIES + _OF_TORCH) and name not in _NOT
+    ]
     passed = {name: environment[name] for name in wanted}
     before = os.umask(0o077)
     try:

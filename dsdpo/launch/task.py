@@ -75,11 +75,21 @@ def wait_merged(config: RunConfig, timeout: float = 3600.0) -> None:
         time.sleep(1)
 
 
-def prepare_data(config: RunConfig) -> None:
-    """Prepare both splits where missing and print what they hold."""
+def prepare_data(config: RunConfig, trains: bool = True) -> None:
+    """Prepare both splits where missing and print what they hold.
+
+    Args:
+        trains: ranks will load the model. One of ModelScope is fetched here, before they wait for each other.
+
+    Raises:
+        DsdpoError: as `prepare`, `merge_before` and `ModelSource.local`.
+    """
     from dsdpo.data.prepare import prepare, summary
 
     merge_before(config)
+    source = config.model_source
+    if not source.is_folder and source.hub == "modelscope":
+        source.local("model_name_or_path", whole=trains, refresh=True, stamps=config.weight_stamps)
 
     for prepared in (prepare(config, "train"), prepare(config, "eval")):
         if prepared is not None:

@@ -132,6 +132,12 @@ def continue_lora(model: PreTrainedModel, folder: str, keep_reference: bool, dro
     return policy
 
 
+def record_base_revision(model: nn.Module, revision: str | None) -> None:
+    """Let the adapter_config.json of a PEFT model say at which revision its base is to be loaded."""
+    if isinstance(model, peft.PeftModel):
+        model.peft_config["default"].revision = revision
+
+
 def reference_weights(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, a PEFT model computes what the reference computes; any other model is left alone.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from dsdpo.config.hubs import ModelSource
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.stages import STAGES
 from dsdpo.errors import Problem
@@ -18,6 +19,7 @@ from dsdpo.model.hub import fetch_config
 from dsdpo.model.other_folders import hub_id_in, what_it_is
 from dsdpo.model.targets import modules_of, target_problems
 from dsdpo.model.tensors import tensor_problems
+from dsdpo.runtime import modelscope
 from dsdpo.runtime.rundir import RunDir, run_of_merged
 from dsdpo.runtime.weights import WEIGHTS, Shapes, damage, indexed, narrow, weight_files
 from dsdpo.runtime.weights import shapes as shapes_of
@@ -46,11 +48,24 @@ def problems(config: RunConfig, faulty: frozenset[str], reads_headers: bool = Tr
     found = []
     if _MODEL not in faulty:
         found += folder_problems(config.model_name_or_path, _MODEL, reads_headers=reads_headers)
-        if reads_headers and Path(config.model_name_or_path).is_dir():
-            found += model_problems(Path(config.model_name_or_path), config, faulty)
+        if Path(config.model_name_or_path).is_dir():
+            found += model_problems(Path(config.model_name_or_path), config, faulty) if reads_headers else []
+            found += _revision_problems(config, faulty)
+        elif not found and config.model_source.hub == "modelscope" and "hub" not in faulty:
+            found += filter(None, [modelscope.named_problem(config.model_name_or_path, _MODEL)])
     if config.adapter_name_or_path and "adapter_name_or_path" not in faulty:
         found += adapter_files.problems(config.adapter_name_or_path)
     return found
+
+
+def _revision_problems(config: RunConfig, faulty: frozenset[str]) -> list[Problem]:
+    if config.model_revision is None or "model_revision" in faulty:
+        return []
+    text = (
+        f"model_revision is {config.model_revision}, but model_name_or_path {config.model_name_or_path} is a folder, "
+        "which has no revisions; delete it, or name the id of a hub"
+    )
+    return [Problem("model-revision", "model_revision", text)]
 
 
 def not_merged(config: RunConfig) -> RunDir | None:
@@ -65,16 +80,21 @@ def fetched_problems(config: RunConfig) -> list[Problem]:
     Raises:
         IOFailure: the hub cannot be reached.
     """
-    name = config.model_name_or_path
-    if Path(name).is_dir() or not_merged(config) is not None:
+    source = config.model_source
+    if source.is_folder or not_merged(config) is not None:
         return []
-    folder, found = fetch_config(name, _MODEL)
+    folder, found = fetch_config(source, _MODEL)
     return found if folder is None else model_problems(folder, config, frozenset())
 
 
-def fetched_weights(name: str, option: str) -> list[Problem]:
+def fetched_weights(source: ModelSource, option: str) -> list[Problem]:
     """What is wrong with a hub id of trained weights, which may be an adapter. Raises IOFailure."""
-    return [] if Path(name).is_dir() else fetch_config(name, option, ("config.json", "adapter_config.json"))[1]
+    return [] if source.is_folder else fetch_config(source, option, ("config.json", "adapter_config.json"))[1]
+
+
+def asks_hub(config: RunConfig) -> bool:
+    """Whether the run's model is one of a hub."""
+    return not config.model_source.is_folder and not _named(config.model_name_or_path) and not_merged(config) is None
 
 
 def folder_problems(name: str, option: str, adapter_allowed: bool = False, reads_headers: bool = True) -> list[Problem]:

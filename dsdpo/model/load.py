@@ -71,7 +71,8 @@ def load_model(
     Raises:
         ConfigError: the model's attention cannot run on packed rows, or its files are not those of one model.
     """
-    model_config = _config_of(model_name_or_path)
+    place, revision = config.source_of(model_name_or_path).place(whole=True)
+    model_config = _config_of(model_name_or_path, place, revision)
     check_supported(model_config, config.max_length, config.disable_dropout, attn_implementation, head)
     if config.disable_dropout:
         _zero_dropout(model_config)
@@ -79,13 +80,15 @@ def load_model(
         model_config.num_labels = 1
     with zero3_loading(engine_config), _shapes_that_differ(model_name_or_path):
         loaded: Any = _CLASSES[head].from_pretrained(
-            model_name_or_path,
+            place,
+            revision=revision or "main",
             config=model_config,
             dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
         )
     model: PreTrainedModel = loaded[0]
+    model.name_or_path = model.config.name_or_path = model_name_or_path  # as PEFT writes the base of an adapter
     model.config.architectures = [type(model).__name__]
     missing = set(loaded[1]["missing_keys"])
     if head == "value" and "score.weight" in missing:
@@ -97,10 +100,10 @@ def load_model(
     return model
 
 
-def _config_of(name: str) -> PretrainedConfig:
+def _config_of(name: str, place: str, revision: str | None) -> PretrainedConfig:
     """The model's config. Raises ConfigError where transformers refuses what config.json says."""
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(place, revision=revision or "main")
     except (StrictDataclassError, TypeError, ValueError, AttributeError, KeyError) as error:
         said = " ".join(str(error).split())
         raise config_error("model-config", _MODEL, f"{_MODEL}: config.json of {name} cannot be used: {said}") from error
@@ -152,7 +155,7 @@ def _zero_dropout(model_config: PretrainedConfig) -> None:
             setattr(model_config, key, 0.0)
 
 
-def weights_digest(model_name_or_path: str, stamps: Path) -> str:
+def weights_digest(model_name_or_path: str, stamps: Path, revision: str | None = None) -> str:
     """Hash of what a model computes with: the content of its weight files, and its config.
 
     Args:
@@ -160,10 +163,11 @@ def weights_digest(model_name_or_path: str, stamps: Path) -> str:
             where loading has put it before. Paths and file names do not count, nor does what the config says of
             versions and names.
         stamps: folder that remembers hashes of files, so that large weights are read once.
+        revision: of a hub id.
     """
     folder = Path(model_name_or_path)
     if not folder.is_dir():
-        folder = Path(snapshot_download(model_name_or_path, local_files_only=True))
+        folder = Path(snapshot_download(model_name_or_path, revision=revision, local_files_only=True))
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
         text = f"{folder} holds no *.safetensors or *.bin weights: check model_name_or_path"
@@ -179,8 +183,13 @@ def weights_digest(model_name_or_path: str, stamps: Path) -> str:
 
 def weights_digests(config: RunConfig, mesh: Mesh) -> dict[str, str]:
     """Hash of the weights that a run starts from: `model`, and `adapter` where there is one. A collective call."""
-    sources = {"model": config.model_name_or_path, "adapter": config.adapter_name_or_path}
-    stamps = config.cache_path / "reference" / "weights"
-    return run_on_main(
-        mesh.is_main, lambda: {what: weights_digest(name, stamps) for what, name in sources.items() if name}
-    )
+    stamps = config.weight_stamps
+
+    def digests() -> dict[str, str]:
+        place, revision = config.model_source.place(whole=True)
+        found = {"model": weights_digest(place, stamps, revision)}
+        if config.adapter_name_or_path:
+            found["adapter"] = weights_digest(config.adapter_name_or_path, stamps)
+        return found
+
+    return run_on_main(mesh.is_main, digests)

@@ -14,7 +14,7 @@ from dsdpo.data.messages import Message, check_prompt, read_message
 from dsdpo.errors import ConfigError, DataError, OutOfMemory, Problem
 from dsdpo.runtime.progress import show_library_progress
 from dsdpo.tools.answers import AnswerSettings, CommandLineError
-from dsdpo.tools.chat_model import BATCH_SIZE, ChatModel, as_messages, base_of, load_both
+from dsdpo.tools.chat_model import BATCH_SIZE, ChatModel, as_messages, base_of, base_source, load_both
 from dsdpo.tools.screen import Screen
 from dsdpo.train.out_of_memory import is_out_of_memory
 
@@ -106,7 +106,8 @@ def chat(model: str, compare: str | None, prompts: str | None, settings: AnswerS
 def _answer(model: str, compare: str | None, asked: list[list[Message]] | None, settings: AnswerSettings) -> None:
     base = base_of(model) if compare == "" else compare
     models = [ChatModel.load(model, settings)] if base is None else load_both(model, base, settings)
-    screen = Screen([model] if base is None else [base, model])
+    shown = base_source(model).name if compare == "" else base
+    screen = Screen([model] if shown is None else [shown, model])
     if asked is None:
         _loop(models, screen)
     else:

@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from dsdpo.checkpoint.commit import MANIFEST
+from dsdpo.config.hubs import ModelSource, hub_of
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.messages import Message
+from dsdpo.data.template_files import template_place
 from dsdpo.data.templates import ExampleEncoder, load_tokenizer
 from dsdpo.errors import CheckpointError, DataError, Problem
 from dsdpo.export.huggingface import finished_weights
 from dsdpo.model.config_file import read_object
 from dsdpo.model.files import folder_problems
 from dsdpo.runtime.command import command_line
+from dsdpo.runtime.modelscope import OTHER_WEIGHTS
 from dsdpo.tools.answers import DEFAULT_MAX_NEW_TOKENS, GREEDY, AnswerSettings, CommandLineError, sampling
 from dsdpo.tools.trained import TrainedRun
 
@@ -163,24 +167,29 @@ def load_both(model: str, base: str, settings: AnswerSettings = GREEDY) -> list[
 
 
 def base_of(name: str) -> str:
-    """What a run or an adapter was trained from. Raises ConfigError where `name` is neither."""
+    """What a run or an adapter was trained from, as `load_both` takes it. Raises ConfigError as `base_source`."""
+    return _local(base_source(name))
+
+
+def base_source(name: str) -> ModelSource:
+    """What a run or an adapter was trained from, as it was named. Raises ConfigError where `name` is neither."""
     run = TrainedRun.find(name)
-    base = run.base if run is not None else _base_of(name)
-    if not base:
+    source = _adapter_base(name) if run is None else run.base_source
+    if source is None or not source.name:
         text = f"--compare: {name} does not tell its base model; name one: --compare BASE"
         raise CommandLineError(Problem("compare-base", "--compare", text))
-    return base
+    return source
 
 
 def _weights(name: str) -> str:
-    """The folder to load from, or the hub id as it stands."""
+    """The folder to load from, or an id on Hugging Face."""
     run = TrainedRun.find(name)
     if run is not None:
         return str(run.weights("chat"))
     if not Path(name).is_dir():
         if problems := folder_problems(name, "MODEL"):
             raise CommandLineError(problems)
-        return name
+        return _local(ModelSource.named(name))
     weights = finished_weights(Path(name))
     if weights is None and (Path(name) / MANIFEST).is_file():
         target = f"{Path(name)}-exported"
@@ -199,18 +208,40 @@ def _encoder(folder: str, settings: AnswerSettings) -> ExampleEncoder:
     except (OSError, ValueError) as error:
         text = f"{folder}: no folder with a tokenizer here, and no model of the hub within reach: {error}"
         raise CommandLineError(Problem("tokenizer-missing", "model", text)) from error
-    return ExampleEncoder(tokenizer, settings.template or "default", settings.system, settings.date)
+    template = template_place(settings.template or "default", hub_of(Path(folder)))
+    return ExampleEncoder(tokenizer, template, settings.system, settings.date)
 
 
 def _base_of(folder: str) -> str | None:
+    """Where to load from what a PEFT adapter folder was trained on; None for anything else."""
+    source = _adapter_base(folder)
+    return None if source is None else _local(source)
+
+
+def _adapter_base(folder: str) -> ModelSource | None:
     """What a PEFT adapter folder was trained on; None for anything else."""
     if not (Path(folder) / "adapter_config.json").is_file():
         return None
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    if not base:
+    settings = PeftConfig.from_pretrained(folder)
+    if not (base := settings.base_model_name_or_path):
         text = f"{folder}/adapter_config.json names no base_model_name_or_path; add it"
         raise CommandLineError(Problem("adapter-base", "model", text))
-    return str(base)
+    return ModelSource(str(base), hub_of(Path(folder)), settings.revision)
+
+
+def _local(source: ModelSource) -> str:
+    """The name of a model, or a folder of a hub's cache that stands for an id of ModelScope or at a revision."""
+    if source.is_folder:
+        return source.name
+    if source.hub == "modelscope":
+        return str(source.local("model", whole=True, refresh=True))
+    if source.revision is None:
+        return source.name
+    try:
+        return str(snapshot_download(source.name, revision=source.revision, ignore_patterns=[*OTHER_WEIGHTS]))
+    except (OSError, ValueError) as error:
+        text = f"{source.name} at {source.revision} cannot be fetched: {error}"
+        raise CommandLineError(Problem("model-load", "model", text)) from error
 
 
 def _same(one: str, other: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dsdpo.checkpoint.commit import checkpoints
 from dsdpo.config.earlier import EARLIER_DEFAULTS
+from dsdpo.config.hubs import ModelSource, picked_hub
 from dsdpo.config.run_file import read_yaml
 from dsdpo.data.template_date import date_of_run
 from dsdpo.errors import CheckpointError
@@ -63,6 +64,12 @@ class TrainedRun:
         return str(self.config.get("adapter_name_or_path") or self.config.get("model_name_or_path") or "")
 
     @property
+    def base_source(self) -> ModelSource:
+        """Where `base` comes from."""
+        revision = None if self.config.get("adapter_name_or_path") else self.config.get("model_revision")
+        return ModelSource(self.base, picked_hub(self.config.get("hub") or "huggingface"), revision)
+
+    @property
     def template_date(self) -> str | None:
         """The day that the run's chat template wrote as today's, by its config or its newest checkpoint."""
         return self.config.get("template_date") or date_of_run(self.run_dir.path)
@@ -108,7 +115,8 @@ class TrainedRun:
         """
         given = {token[2:].partition("=")[0] for token in overrides if token.startswith("--")}
         cache = self.config.get("cache_dir") or str(self.run_dir.path.parent / ".dsdpo_cache")
-        earlier = {key: str(value) for key, value in EARLIER_DEFAULTS.items() if key not in self.config}
+        defaults = {**EARLIER_DEFAULTS, "hub": "huggingface"}
+        earlier = {key: str(value) for key, value in defaults.items() if key not in self.config}
         date = {"template_date": self.template_date} if self.template_date else {}
         values = {**self.moved, **earlier, **date, "output_dir": str(self.run_dir.evaluation), "cache_dir": cache}
         return [*(f"--{key}={value}" for key, value in values.items() if key not in given), *overrides]

@@ -93,7 +93,8 @@ class Run:
             IOFailure: output_dir cannot be written.
         """
         if self.mesh.is_main:
-            settings = yaml.safe_dump(self.config.model_dump(), sort_keys=False)
+            options = self.config.model_dump() | {"hub": self.config.model_source.hub}
+            settings = yaml.safe_dump(options, sort_keys=False)
             write_atomically(self.run_dir.run_config, settings)
             if self.first_step < self.schedule.total_steps:
                 set_aside(self.run_dir)  # of a run that was to end before, and was given more steps

@@ -105,7 +105,7 @@ def _metadata(
 
     The tokenizer gets the chat template and the end token of the run; so does the model's generation config.
     """
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer = load_tokenizer(*config.model_source.place())
     exported = ExportedTemplate.of(tokenizer, config, train_set.end_token, train_set.template_date)
     model = engine.module.model
     generation = getattr(model, "generation_config", None)  # a reward model generates nothing

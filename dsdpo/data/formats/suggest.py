@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,9 @@ def _used(
 
 def _name(entry: DatasetEntry) -> str:
     """How the entry may be called: as the run names it, or like its file or hub set."""
-    return entry.name if "/" not in entry.name and "." not in entry.name else Path(entry.name).name.split(".")[0]
+    if "/" not in entry.name and "." not in entry.name:
+        return entry.name
+    return re.split("[.@:]", Path(entry.name).name)[0]
 
 
 def _described(
@@ -89,6 +92,7 @@ def _described(
     """The entry as dataset_info.json holds it."""
     if entry.hub_id is not None:
         source: dict[str, Any] = {"ms_hub_url" if entry.modelscope else "hf_hub_url": entry.hub_id}
+        source |= {"revision": entry.revision} if entry.revision else {}
     else:
         files = [entry.label(path) for path in entry.files]
         source = {"file_name": files[0] if len(files) == 1 else Path(files[0]).parent.as_posix()}

@@ -76,6 +76,51 @@ def test_path_from_the_working_folder(folder, monkeypatch):
     assert problems == [] and entries[0].files == (folder / "pairs.jsonl",)
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("org/pairs", ("org/pairs", None, "train")),
+        ("org/pairs:test", ("org/pairs", None, "test")),
+        ("org/pairs@v1.0", ("org/pairs", "v1.0", "train")),
+        ("org/pairs@refs/pr/3:train[:10%]", ("org/pairs", "refs/pr/3", "train[:10%]")),
+        ("described", ("org/pairs", "abc", "dev")),
+    ],
+)
+def test_a_hub_set_has_a_revision(folder, name, found):
+    describe(folder, described={"hf_hub_url": "org/pairs", "revision": "abc", "split": "dev"})
+    [entry], problems = resolve([name], folder)
+    assert problems == [] and (entry.hub_id, entry.revision, entry.split) == found
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl@v1", "org/pairs.jsonl@v1", "org/pairs@"])
+def test_files_have_no_revision(folder, name):
+    assert one_problem([name], folder)
+
+
+@pytest.mark.parametrize(("hub", "of_both"), [("huggingface", "hf/a"), ("modelscope", "ms/a")])
+def test_the_run_s_hub_is_asked_where_both_have_the_set(folder, monkeypatch, hub, of_both):
+    monkeypatch.setattr("dsdpo.data.registry.is_installed", lambda: True)
+    describe(
+        folder,
+        hf={"hf_hub_url": "hf"},
+        ms={"ms_hub_url": "ms"},
+        both={"hf_hub_url": "hf/a", "ms_hub_url": "ms/a", "file_name": "pairs.jsonl"},
+    )
+    entries, problems = resolve(["hf", "ms", "both", "org/plain", "pairs.jsonl"], folder, hub=hub)
+    assert problems == []
+    assert [entry.hub_id for entry in entries] == ["hf", "ms", of_both, "org/plain", None]
+    is_ms = hub == "modelscope"
+    assert [entry.modelscope for entry in entries] == [False, True, is_ms, is_ms, False]
+
+
+@pytest.mark.parametrize(("name", "hub"), [("ms", "huggingface"), ("org/plain", "modelscope")])
+def test_a_missing_client_is_told(folder, monkeypatch, name, hub):
+    monkeypatch.setattr("dsdpo.data.registry.is_installed", lambda: False)
+    describe(folder, ms={"ms_hub_url": "ms/a"})
+    _, [problem] = resolve([name], folder, hub=hub)
+    assert "pip install 'dsdpo[modelscope]'" in problem.text
+
+
 def test_folder_elsewhere_does_not_hide_a_hub_id(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     (folder.parent / "org/pairs").mkdir(parents=True)
@@ -130,7 +175,7 @@ def test_our_own_sets_resolve():
         ({"file_name": "notes.doc"}, "none of the kinds"),
         ({"script_url": "loader"}, "script_url is not supported"),
         ({"formatting": "trl"}, "needs file_name, hf_hub_url or ms_hub_url"),
-        ({"ms_hub_url": "org/pairs"}, "needs the modelscope package"),
+        ({"revision": "v1", "file_name": "pairs.jsonl"}, "revision is of a set on a hub"),
         ("pairs.jsonl", "must be an object"),
     ],
 )

@@ -18,13 +18,14 @@ from safetensors.numpy import save_file
 from dsdpo.checkpoint.commit import RUN_FILE, commit, hashed_file, resume_candidates, stage, step_folder
 from dsdpo.compat import has_fp16
 from dsdpo.config.schema import RunConfig
-from dsdpo.errors import CheckpointError, ConfigError
+from dsdpo.errors import CheckpointError, ConfigError, IOFailure
 from dsdpo.launch.node_info import facts
 from dsdpo.launch.preflight import ClusterRequest, check_device, preflight, reload
 from dsdpo.model import adapter_files
 from dsdpo.model.files import folder_problems
 from dsdpo.runtime.rundir import RunDir
 from tests.helpers.fake_model import save_fake_model
+from tests.helpers.modelscope_hub import files_of, modelscope_hub
 from tests.helpers.zero import count_opens
 
 ADAPTER = "adapter_model.safetensors"
@@ -212,6 +213,33 @@ def test_what_looks_like_a_path_must_exist(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path)
     assert len(folder_problems(name, "model_name_or_path")) == 1
+
+
+@pytest.mark.start
+def test_a_run_says_which_hub_it_asks(
+    tmp_path: Path, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("modelscope_hub")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    with modelscope_hub() as hub:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
+        monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
+        hub.repositories["models/org/m"] = {"v1": files_of(Path(run["model_name_or_path"]))}
+        asked = run | {"model_name_or_path": "org/m", "model_revision": "v1", "eval_dataset": "org/held-out"}
+        assert check(tmp_path, asked).model_source.hub == "modelscope"
+        line = "asking ModelScope for org/m, org/held-out (USE_MODELSCOPE_HUB=1)\n"
+        assert line in capfd.readouterr().out
+        assert check(tmp_path, run) and "asking" not in capfd.readouterr().out
+        hub.status = 503
+        with pytest.raises(IOFailure):
+            check(tmp_path, asked | {"model_revision": "v2"})
+    monkeypatch.setenv("USE_HF", "1")
+    assert len(problems(tmp_path, asked | {"model_revision": "v2"})) >= 1
+    with pytest.raises(ConfigError) as caught:
+        check(tmp_path, asked)
+    assert "hub-environment" in [problem.code for problem in caught.value.problems]
+    assert check(tmp_path, run), "no hub is asked"
 
 
 def save(output_dir: Path, step: int, config: RunConfig, resumed_from: str | None = None) -> Path:

@@ -19,13 +19,16 @@ import pytest
 _CONFIG = json.dumps({"model_type": "llama"}).encode()
 _ASK = """
 import json, sys, time
+from dsdpo.config.hubs import ModelSource
 from dsdpo.errors import IOFailure
 from dsdpo.model import hub
 time.sleep = lambda seconds: None  # between tries
 found = {}
 for name in sys.argv[1:]:
     try:
-        folder, problems = hub.fetch_config(name, "model_name_or_path")
+        name, _, revision = name.partition("@")
+        source = ModelSource(name, "huggingface", revision or None)
+        folder, problems = hub.fetch_config(source, "model_name_or_path")
         found[name] = [problem.code for problem in problems] or (folder / "config.json").read_text()
     except IOFailure as error:
         found[name] = error.exit_code

@@ -1,0 +1,97 @@
+"""Hugging Face's HTTP interface, as far as its clients ask it for revisions of models and data sets, served here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from urllib.parse import parse_qs, unquote, urlparse
+
+Files = dict[str, bytes]
+Answer = tuple[int, bytes, dict[str, str]]
+
+
+def commit_of(files: Files) -> str:
+    """The commit of a revision: a hash of its content."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    for name, content in sorted(files.items()):
+        digest.update(name.encode() + content)
+    return digest.hexdigest()
+
+
+class HuggingFace:
+    """What the hub holds: `models/org/name` or `datasets/org/name` -> branch or tag -> files. url: for HF_ENDPOINT."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.repositories: dict[str, dict[str, Files]] = {}
+
+    def answer(self, target: str, body: bytes) -> Answer:
+        """Status, body and headers."""
+        parts = unquote(urlparse(target).path).strip("/").split("/")
+        is_api = parts[0] == "api"
+        parts = parts[1:] if is_api else parts
+        if parts[0] not in ("models", "datasets"):
+            parts = ["models", *parts]
+        revisions = self.repositories.get("/".join(parts[:3]))
+        action, revision, *path = [*parts[3:], "", ""] if len(parts) < 5 else parts[3:]
+        if revisions is None:
+            return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
+        by_name = {**revisions, **{commit_of(files): files for files in revisions.values()}}
+        files = by_name.get(revision or "main")
+        if files is None:
+            return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
+        return self._of_api("/".join(parts[1:3]), action, files, body) if is_api else _resolved("/".join(path), files)
+
+    def _of_api(self, name: str, action: str, files: Files, body: bytes) -> Answer:
+        listed = [{"type": "file", "path": path, "size": len(content)} for path, content in files.items()]
+        listed = [entry | {"oid": _oid(files[str(entry["path"])])} for entry in listed]
+        if action == "tree":
+            return 200, json.dumps(listed).encode(), {}
+        if action == "paths-info":
+            asked = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
+            return 200, json.dumps([entry for entry in listed if entry["path"] in asked]).encode(), {}
+        found = {"id": name, "sha": commit_of(files), "siblings": [{"rfilename": path} for path in files]}
+        return 200, json.dumps(found | {"private": False, "tags": [], "downloads": 0}).encode(), {}
+
+
+def _resolved(path: str, files: Files) -> Answer:
+    if path not in files:
+        return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit_of(files)}
+    return 200, files[path], {"X-Repo-Commit": commit_of(files), "ETag": f'"{_oid(files[path])}"'}
+
+
+def _oid(content: bytes) -> str:
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest()
+
+
+@contextmanager
+def huggingface_hub() -> Iterator[HuggingFace]:
+    """A hub that is served inside the context."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body, headers = hub.answer(self.path, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub = HuggingFace(f"http://127.0.0.1:{server.server_port}")
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
