@@ -203,7 +203,7 @@ def export(output_dir: Path, to: Path, merge: bool, step: int | None = None) -> 
     if merge and not (source / "adapter_config.json").exists():
         raise CheckpointError(f"{source} is a whole model, there is no adapter to merge: leave --merge away")
     if merge:
-        _write_folder(to, merged(source, hub_of(source)), load_tokenizer(str(source)), None)
+        _write_folder(to, merged(source), load_tokenizer(str(source)), None)
     else:
         shutil.copytree(source, to, dirs_exist_ok=True)
     return source
@@ -231,14 +231,15 @@ def check_target(to: Path) -> None:
         raise CheckpointError(f"{to} is not empty: choose another folder for --to")
 
 
-def merged(adapter: Path, hub: Hub) -> PreTrainedModel:
+def merged(adapter: Path, hub: Hub | None = None) -> PreTrainedModel:
     """An adapter's base model with the adapter folded in, on the CPU, in the precision that the base is stored in.
 
     Args:
-        hub: of the base model.
+        hub: of the base model. None: that of the run whose weights they are.
     """
     settings = peft.PeftConfig.from_pretrained(str(adapter))
-    name, revision = ModelSource(settings.base_model_name_or_path, hub, settings.revision).place(whole=True)
+    base_name = settings.base_model_name_or_path
+    name, revision = ModelSource(base_name, hub or hub_of(adapter), settings.revision).place(whole=True)
     pinned = {"revision": revision or "main", "dtype": "auto"}
     if settings.task_type == peft.TaskType.SEQ_CLS:
         base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **pinned)

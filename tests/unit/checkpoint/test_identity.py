@@ -27,6 +27,8 @@ FREE = {
     "attn_implementation",
     "gradient_checkpointing",
     "dataset_dir",
+    "hub",
+    "model_revision",
     "eval_dataset",
     "max_refused",
     "ignore_columns",
