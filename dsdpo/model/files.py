@@ -84,7 +84,11 @@ def fetched_problems(config: RunConfig) -> list[Problem]:
     if source.is_folder or not_merged(config) is not None:
         return []
     folder, found = fetch_config(source, _MODEL)
-    return found if folder is None else model_problems(folder, config, frozenset())
+    if folder is None:
+        return found
+    # weights of an earlier commit beside it are replaced before they are loaded
+    reads_weights = source.hub != "modelscope" or not modelscope.is_changing(folder)
+    return model_problems(folder, config, frozenset(), reads_weights)
 
 
 def fetched_weights(source: ModelSource, option: str) -> list[Problem]:
@@ -177,10 +181,13 @@ def _unread(file: Path) -> str:
     return damage(file)
 
 
-def model_problems(folder: Path, config: RunConfig, faulty: frozenset[str]) -> list[Problem]:
+def model_problems(
+    folder: Path, config: RunConfig, faulty: frozenset[str], reads_weights: bool = True
+) -> list[Problem]:
     """Why the model in a folder cannot be trained as asked, from config.json and the headers of safetensors files.
 
-    A folder of the hub's cache may lack the weights so far: then the ranks look for the modules of `lora_target`.
+    A folder of the hub's cache may lack the weights so far, or have others: then the ranks look for the modules of
+    `lora_target`.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -199,8 +206,8 @@ def model_problems(folder: Path, config: RunConfig, faulty: frozenset[str]) -> l
     head = STAGES[config.stage].head
     found = [Problem("model-config", _MODEL, f"{_MODEL}: {path}: {text}; correct it") for _, text in wrong]
     found += support.problems(architecture, longest, config.disable_dropout, backend, head)
-    shapes = _shapes(folder)
-    if kind in support.COMPARED and not wrong:
+    shapes = _shapes(folder) if reads_weights else {}
+    if kind in support.COMPARED and not wrong and reads_weights:
         told = tensor_problems(settings, shapes, indexed(folder), narrow(weight_files(folder)[0]) if shapes else [])
         found += [Problem(code, _MODEL, f"{_MODEL}: {folder} {text}") for code, text in told]
     makes_adapter = config.finetuning_type == "lora" and not config.adapter_name_or_path

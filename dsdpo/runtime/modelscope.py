@@ -25,7 +25,19 @@ INSTALL = "run `pip install 'dsdpo[modelscope]'`"
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 EVERYTHING = ("*",)
 SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")  # a model without its weights
-OTHER_WEIGHTS = ("original/*", "onnx/*", "*.gguf", "*.onnx", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.tflite", "*.ot")
+OTHER_WEIGHTS = (
+    "original/*",
+    "consolidated*",
+    "onnx/*",
+    "*.gguf",
+    "*.onnx",
+    "*.pth",
+    "*.pt",
+    "*.h5",
+    "*.msgpack",
+    "*.tflite",
+    "*.ot",
+)
 # Stands in a folder whose files are being replaced by those of a newer commit, or of a set that is being fetched:
 # nothing else tells later that some are missing.
 _REPLACING = ".replacing"
@@ -64,7 +76,7 @@ def named_problem(name: str, option: str) -> Problem | None:
 def cached(repository: Repository, holds: Callable[[Path], bool]) -> Path | None:
     """The folder of the client's cache that has what is needed of a repository, by `holds`. Nobody is asked."""
     folder = _folder(repository)
-    return folder if folder is not None and holds(folder) and not (folder / _REPLACING).exists() else None
+    return folder if folder is not None and holds(folder) and not is_changing(folder) else None
 
 
 def fetched(
@@ -109,6 +121,11 @@ def fetched(
     if tuple(wanted) == EVERYTHING:
         (folder / _REPLACING).unlink(missing_ok=True)
     return folder
+
+
+def is_changing(folder: Path) -> bool:
+    """Whether files of a folder of the cache are of a newer commit than others, until all are fetched."""
+    return (folder / _REPLACING).exists()
 
 
 def shown_files(folder: Path) -> list[str]:
@@ -165,9 +182,10 @@ def _listed(repository: Repository) -> tuple[Any, list[Any]]:
 
 def _selected(repository: Repository, listed: list[Any], wanted: Sequence[str]) -> list[Any]:
     """The files to have: of a model, only what transformers loads."""
-    unwanted = OTHER_WEIGHTS if repository.kind == "model" else ()
-    if any(file.path.endswith(".safetensors") for file in listed):
-        unwanted = (*unwanted, "*.bin") if repository.kind == "model" else unwanted
+    unwanted: tuple[str, ...] = ()
+    if repository.kind == "model":
+        has_safetensors = any(file.path.endswith(".safetensors") and "/" not in file.path for file in listed)
+        unwanted = (*OTHER_WEIGHTS, "*.bin") if has_safetensors else OTHER_WEIGHTS
     return [file for file in listed if _is_among(file.path, wanted) and not _is_among(file.path, unwanted)]
 
 

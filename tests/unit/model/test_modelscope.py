@@ -137,6 +137,17 @@ def test_a_change_that_was_broken_off_is_not_taken_for_a_model(hub: ModelScope, 
     source.place(whole=True)
 
 
+def test_weights_of_before_do_not_speak_against_a_new_config(hub: ModelScope, tmp_path: Path) -> None:
+    source = ModelSource(NAME, "modelscope")
+    source.local("model", whole=True, refresh=True)
+    wider = tmp_path / "wider"
+    save_model(wider, tiny_llama_config(hidden_size=64), 3)
+    hub.repositories[f"models/{NAME}"]["master"] |= files_of(wider)
+    assert fetched_problems(config_of(tmp_path)) == []
+    source.local("model", whole=True, refresh=True)
+    assert fetched_problems(config_of(tmp_path)) == []
+
+
 def test_offline_asks_nobody(hub: ModelScope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ModelSource(NAME, "modelscope", "v1").local("model", whole=True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
