@@ -145,8 +145,9 @@ def _asked(config: RunConfig, faulty: frozenset[str], model: str | None) -> list
         names.setdefault(config.model_source.hub, []).append(model)
     for entry in registry.hub_entries(config, faulty):
         names.setdefault("modelscope" if entry.modelscope else "huggingface", []).append(entry.name)
+    why = {config.model_source.hub: why_picked(config.hub)}
     return [
-        f"asking {HUBS[hub]} for {', '.join(dict.fromkeys(found))} ({why_picked(config.hub)})"
+        f"asking {HUBS[hub]} for {', '.join(dict.fromkeys(found))} ({why.get(hub, 'dataset_info.json')})"
         for hub, found in names.items()
     ]
 

@@ -230,6 +230,10 @@ def test_a_run_says_which_hub_it_asks(
         assert check(tmp_path, asked).model_source.hub == "modelscope"
         line = "asking ModelScope for org/m, org/held-out (USE_MODELSCOPE_HUB=1)\n"
         assert line in capfd.readouterr().out
+        info = {"pairs": {"file_name": "pairs.jsonl"}, "other": {"hf_hub_url": "org/other"}}
+        (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
+        assert check(tmp_path, run | {"eval_dataset": "other"})
+        assert "asking Hugging Face for other (dataset_info.json)\n" in capfd.readouterr().out
         assert check(tmp_path, run) and "asking" not in capfd.readouterr().out
         hub.status = 503
         with pytest.raises(IOFailure):
