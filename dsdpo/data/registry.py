@@ -33,7 +33,8 @@ from dsdpo.data.info_file import check_keys, read_info
 from dsdpo.errors import Problem
 from dsdpo.runtime.modelscope import INSTALL, is_installed
 
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?(?::([\w.-]+))?")  # with a revision, subset
+# with a revision and a subset
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?(?::([\w.-]+))?")
 _WITH_SPLIT = re.compile(r"(.+):(\w+(?:\.\w+)*(?:\[[\d:%-]*\])?)")  # with a part, as `datasets` takes it: train[:10%]
 _HASH_BLOCK = 1 << 22
 
