@@ -1,4 +1,4 @@
-"""Options on the command line: `--key value`, `--key=value`, and bare `--key` for a switch."""
+"""Options on the command line: `--key value`, `--key=value`, bare `--key` for a switch, and `key=value`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dsdpo.config.translation.translate import COMMAND_LINE, is_known
 from dsdpo.errors import Problem
 
 _OPTION = re.compile(r"--[A-Za-z]")
+_ASSIGNMENT = re.compile(r"([A-Za-z]\w*)=")
 _FILES = (".yaml", ".yml")  # of run configs
 _BOOLEAN = re.compile(r"(?i:true|false|yes|no|on|off|1|0)\Z")
 
@@ -58,7 +59,7 @@ def separate(tokens: Sequence[str], own: Mapping[str, int]) -> tuple[list[str], 
         if name in own:
             arguments += [token] + ([] if equals else words[: own[name]])
             words = words if equals else words[own[name] :]
-        elif _OPTION.match(token):
+        elif _OPTION.match(token) or _is_assignment(token):
             group = [token]
             while words and _takes(group, words[0]):
                 group.append(words.pop(0))
@@ -76,6 +77,8 @@ def groups(tokens: Sequence[str]) -> list[tuple[str | None, list[str]]]:
             found.append([token])
         elif found and _OPTION.match(found[-1][0]) and _takes(found[-1], token):
             found[-1].append(token)
+        elif _is_assignment(token):
+            found.append([f"--{token}"])
         else:
             found.append([token])
     return [_named(group) for group in found]
@@ -95,7 +98,13 @@ def _takes(group: list[str], token: str) -> bool:
     key = _key(group[0][2:])
     if base_kind(key) is bool:
         return len(group) == 1 and bool(_BOOLEAN.match(token))
-    return len(group) == 1 or (takes_words(key) and not token.endswith(_FILES))
+    return len(group) == 1 or (takes_words(key) and not token.endswith(_FILES) and not _is_assignment(token))
+
+
+def _is_assignment(token: str) -> bool:
+    """Whether a word is `key=value` with the name of an option, as `llamafactory-cli` takes it."""
+    found = _ASSIGNMENT.match(token)
+    return found is not None and _is_option(found[1])
 
 
 def takes_words(key: str) -> bool:
