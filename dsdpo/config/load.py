@@ -27,7 +27,8 @@ from dsdpo.config.hubs import hub_of
 from dsdpo.config.options import NUMERIC, base_kind, holds_numbers, options, value_kinds
 from dsdpo.config.run_file import read_yaml
 from dsdpo.config.schema import RunConfig
-from dsdpo.config.translation.translate import Translation, translate
+from dsdpo.config.translation.others import other_trainer
+from dsdpo.config.translation.translate import Translation, is_known, translate
 from dsdpo.errors import Problem
 from dsdpo.runtime.rundir import RunDir
 
@@ -74,6 +75,9 @@ def load(
     origins = {key: f"{path}:{lines[key]}" if key in lines else str(path) for key in values}
     origins |= dict.fromkeys(changes, COMMAND_LINE)
     values |= changes
+    unknown = [name for name in values if name not in RunConfig.model_fields and not is_known(name)]
+    if found := other_trainer(unknown, str(path or COMMAND_LINE)):
+        return LoadResult(None, problems + found)
     given = dict(values)
     translation = translate(values, origins, ranks, lambda: recorded_batch(given, fresh))
     values, origins = translation.values, translation.origins
