@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsdpo.config.stages import STAGE_ALIASES
+from dsdpo.config.translation.llama_factory_data import DATA, SYSTEMS, template
 from dsdpo.config.translation.rules import (
     NOT_SET,
     Given,
@@ -16,12 +17,11 @@ from dsdpo.config.translation.rules import (
     each,
     is_off,
     no_effect,
-    only,
     option,
     refused,
     word,
 )
-from dsdpo.config.translation.trainer import TRAINER_DEFAULTS
+from dsdpo.config.translation.trainer import BATCH_OF_EXAMPLES, TRAINER_DEFAULTS
 
 _LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
 _ATTENTION = {
@@ -35,7 +35,22 @@ _ATTENTION = {
 
 def defaults(stage: str, given: Given) -> dict[str, Any]:
     """What LLaMA-Factory takes where nothing says otherwise, where our default is another."""
-    return TRAINER_DEFAULTS | {"max_length": 2048}
+    found = TRAINER_DEFAULTS | {"max_length": 2048}
+    if system := SYSTEMS.get(str(given.get("template"))):
+        found["default_system"] = system
+    return found | {"disable_dropout": False} if stage in ("pt", "sft", "rm") else found
+
+
+def differs(stage: str, given: Given) -> dict[str, str]:
+    """What a run does otherwise than LLaMA-Factory would: its option -> in words."""
+    found = {}
+    packs = not is_off(given.get("packing")) or not is_off(given.get("neat_packing"))
+    if stage == "sft" and packs:
+        found["packing"] = BATCH_OF_EXAMPLES
+    has_reference = stage == "kto" or (stage == "dpo" and _loss_name(given) not in ("orpo", "simpo"))
+    if has_reference and given.get("adapter_name_or_path") and is_off(given.get("create_new_adapter")):
+        found["adapter_name_or_path"] = "the reference is the model with this adapter, there the model without it"
+    return found
 
 
 def stage_of(given: Given) -> str | None:
@@ -50,15 +65,21 @@ def _beta(value: Any, given: Given) -> Meaning:
     return Sets({"beta": value})
 
 
+def _loss_name(given: Given) -> str:
+    return word(given.get("pref_loss", given.get("dpo_loss")) or "sigmoid")
+
+
 def _loss(value: Any, given: Given) -> Meaning:
     """`pref_loss` and `pref_ftx` together: the likelihood of the chosen answer is a second loss."""
     stage = given.get("stage", "sft")
+    share = given.get("pref_ftx", given.get("dpo_ftx", given.get("ftx_gamma")))
+    if stage == "kto" and value == share and not is_off(share):
+        return Refused("stage kto has no second loss; delete the line")
     if stage != "dpo":
         return NoEffect(f"stage {stage} does not read it")
-    name = word(given.get("pref_loss", given.get("dpo_loss")) or "sigmoid")
+    name = _loss_name(given)
     if name not in _LOSSES:
         return Refused(f"pref_loss is {name}; allowed: {', '.join(_LOSSES)}, or set loss_type")
-    share = given.get("pref_ftx", given.get("dpo_ftx", given.get("ftx_gamma")))
     if is_off(share):
         return Sets({"loss_type": [_LOSSES[name]]})
     return Sets({"loss_type": [_LOSSES[name], "sft"], "loss_weights": [1.0, float(share)]})
@@ -109,15 +130,20 @@ def _method(value: Any, given: Given) -> Meaning:
     return Refused("weights are quantized by bitsandbytes: write bnb")
 
 
-def _packed(value: Any, given: Given) -> Meaning:
-    return NoEffect("rows are packed, and no example sees another")
+def _quantized(name: str) -> Rule:
+    """How weights are quantized; means nothing where they are not."""
+
+    def rule(value: Any, given: Given) -> Meaning:
+        return NoEffect("quantization_bit is not set") if is_off(given.get("quantization_bit")) else Sets({name: value})
+
+    return rule
 
 
-_HISTORY = "stage sft trains on the replies alone"
 _OTHER_OPTIMIZER = refused("the optimizer is AdamW; delete the line")
 _PLAIN_LORA = refused("only plain LoRA is supported; delete the line")
 _FREEZE = no_effect("finetuning_type freeze is not supported, and says so")
 _TEXT_ONLY = no_effect("only texts are trained on; a set with images ends the preparation")
+_OF_ANOTHER = "it belongs to an option that is not supported"
 _TOKENS = refused("the vocabulary stays as it is; add tokens to the model before, and delete the line")
 
 LLAMA_FACTORY: dict[str, Rule] = {
@@ -134,8 +160,11 @@ LLAMA_FACTORY: dict[str, Rule] = {
     "ref_model_quantization_bit": refused("the reference has the weights of the policy: set quantization_bit"),
     "additional_target": refused("the whole of a layer is not trained beside an adapter; delete the line"),
     **each(_PLAIN_LORA, "use_rslora use_dora pissa_init pissa_convert loraplus_lr_ratio oft_rank module_dropout"),
+    **each(no_effect(_OF_ANOTHER), "pissa_iter loraplus_lr_embedding oft_block_size hyper_parallel_cp_size"),
     **each(
-        no_effect("it belongs to an option that is not supported"), "pissa_iter loraplus_lr_embedding oft_block_size"
+        no_effect(_OF_ANOTHER),
+        "kt_cpu_activation kt_weight_path kt_non_expert_weight_path kt_expert_checkpoint_path kt_use_lora_experts "
+        "kt_lora_expert_num kt_lora_expert_intermediate_size kt_config",
     ),
     "oft_target": no_effect("finetuning_type oft is not supported, and says so"),
     **each(_FREEZE, "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules num_layer_trainable"),
@@ -191,7 +220,6 @@ LLAMA_FACTORY: dict[str, Rule] = {
     "split_special_tokens": refused("special tokens in texts are told by the data; delete the line"),
     **each(_TOKENS, "resize_vocab add_tokens add_special_tokens new_special_tokens new_special_tokens_config"),
     "init_special_tokens": no_effect("the vocabulary stays as it is"),
-    "model_revision": option("model_revision"),
     "low_cpu_mem_usage": no_effect("weights are read tensor by tensor"),
     **each(
         refused("a model is trained with the positions of its config.json; delete the line"), "rope_scaling shift_attn"
@@ -212,6 +240,9 @@ LLAMA_FACTORY: dict[str, Rule] = {
     **each(no_effect("a token is read from HF_TOKEN, or from `hf auth login`"), "hf_hub_token om_hub_token"),
     "ms_hub_token": no_effect("a token is read from MODELSCOPE_API_TOKEN"),
     "trust_remote_code": no_effect("no code of a model's folder is run"),
+    "quantization_bit": option("quantization_bit"),
+    "quantization_type": _quantized("quantization_type"),
+    "double_quantization": _quantized("double_quantization"),
     "quantization_method": _method,
     "quantization_device_map": no_effect("each rank quantizes while it loads"),
     **each(
@@ -224,38 +255,28 @@ LLAMA_FACTORY: dict[str, Rule] = {
         "vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen "
         "sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend max_new_tokens top_p top_k "
         "temperature do_sample num_beams repetition_penalty length_penalty skip_special_tokens "
-        "predict_with_generate",
+        "predict_with_generate generation_max_length generation_num_beams generation_config",
     ),
     "model_max_length": option("max_length"),
-    # data
-    "cutoff_len": option("max_length"),
-    "max_source_length": no_effect("max_length counts prompt and completion together"),
-    "max_target_length": no_effect("max_length counts prompt and completion together"),
-    "reserved_label_len": no_effect("truncation_mode says what is cut"),
-    "train_on_prompt": only("false", why=_HISTORY, remedy=f"{_HISTORY}: delete the line, or set stage: pt for texts"),
-    **each(no_effect("prepared data is read in pieces"), "streaming buffer_size data_shared_file_system"),
-    "overwrite_cache": no_effect("prepared data is found by its content"),
-    "preprocessing_batch_size": no_effect("it is about speed alone"),
-    **each(no_effect("the loss of padding counts nowhere"), "ignore_pad_token_for_loss eval_num_beams"),
-    "eval_on_each_dataset": refused("held-out sets are evaluated together; delete the line"),
-    **each(_packed, "packing neat_packing"),
-    "tool_format": refused("the chat template writes tools; delete the line"),
-    "enable_thinking": only(
-        "true", why="the chat template decides", remedy="set enable_thinking in chat_template_kwargs of the records"
-    ),
-    "preserve_thinking": only(
-        "false", why="the chat template decides", remedy="delete the line: the chat template decides"
-    ),
-    "tokenized_path": no_effect("prepared data is kept in cache_dir"),
-    # ray
+    **DATA,
+    # launch
     **each(
-        refused("ranks are started by DeepSpeed or SLURM; delete the line"),
+        no_effect("it belongs to use_ray, which is not supported"),
         "ray_run_name ray_storage_path ray_storage_filesystem ray_num_workers resources_per_worker "
-        "placement_strategy master_addr master_port_ray ray_init_kwargs",
+        "placement_strategy ray_init_kwargs",
+    ),
+    **each(refused("it is an argument of `dsdpo train`; delete the line"), "master_addr master_port"),
+    **each(refused("no profile is written; delete the line"), "enable_torch_profiler profile_modules"),
+    **each(
+        no_effect("it belongs to enable_torch_profiler"),
+        "profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_active_steps profiler_repeat "
+        "profiler_record_shapes profiler_profile_memory profiler_with_stack",
     ),
 }
 
+# Rules for names that are ours, too, where every option is LLaMA-Factory's.
+OWN: dict[str, Rule] = {"template": template}
+
 # By these, options are LLaMA-Factory's, and not TRL's.
-SIGNS = frozenset(LLAMA_FACTORY) - {"trust_remote_code", "packing", "streaming", "model_revision", "ref_model"}
-SIGNS -= {"ref_model_adapters", "use_dora", "use_rslora", "max_new_tokens", "max_target_length", "buffer_size"}
+SIGNS = frozenset(LLAMA_FACTORY) - {"generation_max_length", "generation_num_beams", "generation_config"}
 SIGNS |= {"dataset_dir", "finetuning_type", "lora_rank", "lora_target", "template", "quantization_bit", "mask_history"}

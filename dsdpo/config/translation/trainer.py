@@ -23,9 +23,14 @@ from dsdpo.config.translation.rules import (
 )
 
 # AdamW, whatever fuses or pages it; their 8-bit relatives round the moments.
-_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "paged_adamw", "paged_adamw_32bit")
+_ADAMW = (
+    *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"),
+    *("adamw_hf", "adamw_apex_fused", "paged_adamw", "paged_adamw_32bit"),
+)
 _TORCH_NAMES = {"bfloat16": "bf16", "bf16": "bf16", "float16": "fp16", "half": "fp16", "fp16": "fp16"}
 _TORCH_NAMES |= {"float32": "fp32", "float": "fp32", "fp32": "fp32", "auto": "auto"}
+PACKED = "rows are packed, and no example sees another"
+BATCH_OF_EXAMPLES = "a step counts examples, there packed rows of max_length tokens"
 _BY_STEPS = "checkpoints and evaluations are counted in steps"
 
 # Their defaults, where ours differ and change what is learned.
@@ -58,6 +63,17 @@ def _warmup_steps(value: Any, given: Given) -> Meaning:
     if count is not None and 0 < count < 1:
         return Sets({"warmup_ratio": count})
     return Sets({"warmup_steps": value if count is None or count != int(count) else int(count)})
+
+
+def _not_beside_constant(rule: Rule) -> Rule:
+    """A warm-up, which the schedule `constant` has here and not there."""
+
+    def checked(value: Any, given: Given) -> Meaning:
+        if word(given.get("lr_scheduler_type")) == "constant" and not is_off(value):
+            return Refused("constant has no warm-up there: write constant_with_warmup, or delete the line")
+        return rule(value, given)
+
+    return checked
 
 
 def _max_steps(value: Any, given: Given) -> Meaning:
@@ -95,6 +111,8 @@ def _steps(name: str) -> Rule:
         strategy = given.get(f"{name.removesuffix('_steps')}_strategy")
         if name == "eval_steps":
             strategy = strategy or given.get("evaluation_strategy")
+            if strategy is None and is_off(given.get("eval_dataset")) and is_off(given.get("val_size")):
+                return NoEffect("nothing is held out")
         if strategy is not None and word(strategy) != "steps":
             return NoEffect(f"{name.removesuffix('_steps')}_strategy is {word(strategy)}")
         count = number(value)
@@ -105,16 +123,59 @@ def _steps(name: str) -> Rule:
     return rule
 
 
+def _logging_steps(value: Any, given: Given) -> Meaning:
+    """Below 1 it is a share of all steps."""
+    count = number(value)
+    if count is not None and count < 1:
+        return NoEffect("metrics.jsonl in output_dir has every step")
+    return Sets({"logging_steps": value})
+
+
+def _save_total_limit(value: Any, given: Given) -> Meaning:
+    """0 and below: all."""
+    count = number(value)
+    return Sets({"save_total_limit": None if count is not None and count <= 0 else value})
+
+
+def _report_to(value: Any, given: Given) -> Meaning:
+    if value in ("all", ["all"]):
+        return NoEffect("metrics.jsonl in output_dir has every step; name tensorboard or wandb for more")
+    return Sets({"report_to": value})
+
+
+def _attention(value: Any, given: Given) -> Meaning:
+    """Other kernels that compute the same."""
+    name = str(value).removeprefix("kernels-community/").replace("-", "_")
+    if value is None:
+        return NoEffect(NOT_SET)
+    if name == "eager":
+        return Sets({"attn_implementation": "sdpa"})
+    if "flash_attn" in name:
+        return Sets({"attn_implementation": f"flash_attention_{'3' if name.endswith('3') else '2'}"})
+    return Sets({"attn_implementation": value})
+
+
 def _resume(value: Any, given: Given) -> Meaning:
     if value is None or word(value) in ("true", "false", ""):
         return NoEffect("a run goes on from the newest checkpoint in output_dir; --fresh begins again")
     return Sets({"resume_from_checkpoint": value})
 
 
+def _revision(value: Any, given: Given) -> Meaning:
+    return NoEffect("it is what is taken anyway") if value in (None, "", "main") else Sets({"model_revision": value})
+
+
 def _data_seed(value: Any, given: Given) -> Meaning:
     if value is None or str(value) == str(given.get("seed", 42)):
         return NoEffect("seed orders the data")
     return Refused("set seed, which orders the data, too")
+
+
+def _sampling(value: Any, given: Given) -> Meaning:
+    """TRL's kto reads in the order of the files, since it pairs neighbours for the KL term."""
+    if value is None or word(value) in ("random", "group_by_length") or given.get("stage") == "kto":
+        return NoEffect("seed orders the data")
+    return Refused("seed orders the data anew in every epoch: write random")
 
 
 def _optim(value: Any, given: Given) -> Meaning:
@@ -130,6 +191,10 @@ _UPLOAD = "nothing is uploaded: `hf upload` takes final/ of output_dir"
 SHARED: dict[str, Rule] = {
     "max_steps": _max_steps,
     "warmup_steps": _warmup_steps,
+    "logging_steps": _logging_steps,
+    "save_total_limit": _save_total_limit,
+    "report_to": _report_to,
+    "attn_implementation": _attention,
     "lr_scheduler_type": _schedule,
     "save_steps": _steps("save_steps"),
     "eval_steps": _steps("eval_steps"),
@@ -138,6 +203,12 @@ SHARED: dict[str, Rule] = {
     "gradient_checkpointing": lambda value, given: (
         NoEffect(NOT_SET) if value is None else Sets({"gradient_checkpointing": value})
     ),
+}
+
+# More of them, where every option is another trainer's.
+OWN: dict[str, Rule] = {
+    "warmup_steps": _not_beside_constant(_warmup_steps),
+    "warmup_ratio": _not_beside_constant(option("warmup_ratio")),
 }
 
 TRAINER: dict[str, Rule] = {
@@ -152,6 +223,7 @@ TRAINER: dict[str, Rule] = {
     "adam_eps": option("adam_epsilon"),
     "max_norm": option("max_grad_norm"),
     "gradient_clipping": option("max_grad_norm"),
+    "model_revision": _revision,
     **each(no_effect("the command says it"), "do_train"),
     **each(no_effect("eval_dataset and val_size say it"), "do_eval eval_on_start eval_delay"),
     **each(refused("`dsdpo chat` and `dsdpo eval` come after the training; delete the line"), "do_predict"),
@@ -199,9 +271,7 @@ TRAINER: dict[str, Rule] = {
         remedy="losses are averaged over the whole step: write true",
     ),
     "activation_checkpointing": option("gradient_checkpointing"),
-    "train_sampling_strategy": only(
-        "random", why="seed orders the data", remedy="seed orders the data anew in every epoch: write random"
-    ),
+    "train_sampling_strategy": _sampling,
     "metric_for_best_model": no_effect("the last weights are exported"),
     "greater_is_better": no_effect("the last weights are exported"),
     "load_best_model_at_end": refused(
@@ -213,7 +283,7 @@ TRAINER: dict[str, Rule] = {
         "optim_args optim_target_modules",
     ),
     "label_smoothing_factor": refused("delete the line: only preference losses have label_smoothing"),
-    **each(refused("evaluation computes as the training does; delete the line"), "bf16_full_eval fp16_full_eval"),
+    **each(no_effect("evaluation computes as the training does"), "bf16_full_eval fp16_full_eval sortish_sampler"),
     "full_determinism": refused("a run on CPUs repeats bit for bit, one on GPUs does not; delete the line"),
     "use_cpu": refused("set DS_ACCELERATOR=cpu where the command is started"),
     "no_cuda": refused("set DS_ACCELERATOR=cpu where the command is started"),
@@ -221,6 +291,7 @@ TRAINER: dict[str, Rule] = {
         refused("ranks run DeepSpeed: set deepspeed: ds_configs/zero3.json, or delete the line"),
         "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap accelerator_config parallelism_config",
     ),
-    **each(refused("set precision: bf16"), "fp8 fp8_backend fp8_enable_fsdp_float8_all_gather"),
+    "fp8": refused("set precision: bf16"),
+    **each(no_effect("it belongs to fp8"), "fp8_backend fp8_enable_fsdp_float8_all_gather"),
     "label_names": refused("the columns of the data are told by dataset_info.json; delete the line"),
 }

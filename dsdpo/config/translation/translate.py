@@ -14,7 +14,8 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.config.stages import STAGE_ALIASES, STAGES
 from dsdpo.config.translation import llama_factory, trl
 from dsdpo.config.translation.rules import Given, Meaning, NoEffect, Refused, Rule, Sets, number
-from dsdpo.config.translation.trainer import PER_DEVICE, SHARED, TRAINER
+from dsdpo.config.translation.trainer import OWN, PER_DEVICE, SHARED, TRAINER
+from dsdpo.config.translation.unread import unread
 from dsdpo.errors import Problem
 
 PER_DEVICE_SIZE, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
@@ -29,27 +30,42 @@ class Source:
     Attributes:
         signs: names that tell its options from those of the others.
         shared: rules for names that are ours, too.
+        own: more of them, where every option is one of this trainer's.
         stage_of: the stage that options are for, where they do not name one; None where they do not tell.
         defaults: of a stage, as options of ours.
+        differs: what a run of a stage does otherwise, by its option.
     """
 
     name: str
     table: Mapping[str, Rule]
     signs: frozenset[str]
     shared: Mapping[str, Rule]
+    own: Mapping[str, Rule]
     stage_of: Callable[[Given], str | None]
     defaults: Callable[[str, Given], dict[str, Any]]
+    differs: Callable[[str, Given], dict[str, str]]
 
 
 _LLAMA_FACTORY = Source(
     "LLaMA-Factory",
     {**llama_factory.LLAMA_FACTORY, **TRAINER},
-    llama_factory.SIGNS,
+    llama_factory.SIGNS - trl.TRL.keys(),
     SHARED,
+    OWN | llama_factory.OWN,
     llama_factory.stage_of,
     llama_factory.defaults,
+    llama_factory.differs,
 )
-_TRL = Source("TRL", {**trl.TRL, **TRAINER}, trl.SIGNS, SHARED | trl.SHARED, trl.stage_of, trl.defaults)
+_TRL = Source(
+    "TRL",
+    {**TRAINER, **trl.TRL},
+    trl.SIGNS - llama_factory.LLAMA_FACTORY.keys(),
+    SHARED | trl.SHARED,
+    OWN,
+    trl.stage_of,
+    trl.defaults,
+    trl.differs,
+)
 _ANY = {**trl.TRL, **llama_factory.LLAMA_FACTORY, **TRAINER}
 # Options that other trainers have, too: one of the others is a sign of a run config of ours.
 _COMMON_NAMES = (
@@ -77,6 +93,7 @@ class Translation:
         renamed: their name -> what it set, in words.
         no_effect: their name -> why it has none here.
         defaults: options of ours that the other trainer's defaults have set.
+        differs: their name -> what the run does otherwise than the other trainer would.
         batch: examples that a rank takes at a time, and how many times in a step, by their names; empty where
             train_batch_size decides.
         needs_ranks: the size of a step depends on the number of ranks, which was not known.
@@ -89,6 +106,7 @@ class Translation:
     renamed: dict[str, str] = field(default_factory=dict)
     no_effect: dict[str, str] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
+    differs: dict[str, str] = field(default_factory=dict)
     batch: dict[str, int] = field(default_factory=dict)
     needs_ranks: bool = False
     problems: list[Problem] = field(default_factory=list)
@@ -135,9 +153,13 @@ def translate(
     if takes_defaults and given.get("stage") is None:
         _take_stage(done, source, given)
     stage = STAGE_ALIASES.get(str(given.get("stage", "dpo")), str(given.get("stage", "dpo")))
-    _take_each(done, source, given, stage)
-    if takes_defaults and stage in STAGES:
-        own = source.defaults(stage, given)
+    own = source.defaults(stage, given) if takes_defaults and stage in STAGES else {}
+    if own:
+        _take_unread(done, source, given, stage, own)
+    shared = {**source.shared, **source.own} if takes_defaults else source.shared
+    _take_each(done, source.table, shared, given, stage)
+    done.differs = source.differs(stage, given)
+    if own:
         done.defaults = {name: value for name, value in own.items() if done.values.get(name) is None}
         done.values |= done.defaults
         done.origins |= dict.fromkeys(done.defaults, f"default of {source.name}")
@@ -161,18 +183,31 @@ def _take_stage(done: Translation, source: Source, given: dict[str, Any]) -> Non
     done.origins["stage"] = f"default of {source.name}"
 
 
-def _take_each(done: Translation, source: Source, given: Given, stage: str) -> None:
-    """Replace what has a rule. The command line wins over a file, whatever the names are."""
-    ranked = sorted(done.values, key=lambda name: done.origins.get(name) == COMMAND_LINE)
+def _take_unread(done: Translation, source: Source, given: Given, stage: str, own: Mapping[str, Any]) -> None:
+    """Take out what other trainers' files hold, and this run does not read: there it is no mistake."""
+    is_full = (given.get("finetuning_type") or own.get("finetuning_type")) == "full"
+    for name in [name for name in done.values if name not in source.shared]:
+        if why := unread(name, done.values[name], given, stage, is_full):
+            done.no_effect[name] = why
+            del done.values[name], done.origins[name]
+
+
+def _take_each(
+    done: Translation, table: Mapping[str, Rule], shared: Mapping[str, Rule], given: Given, stage: str
+) -> None:
+    """Replace what has a rule, names that are ours first. The command line wins over a file, whatever the names are."""
+    ranked = sorted(
+        done.values, key=lambda name: (done.origins.get(name) == COMMAND_LINE, name not in RunConfig.model_fields)
+    )
     set_by: dict[str, str] = {name: name for name in done.values if name in RunConfig.model_fields}
     values = dict(done.values)
     for name in ranked:
         is_ours = name in RunConfig.model_fields
-        rule = source.shared.get(name) if is_ours else source.table.get(name, _ANY.get(name))
+        rule = shared.get(name) if is_ours else table.get(name, _ANY.get(name))
         if rule is None or name in BATCH:
             continue
         meaning = _meaning(rule, name, values[name], given, stage)
-        place = done.origins.pop(name) if not is_ours else done.origins[name]
+        place = done.origins.pop(name)
         del done.values[name]
         if is_ours:
             del set_by[name]

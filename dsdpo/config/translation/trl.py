@@ -22,20 +22,35 @@ from dsdpo.config.translation.rules import (
     refused,
     word,
 )
-from dsdpo.config.translation.trainer import TRAINER_DEFAULTS, dtype
-from dsdpo.config.translation.trl_data import DATA, TEST_SPLITS
+from dsdpo.config.translation.trainer import BATCH_OF_EXAMPLES, PACKED, TRAINER_DEFAULTS, dtype
+from dsdpo.config.translation.trl_data import DATA
 
 # What TRL takes where nothing says otherwise, for each stage, where that is not ours and changes what is learned.
 _RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "rm": 1e-4}
-_ADAPTER = {"lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+# The modules are PEFT's choice for Llama, Qwen, Gemma, Mistral and their like.
+_ADAPTER = {"lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_target": ["q_proj", "v_proj"]}
+_TRUNCATION = {"rm": "refuse"}
 
 
 def defaults(stage: str, given: Given) -> dict[str, Any]:
     """What TRL takes for a stage where nothing says otherwise, where our default is another."""
-    found = TRAINER_DEFAULTS | {"learning_rate": _RATES.get(stage, 5e-5), "truncation_mode": "keep_start"}
-    if is_off(given.get("use_peft")) and given.get("finetuning_type") != "lora":
+    found = TRAINER_DEFAULTS | {"learning_rate": _RATES.get(stage, 5e-5)}
+    found["truncation_mode"] = _TRUNCATION.get(stage, "keep_start")
+    if stage == "sft":
+        found["disable_dropout"] = False
+    if is_off(given.get("use_peft", given.get("use_lora"))) and given.get("finetuning_type") != "lora":
         return found | {"finetuning_type": "full"}
     return found if given.get("adapter_name_or_path") else found | _ADAPTER
+
+
+def differs(stage: str, given: Given) -> dict[str, str]:
+    """What a run does otherwise than TRL would: its option -> in words."""
+    found = {}
+    if stage == "sft" and not is_off(given.get("packing")):
+        found["packing"] = BATCH_OF_EXAMPLES
+    if stage == "sft" and all(given.get(name) is None for name in ("assistant_only_loss", "completion_only_loss")):
+        found["assistant_only_loss"] = f"{_ASSISTANT}, TRL by default on all of a dialogue in messages"
+    return found
 
 
 def stage_of(given: Given) -> str | None:
@@ -99,6 +114,31 @@ def _targets(value: Any, given: Given) -> Meaning:
     return Sets({"lora_target": lossless_list(value)})
 
 
+def _to_save(value: Any, given: Given) -> Meaning:
+    if given.get("stage") in ("rm", "rw", "reward") and lossless_list(value or "") == ["score"]:
+        return NoEffect("the head is trained whole")
+    return NoEffect(NOT_SET) if is_off(value) else Refused(_WHOLE)
+
+
+def _half(value: Any, given: Given) -> Meaning:
+    """Without it, and without fp16, TRL takes bf16; switched off, the type of the weights decides."""
+    if not is_off(value):
+        return Sets({"precision": "bf16"})
+    weights = [given.get(name) for name in ("dtype", "torch_dtype") if given.get(name) is not None]
+    if value is None or weights or not is_off(given.get("fp16")):
+        return NoEffect(NOT_SET)
+    return Sets({"precision": "fp32"})
+
+
+def _wandb(name: str) -> Rule:
+    def rule(value: Any, given: Given) -> Meaning:
+        if is_off(value) or "wandb" not in lossless_list(given.get("report_to") or ""):
+            return NoEffect("report_to does not name wandb")
+        return Refused(f"set {name} where the command is started")
+
+    return rule
+
+
 def _bits(count: int) -> Rule:
     return lambda value, given: NoEffect(NOT_SET) if is_off(value) else Sets({"quantization_bit": count})
 
@@ -136,6 +176,7 @@ def _template(value: Any, given: Given) -> Meaning:
     return Sets({"template": value})
 
 
+_WHOLE = "the whole of a layer is not trained beside an adapter; delete the line"
 _ASSISTANT = "stage sft trains on the replies, or the completion, alone"
 _REFERENCE = "the reference stays the untrained model"
 
@@ -149,11 +190,13 @@ TRL: dict[str, Rule] = {
     "lora_r": option("lora_rank"),
     "lora_target_modules": _targets,
     "lora_task_type": no_effect("the stage says it"),
-    **each(refused("the whole of a layer is not trained beside an adapter; delete the line"), "lora_modules_to_save"),
+    "lora_modules_to_save": _to_save,
+    "bf16": _half,
     **each(
         refused("only plain LoRA is supported; delete the line"),
-        "use_rslora use_dora lora_target_parameters lora_init_lora_weights",
+        "use_rslora use_dora lora_target_parameters",
     ),
+    "lora_init_lora_weights": only("true", why="it is PEFT's own way", remedy="only PEFT's own way is: write true"),
     "load_in_4bit": _bits(4),
     "load_in_8bit": _bits(8),
     "bnb_4bit_quant_type": _quantized("quantization_type"),
@@ -163,7 +206,6 @@ TRL: dict[str, Rule] = {
     "torch_dtype": dtype,
     "trust_remote_code": no_effect("no code of a model's folder is run; docs/formats.md lists the families"),
     "model_init_kwargs": refused("write its keys as options of their own: precision, attn_implementation"),
-    "model_revision": option("model_revision"),
     "model_code_revision": refused("no code of a model's folder is run; delete the line"),
     "use_flash_attention_2": lambda value, given: (
         NoEffect(NOT_SET) if is_off(value) else Sets({"attn_implementation": "flash_attention_2"})
@@ -174,7 +216,7 @@ TRL: dict[str, Rule] = {
     "eos_token": no_effect("the chat template says how a reply ends"),
     "pad_token": no_effect("rows are packed, so nothing is padded"),
     **each(
-        no_effect("rows are packed, and no example sees another"),
+        no_effect(PACKED),
         "packing packing_strategy padding_free pad_to_multiple_of eval_packing max_packed_length num_of_sequences "
         "chars_per_token padding_value label_pad_token_id padding_free_max_length use_logits_to_keep",
     ),
@@ -208,9 +250,9 @@ TRL: dict[str, Rule] = {
     "activation_offloading": no_effect("it is about memory alone: see gradient_checkpointing"),
     "ignore_bias_buffers": no_effect("models are sharded by DeepSpeed"),
     "log_completions": no_effect("`dsdpo chat` shows answers"),
-    "wandb_entity": refused("set WANDB_ENTITY where the command is started"),
-    "wandb_project": refused("set WANDB_PROJECT where the command is started"),
-    "wandb_run_group": refused("set WANDB_RUN_GROUP where the command is started"),
+    "wandb_entity": _wandb("WANDB_ENTITY"),
+    "wandb_project": _wandb("WANDB_PROJECT"),
+    "wandb_run_group": _wandb("WANDB_RUN_GROUP"),
     "benchmarks": no_effect("nothing is run after the training"),
     "callbacks": no_effect("nothing is run after the training"),
     "env": refused("set variables where the command is started; delete the block"),
@@ -218,5 +260,4 @@ TRL: dict[str, Rule] = {
 }
 
 # By these, options are TRL's, and not LLaMA-Factory's.
-SIGNS = frozenset(TRL) - {"tools", "env", "ref_model", "ref_model_adapters", "packing", "trust_remote_code", "use_dora"}
-SIGNS -= {"model_revision", "use_rslora", *TEST_SPLITS}
+SIGNS = frozenset(TRL) - {"tools", "env", "bf16", "dataset_test_split"}

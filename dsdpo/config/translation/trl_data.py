@@ -26,7 +26,6 @@ from dsdpo.config.translation.rules import (
     word,
 )
 
-TEST_SPLITS = ("dataset_test_split",)
 _READ_AS = "what a column means is told by its name, or by columns in an entry of dataset_info.json"
 
 
@@ -70,7 +69,7 @@ def _mixture(value: Any, given: Given) -> Meaning:
             return Refused("each set needs its hub id, under path (TRL) or id (the handbook)")
         if one.get("data_files") or one.get("data_dir"):
             return Refused("a set of files stands in dataset_info.json: name it in dataset")
-        share = number(one.get("weight", 1.0))
+        share = 1.0 if one.get("weight") is None else number(one["weight"])
         if share is None or not 0 < share <= 1:
             return Refused(f"weight is {one.get('weight')}; allowed: the share of the set to take, above 0 and up to 1")
         names.append(set_name(str(name), one.get("config", one.get("name")), one.get("split"), share))
