@@ -57,6 +57,7 @@ def report(translation: Translation) -> list[str]:
     lines += [f"  translated   {name}: {text}" for name, text in translation.renamed.items()]
     lines += [f"  default      {name}: {value}" for name, value in translation.defaults.items()]
     lines += [f"  no effect    {name}: {why}" for name, why in translation.no_effect.items()]
+    lines += [f"  differs      {name}: {text}" for name, text in translation.differs.items()]
     lines += [f"  refused      {problem.option}: {problem}" for problem in translation.problems]
     return lines
 
@@ -68,7 +69,7 @@ def run_config(translation: Translation, config: RunConfig) -> str:
         del values["train_batch_size"]
     lines, group = [f"# from a config of {translation.source}" if translation.source else "# a run config"], ""
     for name, option in options().items():
-        if name not in values:
+        if name not in values or (name == "max_refused" and translation.needs_ranks):
             continue
         if option.group != group:
             group = option.group
@@ -77,6 +78,8 @@ def run_config(translation: Translation, config: RunConfig) -> str:
         note = f"   # {origin}" if origin.startswith("default of") else ""
         lines.append(_line(name, values[name]) + note)
     if translation.needs_ranks:
+        lines += ["", "# an option of dsdpo alone, so that no defaults of another trainer count"]
+        lines.append(_line("max_refused", values.get("max_refused", RunConfig.model_fields["max_refused"].default)))
         lines += ["", "# examples of a step, for each rank"]
         lines += [_line(name, count) for name, count in translation.batch.items()]
     return "\n".join(lines) + "\n"
