@@ -20,10 +20,21 @@ _OPENRLHF = (
     "pretrain ref_pretrain reward_pretrain micro_train_batch_size zero_stage max_len apply_chat_template "
     "input_key adam_offload max_epochs save_path ckpt_path packing_samples"
 )
+_LLAMA_FACTORY_V1 = (
+    "model model_class train_dataset dist_config kernel_config peft_config quant_config init_config sample_backend "
+    "batching_strategy micro_batch_size optim_config"
+)
+_MEGATRON = (
+    "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size context_parallel_size "
+    "sequence_parallel use_distributed_optimizer overlap_param_gather overlap_grad_reduce bias_activation_fusion "
+    "apply_rope_fusion"
+)
 _SIGNS = {
     "axolotl": frozenset(_AXOLOTL.split()),
     "ms-swift": frozenset(_MS_SWIFT.split()),
     "OpenRLHF": frozenset(_OPENRLHF.split()),
+    "LLaMA-Factory's v1 trainer": frozenset(_LLAMA_FACTORY_V1.split()),
+    "LLaMA-Factory's Megatron trainers": frozenset(_MEGATRON.split()),
 }
 
 
