@@ -21,7 +21,7 @@ from dsdpo.config.translation.rules import (
     refused,
     word,
 )
-from dsdpo.config.translation.trainer import BATCH_OF_EXAMPLES, TRAINER_DEFAULTS
+from dsdpo.config.translation.trainer import BATCH_OF_EXAMPLES, TRAINER_DEFAULTS, uncut
 
 _LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
 _ATTENTION = {
@@ -43,10 +43,12 @@ def defaults(stage: str, given: Given) -> dict[str, Any]:
 
 def differs(stage: str, given: Given) -> dict[str, str]:
     """What a run does otherwise than LLaMA-Factory would: its option -> in words."""
-    found = {}
+    found = uncut(given)
     packs = not is_off(given.get("packing")) or not is_off(given.get("neat_packing"))
     if stage == "sft" and packs:
         found["packing"] = BATCH_OF_EXAMPLES
+    if stage == "pt":
+        found["packing"] = "a step counts chunks of at most max_length tokens, each of one text"
     has_reference = stage == "kto" or (stage == "dpo" and _loss_name(given) not in ("orpo", "simpo"))
     if has_reference and given.get("adapter_name_or_path") and is_off(given.get("create_new_adapter")):
         found["adapter_name_or_path"] = "the reference is the model with this adapter, there the model without it"

@@ -33,6 +33,15 @@ PACKED = "rows are packed, and no example sees another"
 BATCH_OF_EXAMPLES = "a step counts examples, there packed rows of max_length tokens"
 _BY_STEPS = "checkpoints and evaluations are counted in steps"
 
+_PARTS = "prompt and completion are not cut to lengths of their own, only together to max_length"
+_LENGTHS = ("max_prompt_length", "max_completion_length", "max_source_length", "max_target_length")
+
+
+def uncut(given: Given) -> dict[str, str]:
+    """Lengths of a part, which count for nothing here: option -> in words."""
+    return {name: _PARTS for name in _LENGTHS if not is_off(given.get(name))}
+
+
 # Their defaults, where ours differ and change what is learned.
 TRAINER_DEFAULTS: dict[str, Any] = {"learning_rate": 5e-5, "num_train_epochs": 3.0, "lr_scheduler_type": "linear"}
 PER_DEVICE = 8  # per_device_train_batch_size

@@ -22,8 +22,8 @@ from dsdpo.config.translation.rules import (
     refused,
     word,
 )
-from dsdpo.config.translation.trainer import BATCH_OF_EXAMPLES, PACKED, TRAINER_DEFAULTS, dtype
-from dsdpo.config.translation.trl_data import DATA
+from dsdpo.config.translation.trainer import BATCH_OF_EXAMPLES, PACKED, TRAINER_DEFAULTS, dtype, uncut
+from dsdpo.config.translation.trl_data import DATA, shares
 
 # What TRL takes where nothing says otherwise, for each stage, where that is not ours and changes what is learned.
 _RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "rm": 1e-4}
@@ -45,7 +45,10 @@ def defaults(stage: str, given: Given) -> dict[str, Any]:
 
 def differs(stage: str, given: Given) -> dict[str, str]:
     """What a run does otherwise than TRL would: its option -> in words."""
-    found = {}
+    found = uncut(given)
+    mixture = given.get("dataset_mixture")
+    if isinstance(mixture, dict) and any(share < 1.0 for share in shares(mixture)):
+        found["dataset_mixture"] = "of a set with a weight below 1 the first examples are taken, there drawn ones"
     if stage == "sft" and not is_off(given.get("packing")):
         found["packing"] = BATCH_OF_EXAMPLES
     if stage == "sft" and all(given.get(name) is None for name in ("assistant_only_loss", "completion_only_loss")):
@@ -54,7 +57,10 @@ def differs(stage: str, given: Given) -> dict[str, str]:
 
 
 def stage_of(given: Given) -> str | None:
-    """The stage whose trainer reads these options, where only one does; None where they do not tell."""
+    """The stage whose trainer reads these options, where only one does; None where they do not tell.
+
+    `beta` alone does not: in an earlier recipe it may be that of ORPOTrainer, whose data is the same.
+    """
     found = {stage for stage, names in _OWN.items() if any(given.get(name) is not None for name in names)}
     losses = {word(name) for name in lossless_list(given.get("loss_type") or "")}
     if losses & {"nll", "dft", "chunked_nll"}:
@@ -62,8 +68,6 @@ def stage_of(given: Given) -> str | None:
     elif losses & {"kto", "apo_zero_unpaired"}:
         found.add("kto")
     elif losses:
-        found.add("dpo")
-    if not found and given.get("beta") is not None:
         found.add("dpo")
     return found.pop() if len(found) == 1 else None
 

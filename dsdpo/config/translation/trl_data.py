@@ -5,6 +5,7 @@ A set of a hub is `org/name:split`, or `org/name:subset:split`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from dsdpo.config.translation.rules import (
@@ -77,6 +78,12 @@ def _mixture(value: Any, given: Given) -> Meaning:
     if not is_off(block.get("test_split_size")):
         found["val_size"] = block["test_split_size"]
     return Sets(found)
+
+
+def shares(block: Mapping[str, Any]) -> list[float]:
+    """Of each set of a mixture that names one."""
+    weights = [number(one.get("weight")) for one in block.get("datasets") or [] if isinstance(one, dict)]
+    return [weight for weight in weights if weight is not None]
 
 
 def _mixer(value: Any, given: Given) -> Meaning:

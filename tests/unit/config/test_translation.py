@@ -219,6 +219,7 @@ def test_names_of_several_trainers_may_stand_in_one_file(tmp_path: Path) -> None
 def test_a_stage_that_nothing_tells_is_asked_for(options: dict[str, Any], tmp_path: Path) -> None:
     without = {name: value for name, value in options.items() if name != "stage"}
     assert codes(given(tmp_path, without)) == [("stage-unknown", "stage")]
+    assert codes(given(tmp_path, without | {"beta": 0.1})) == [("stage-unknown", "stage")]  # dpo, kto, orpo or cpo
     assert values(tmp_path, without, "--stage", "sft").stage == "sft"
 
 
@@ -227,7 +228,7 @@ def test_a_stage_that_nothing_tells_is_asked_for(options: dict[str, Any], tmp_pa
     [
         ({"max_seq_length": 512}, "sft"),
         ({"completion_only_loss": True}, "sft"),
-        ({"beta": 0.2}, "dpo"),
+        ({"ld_alpha": 0.2}, "dpo"),
         ({"loss_type": "ipo"}, "dpo"),
         ({"rpo_alpha": 1.0}, "dpo"),
         ({"loss_type": "kto"}, "kto"),

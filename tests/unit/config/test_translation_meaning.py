@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dsdpo.config.command_line import separate
 from dsdpo.config.load import load
 from dsdpo.config.rules import check_rules
 from tests.unit.config.test_translation import LLAMA_FACTORY, TRL, codes, given, translation, values
@@ -139,7 +140,9 @@ def test_noise_on_embeddings_is_no_silent_loss_beside_another_stage(tmp_path: Pa
         (TRL, {"stage": "sft"}, ["assistant_only_loss"]),
         (TRL, {"stage": "sft", "packing": True, "completion_only_loss": True}, ["packing"]),
         (LLAMA_FACTORY, {"stage": "sft", "neat_packing": True}, ["packing"]),
-        (LLAMA_FACTORY, {"stage": "pt", "packing": True}, []),
+        (LLAMA_FACTORY, {"stage": "pt"}, ["packing"]),
+        (LLAMA_FACTORY, {"max_source_length": 512}, ["max_source_length"]),
+        (TRL, {"max_prompt_length": 512, "max_completion_length": None}, ["max_prompt_length"]),
         (LLAMA_FACTORY, {"adapter_name_or_path": "a"}, ["adapter_name_or_path"]),
         (LLAMA_FACTORY, {"adapter_name_or_path": "a", "pref_loss": "simpo"}, []),
         (LLAMA_FACTORY, {"adapter_name_or_path": "a", "stage": "sft"}, []),
@@ -195,6 +198,13 @@ def test_assignments_stand_after_a_file(tmp_path: Path) -> None:
     assert codes(given(tmp_path, LLAMA_FACTORY, "learning_rte=2e-5")) == [("stray-argument", "")]
 
 
+def test_assignments_are_options_of_the_run_and_no_arguments_of_the_command() -> None:
+    words = ["a.yaml", "learning_rate=1e-5", "--fresh", "--report_to", "wandb", "cutoff_len=9"]
+    own, options = separate(words, {"--fresh": 0})
+    assert own == ["a.yaml", "--fresh"]
+    assert options == ["learning_rate=1e-5", "--report_to", "wandb", "cutoff_len=9"]
+
+
 # --- accelerate ---
 
 
@@ -241,6 +251,8 @@ def test_accelerate_launch_is_followed(tmp_path: Path, monkeypatch: pytest.Monke
     [
         ({"base_model": "m", "sequence_len": 512, "micro_batch_size": 2, "rl": "dpo", "adapter": "lora"}, "axolotl"),
         ({"model": "m", "rlhf_type": "dpo", "train_type": "lora", "dataset": "d#500", "output_dir": "o"}, "ms-swift"),
+        ({"model": "m", "train_dataset": "d", "dist_config": {"name": "fsdp2"}, "micro_batch_size": 1}, "v1"),
+        ({**LLAMA_FACTORY, "tensor_model_parallel_size": 2, "sequence_parallel": True}, "Megatron"),
         ({"pretrain": "m", "max_len": 512, "zero_stage": 3, "learning_rate": 1e-6}, "OpenRLHF"),
     ],
 )
