@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsdpo.config.stages import STAGE_ALIASES
-from dsdpo.config.translation.llama_factory_data import DATA, SYSTEMS, template
+from dsdpo.config.translation.llama_factory_data import DATA, SYSTEMS, adapters, template
 from dsdpo.config.translation.rules import (
     NOT_SET,
     Given,
@@ -277,7 +277,7 @@ LLAMA_FACTORY: dict[str, Rule] = {
 }
 
 # Rules for names that are ours, too, where every option is LLaMA-Factory's.
-OWN: dict[str, Rule] = {"template": template}
+OWN: dict[str, Rule] = {"template": template, "adapter_name_or_path": adapters}
 
 # By these, options are LLaMA-Factory's, and not TRL's.
 SIGNS = frozenset(LLAMA_FACTORY) - {"generation_max_length", "generation_num_beams", "generation_config"}

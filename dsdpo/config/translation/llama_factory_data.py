@@ -46,6 +46,12 @@ def template(value: Any, given: Given) -> Meaning:
     return Sets({"template": value})
 
 
+def adapters(value: Any, given: Given) -> Meaning:
+    if "," in str(value or ""):
+        return Refused("one adapter is trained further: merge the others into the model before")
+    return Sets({"adapter_name_or_path": value})
+
+
 _HISTORY = "stage sft trains on the replies alone"
 
 DATA: dict[str, Rule] = {

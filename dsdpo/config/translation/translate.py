@@ -1,7 +1,7 @@
 """Options of a run as a user of another trainer has written them, put into ours; files may mix names.
 
 Whose options they are is told by names that only one trainer has. Its defaults then count for what nothing sets, unless
-the run also has an option that only this trainer has.
+there is also an option that only this trainer has. What a file is, no option on the command line changes.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsdpo.config.fields import resume_policy
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.stages import STAGE_ALIASES, STAGES
 from dsdpo.config.translation import llama_factory, trl
+from dsdpo.config.translation.common import COMMON
 from dsdpo.config.translation.rules import Given, Meaning, NoEffect, Refused, Rule, Sets, number
 from dsdpo.config.translation.trainer import OWN, PER_DEVICE, SHARED, TRAINER
 from dsdpo.config.translation.unread import unread
@@ -67,20 +69,6 @@ _TRL = Source(
     trl.differs,
 )
 _ANY = {**trl.TRL, **llama_factory.LLAMA_FACTORY, **TRAINER}
-# Options that other trainers have, too: one of the others is a sign of a run config of ours.
-_COMMON_NAMES = (
-    "model_name_or_path stage finetuning_type lora_rank lora_alpha lora_dropout lora_target adapter_name_or_path "
-    "create_new_adapter attn_implementation gradient_checkpointing disable_dropout dataset eval_dataset val_size "
-    "dataset_dir template default_system mask_history max_length max_samples preprocessing_num_workers cache_dir "
-    "mix_strategy interleave_probs neftune_noise_alpha truncation_mode loss_type loss_weights beta "
-    "label_smoothing ld_alpha f_divergence_type f_alpha_divergence_coef use_weighting discopop_tau simpo_gamma "
-    "cpo_alpha center_rewards_coefficient desirable_weight undesirable_weight num_train_epochs max_steps "
-    "learning_rate lr_scheduler_type warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon "
-    "max_grad_norm seed deepspeed output_dir logging_steps save_steps save_total_limit resume_from_checkpoint "
-    "eval_steps report_to run_name plot_loss disable_tqdm quantization_bit quantization_type double_quantization "
-    "model_revision"
-)
-_COMMON = frozenset(_COMMON_NAMES.split())
 
 
 @dataclass
@@ -146,10 +134,11 @@ def translate(
     done = Translation(dict(values), dict(origins))
     if not any(is_known(name) for name in values if name not in RunConfig.model_fields):
         return done
-    source, is_mixed = _source_of(values)
+    deciding = _deciding(values, origins)
+    source, is_mixed = _source_of(deciding)
     done.source = source.name
     given = dict(values)
-    takes_defaults = not is_mixed and all(name in _COMMON for name in values if name in RunConfig.model_fields)
+    takes_defaults = not is_mixed and all(name in COMMON for name in deciding if name in RunConfig.model_fields)
     if takes_defaults and given.get("stage") is None:
         _take_stage(done, source, given)
     stage = STAGE_ALIASES.get(str(given.get("stage", "dpo")), str(given.get("stage", "dpo")))
@@ -167,9 +156,19 @@ def translate(
     return done
 
 
-def _source_of(values: Mapping[str, Any]) -> tuple[Source, bool]:
+def _deciding(values: Mapping[str, Any], origins: Mapping[str, str]) -> set[str]:
+    """The options that tell whose all are: those of the file, where it has another trainer's, so that a change on the
+    command line changes that alone; else all but those of ours that do not change what is learned."""
+    in_file = {name for name in values if origins.get(name) != COMMAND_LINE}
+    if any(is_known(name) for name in in_file - RunConfig.model_fields.keys()):
+        return in_file
+    fields = RunConfig.model_fields
+    return {name for name in values if name in COMMON or name not in fields or resume_policy(fields[name]) != "free"}
+
+
+def _source_of(names: set[str]) -> tuple[Source, bool]:
     """Whose options they are, and whether they have signs of both."""
-    of_trl, of_llama_factory = _TRL.signs & values.keys(), _LLAMA_FACTORY.signs & values.keys()
+    of_trl, of_llama_factory = _TRL.signs & names, _LLAMA_FACTORY.signs & names
     return _TRL if of_trl and not of_llama_factory else _LLAMA_FACTORY, bool(of_trl and of_llama_factory)
 
 

@@ -112,6 +112,33 @@ def test_an_option_of_ours_alone_keeps_our_defaults(tmp_path: Path) -> None:
     assert run.max_length == 512
 
 
+@pytest.mark.parametrize(
+    "tokens", [["--max_time", "1h"], ["--train_batch_size=9"], ["--lora_r", "4"], ["--val_split=example"]]
+)
+def test_the_command_line_changes_no_more_than_it_says(tokens: list[str], tmp_path: Path) -> None:
+    """The file is still LLaMA-Factory's, with its defaults."""
+    run = values(tmp_path, LLAMA_FACTORY, *tokens)
+    assert (run.learning_rate, run.num_train_epochs, run.lr_scheduler_type) == (5e-5, 3.0, "linear")
+
+
+def test_a_command_of_another_trainer_may_have_options_of_ours_that_change_nothing_learned() -> None:
+    words = [
+        "--stage",
+        "dpo",
+        "--model_name_or_path",
+        "m",
+        "--dataset_name",
+        "org/d",
+        "--output_dir",
+        "o",
+        "--max_time",
+        "1h",
+    ]
+    trls, ours = load(None, words, ranks=1).config, load(None, [*words, "--val_split=example"], ranks=1).config
+    assert trls is not None and (trls.learning_rate, trls.num_train_epochs) == (1e-6, 3.0)
+    assert ours is not None and (ours.learning_rate, ours.num_train_epochs) == (1e-5, 1.0)
+
+
 # --- the size of a step ---
 
 

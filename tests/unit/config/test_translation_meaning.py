@@ -117,6 +117,7 @@ def test_options_of_llama_factory(options: dict[str, Any], want: dict[str, Any],
         # another model
         (TRL, {"use_peft": True, "lora_modules_to_save": ["lm_head"]}, ("not-supported", "lora_modules_to_save")),
         (TRL, {"stage": "dpo", "lora_modules_to_save": ["score"]}, ("not-supported", "lora_modules_to_save")),
+        (LLAMA_FACTORY, {"adapter_name_or_path": "a,b"}, ("not-supported", "adapter_name_or_path")),
         (LLAMA_FACTORY, {"ref_model": "other"}, ("not-supported", "ref_model")),
         (LLAMA_FACTORY, {"rope_scaling": "linear"}, ("not-supported", "rope_scaling")),
     ],
