@@ -98,7 +98,10 @@ def _takes(group: list[str], token: str) -> bool:
     key = _key(group[0][2:])
     if base_kind(key) is bool:
         return len(group) == 1 and bool(_BOOLEAN.match(token))
-    return len(group) == 1 or (takes_words(key) and not token.endswith(_FILES) and not _is_assignment(token))
+    is_other = token.endswith(_FILES) or _is_assignment(token)
+    if base_kind(key) is None and is_other:
+        return False  # another trainer's switch, and what stands after it
+    return len(group) == 1 or (takes_words(key) and not is_other)
 
 
 def _is_assignment(token: str) -> bool:

@@ -177,6 +177,7 @@ def test_our_names_keep_our_meaning_beside_options_of_ours_alone(tmp_path: Path)
         (["--push_to_hub", "--learning_rate=3e-6"], {"learning_rate": 3e-6}),
         (["--gradient_checkpointing", "--eval_strategy", "no"], {"gradient_checkpointing": True}),
         (["--run_name", "beta=0.1"], {"run_name": "beta=0.1", "beta": 0.1}),
+        (["--bf16", "beta=0.2", "--use_peft"], {"precision": "bf16", "beta": 0.2, "finetuning_type": "lora"}),
         (["beta=0.2", "use_peft=true"], {"beta": 0.2, "finetuning_type": "lora"}),
         (["--report_to", "wandb", "beta=0.2"], {"beta": 0.2, "report_to": ["wandb"]}),
     ],
@@ -204,6 +205,7 @@ def test_assignments_are_options_of_the_run_and_no_arguments_of_the_command() ->
     own, options = separate(words, {"--fresh": 0})
     assert own == ["a.yaml", "--fresh"]
     assert options == ["learning_rate=1e-5", "--report_to", "wandb", "cutoff_len=9"]
+    assert separate(["--bf16", "a.yaml"], {}) == (["a.yaml"], ["--bf16"])
 
 
 # --- accelerate ---
