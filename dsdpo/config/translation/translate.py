@@ -110,6 +110,8 @@ class Translation:
         if self.defaults:
             found = ", ".join(f"{name} {_text(value)}" for name, value in self.defaults.items())
             said.append(f"  by the defaults of {self.source}: {found}")
+        if self.differs:
+            said.append(f"  done otherwise: {'; '.join(f'{name}: {text}' for name, text in self.differs.items())}")
         if self.no_effect:
             said.append(f"  no effect here: {', '.join(self.no_effect)}")
         return said

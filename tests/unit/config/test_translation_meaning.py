@@ -153,7 +153,9 @@ def test_noise_on_embeddings_is_no_silent_loss_beside_another_stage(tmp_path: Pa
 def test_what_is_done_otherwise_is_told(
     base: dict[str, Any], options: dict[str, Any], differs: list[str], tmp_path: Path
 ) -> None:
-    assert list(translation(given(tmp_path, base | options)).differs) == differs
+    found = translation(given(tmp_path, base | options))
+    assert list(found.differs) == differs
+    assert all(text in "\n".join(found.lines()) for text in found.differs.values())
 
 
 def test_our_names_keep_our_meaning_beside_options_of_ours_alone(tmp_path: Path) -> None:
