@@ -106,7 +106,7 @@ def test_the_deepspeed_json_is_read_once(tmp_path: Path, run: dict[str, Any]) ->
     opens = count_opens(ds)
     check(tmp_path, run | {"deepspeed": str(ds)}, cluster=ClusterRequest())
     assert len(opens) == 1
-    config, zero = reload(path, [])
+    config, zero = reload(path, [], 1)
     assert len(opens) == 2 and zero.stage == 2
     assert facts(config, zero)["files"]["deepspeed"] and len(opens) == 2
 

@@ -35,7 +35,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainedRun:
 
 def task_of(*arguments: str) -> Task:
     """What `dsdpo eval` asks the ranks to do."""
-    args, overrides = cli._parser().parse_known_args(["eval", *arguments])
+    args, overrides = cli._parser()[0].parse_known_args(["eval", *arguments])
     return cli._evaluation(args, Task("eval", args.config, overrides, args.model))
 
 
