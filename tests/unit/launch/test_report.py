@@ -19,7 +19,9 @@ from dsdpo.launch.preflight import ClusterRequest, check_device, preflight
 from dsdpo.launch.task import Task
 from tests.helpers.fake_model import save_fake_model, tensors
 
-ACCELERATE = "compute_environment: LOCAL_MACHINE\ndeepspeed_config:\n  zero_stage: 3\ndistributed_type: DEEPSPEED\n"
+ACCELERATE = (
+    "compute_environment: LOCAL_MACHINE\nfsdp_config:\n  fsdp_sharding_strategy: FULL_SHARD\ndistributed_type: FSDP\n"
+)
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 SHARDS = ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
 HPZ3 = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}
@@ -112,7 +114,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, list[
     "rule": ({"max_tokens_per_row": 100}, None, [], "row-too-short"),
     "a template that is not there": ({"template": "ours.jinja"}, None, [], "template-missing"),
     "a folder of a template that is not there": ({"template": "./ours"}, None, [], "template-missing"),
-    "no value": ({}, None, ["--plot_loss"], "no-value"),
+    "no value": ({}, None, ["--run_name"], "no-value"),
     "data set": ({"dataset": "nowhere"}, None, [], "dataset"),
     "data folder": ({"dataset_dir": "nowhere"}, None, [], "dataset-dir"),
     "output folder": ({"output_dir": "/proc/out"}, None, [], "unwritable"),
