@@ -59,7 +59,7 @@ class Architecture:
         positions: longest sequence that config.json names; None where it names none.
         ropes: settings of rotary positions, one for each kind of layer that has its own.
         head_size: dimensions of a head; None where config.json does not tell.
-        quantized: whether weights are stored in 8 bits or fewer.
+        quantized: by what method the stored weights are quantized, such as `gptq`; empty where they are not.
     """
 
     model_type: str
@@ -78,7 +78,7 @@ class Architecture:
     positions: int | None
     ropes: tuple[dict[str, Any], ...]
     head_size: int | None
-    quantized: bool
+    quantized: str
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Architecture:
@@ -108,7 +108,7 @@ class Architecture:
             positions=getattr(config, "max_position_embeddings", None),
             ropes=_ropes(rope),
             head_size=getattr(config, "head_dim", None) or _quotient(config),
-            quantized=bool(getattr(config, "quantization_config", None)),
+            quantized=_method(getattr(config, "quantization_config", None)),
         )
 
     @classmethod
@@ -138,7 +138,7 @@ class Architecture:
             positions=_number(get("max_position_embeddings", _POSITIONS.get(kind))),
             ropes=() if learned else _ropes(_rope_of(kind, settings)),
             head_size=_number(size),
-            quantized=bool(get("quantization_config")),
+            quantized=_method(get("quantization_config")),
         )
 
 
@@ -174,6 +174,14 @@ def _rope_of(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         found = {**found, "rope_type": "longrope"}  # as its class reads the names of its first versions
     original = settings.get("original_max_position_embeddings", _PHI3_ORIGINAL if kind == "phi3" else None)
     return {"original_max_position_embeddings": original, **found} if original else found
+
+
+def _method(settings: Any) -> str:
+    """Of a `quantization_config`: its quant_method, which the first ones of bitsandbytes lack."""
+    if not settings:
+        return ""
+    named = settings.get("quant_method") if isinstance(settings, Mapping) else getattr(settings, "quant_method", None)
+    return str(getattr(named, "value", named) or "bitsandbytes")
 
 
 def _others(layers: Any) -> tuple[str, ...]:

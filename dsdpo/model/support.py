@@ -74,11 +74,6 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[Architecture], object], str], ...] = (
         lambda model: model.experts,
         "is a mixture of experts, whose balancing loss is not computed: train a dense model",
     ),
-    (
-        "quantized",
-        lambda model: model.quantized,
-        "has quantized weights (quantization_config), which cannot be trained: name its full model",
-    ),
 )
 
 
@@ -95,6 +90,12 @@ def problems(
         return [_problem("layers", "the model's layers differ (per_layer_config): train another model")]
     found = _layer_problems(model, max_length) + _position_problems(model, max_length)
     found += [_problem(code, f"the model {text}") for code, applies, text in _UNSUPPORTED if applies(model)]
+    if model.quantized:
+        text = (
+            f"the model's weights are stored quantized ({model.quantized}, quantization_config in config.json), and "
+            "training begins from full ones: name its full model, and quantization_bit: 4 to quantize that on loading"
+        )
+        found.append(_problem("quantized", text))
     if not disable_dropout and model.drops_attention:
         text = "the model has attention dropout, which packed rows do not support: set disable_dropout: true"
         found.append(_problem("dropout", text))

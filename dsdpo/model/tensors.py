@@ -35,7 +35,8 @@ def tensor_problems(
         found.append(("weights-incomplete", f"lacks {_some(lost)}, which its index names; {_COMPLETE}"))
     if narrow and not settings.get("quantization_config"):
         text = (
-            f"has quantized weights ({_some(list(narrow))}), without their scales in config.json: name its full model"
+            f"has quantized weights ({_some(list(narrow))}), without their scales in config.json: name its full model, "
+            "and set quantization_bit: 4 to quantize that on loading"
         )
         found.append(("model-quantized", text))
     return found

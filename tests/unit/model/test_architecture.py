@@ -28,6 +28,8 @@ CHANGES: list[dict[str, Any]] = [
     {"use_bidirectional_attention": True},
     {"is_causal": False},
     {"num_experts": 4},
+    {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    {"quantization_config": {"load_in_4bit": True}},
     {"max_position_embeddings": 512},
     {"head_dim": 100},
     {"hidden_size": 600, "num_attention_heads": 6},

@@ -144,3 +144,14 @@ def test_reward_models_are_those_that_transformers_classifies_sequences_with(mod
             model = AutoModelForSequenceClassification.from_config(config)
         own = [name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")]
         assert own == ["score.weight"] and model.score.weight.shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [({"quant_method": "gptq", "bits": 4}, "gptq"), ({"load_in_4bit": True}, "bitsandbytes"), (None, "")],
+)
+def test_a_model_that_is_stored_quantized_is_named_by_its_method(settings: Any, method: str) -> None:
+    read = Architecture.read({"model_type": "llama", "quantization_config": settings})
+    assert read.quantized == method == Architecture.of(config("llama", quantization_config=settings)).quantized
+    found = [problem for problem in problems(read, 1024, True) if problem.code == "model-quantized"]
+    assert [method in problem.text for problem in found] == [True] * bool(method)
