@@ -52,17 +52,34 @@ def gpu_bytes(shape: ModelShape, setup: Setup, gpus: int) -> dict[str, float]:
     by_state, by_weight = (gpus if stage >= low else 1 for low in (1, 3))
     on_gpu = setup.optimizer == "gpu"
     reference = setup.live and not shape.is_lora  # LoRA's is the policy with its adapter off
+    packed, scales = quantized_bytes(shape, setup.bits)
+    weights = e * (shape.total - (shape.linear if setup.bits else 0)) + packed
+    gathered = weights / shape.total * min(shape.total, setup.kept(shape) + 2 * shape.largest)
     parts = {
-        "weights": e * shape.total / by_weight if setup.weights == "gpu" else 0.0,
-        "second copy (hpZ)": e * shape.total / setup.hpz if stage == 3 and setup.hpz > 1 else 0.0,
+        "weights": weights / by_weight if setup.weights == "gpu" else 0.0,
+        "scales of quantized weights": scales,
+        "a dequantized layer": float(e * shape.hidden * shape.intermediate) if setup.bits else 0.0,
+        "second copy (hpZ)": weights / setup.hpz if stage == 3 and setup.hpz > 1 else 0.0,
         "fp32 weights": _WEIGHT_BYTES * shape.trained / by_state if on_gpu and stage else 0.0,
         "Adam's moments": moments_bytes(shape.trained, stage, gpus) if on_gpu else 0.0,
         "gradients": gradient_bytes(shape.trained, stage, gpus) if on_gpu or stage < 2 else 0.0,
         "reference": e * shape.total / gpus if reference else 0.0,
-        "gathered": float(e * min(shape.total, setup.kept(shape) + 2 * shape.largest)) if stage == 3 else 0.0,
+        "gathered": gathered if stage == 3 else 0.0,
         "buckets": float(GRADIENT_BYTES * BUCKET) if stage else 0.0,
     }
     return {name: held for name, held in parts.items() if held}
+
+
+def quantized_bytes(shape: ModelShape, bits: int | None) -> tuple[float, float]:
+    """Of the quantized linear maps: the packed values, which ZeRO-3 shards, and the scales, which every GPU has.
+
+    In 4 bits a scale for 64 weights, itself in 8 bits with a scale in fp32 for 256 (double quantization). In 8 bits an
+    fp32 scale for a row.
+    """
+    if bits is None:
+        return 0.0, 0.0
+    per_scale = 64 / (1 + 4 / 256) if bits == 4 else shape.hidden / 4
+    return shape.linear * bits / 8, shape.linear / per_scale
 
 
 def checkpoint_bytes(trained: int) -> int:

@@ -23,6 +23,7 @@ class Setup:
         optimizer: where its state lies; from stage 1 on the CPU, in stage 3 NVMe too.
         weights: where a GPU's own share of the weights lies, stage 3.
         reuse: weights that stay from the forward pass for the backward pass, `stage3_max_reuse_distance`.
+        bits: of the frozen linear maps; None where they are not quantized.
         owner_reduces: `use_multi_rank_bucket_allreduce: false`.
     """
 
@@ -34,6 +35,7 @@ class Setup:
     weights: Literal["gpu", "cpu", "nvme"] = "gpu"
     reuse: int = REUSE_DISTANCE
     owner_reduces: bool = False
+    bits: Literal[4, 8] | None = None
 
     def kept(self, shape: ModelShape) -> int:
         """Weights that are still there when the backward pass begins.

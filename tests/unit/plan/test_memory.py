@@ -49,6 +49,17 @@ def test_memory_is_shared_out_as_the_stage_says(stage: int) -> None:
     assert "reference" not in gpu_bytes(LORA, Setup(stage, live=True), 8)
 
 
+def test_quantized_weights_take_their_bits_and_a_scale_for_64() -> None:
+    """Under ZeRO-3 the packed values are shared out and the scales are not; what is no linear map stays in 16 bits."""
+    packed, rest = LORA.linear / 2, 2 * (LORA.total - LORA.linear)
+    one, eight = gpu_bytes(LORA, Setup(1, bits=4), 8), gpu_bytes(LORA, Setup(3, bits=4), 8)
+    assert one["weights"] == packed + rest == 8 * eight["weights"]
+    assert one["scales of quantized weights"] == eight["scales of quantized weights"]
+    assert one["scales of quantized weights"] == pytest.approx(LORA.linear * 0.127 / 8, rel=1e-3)
+    assert gpu_bytes(LORA, Setup(1, bits=8), 8)["weights"] == LORA.linear + rest
+    assert eight["gathered"] < gpu_bytes(LORA, Setup(3), 8)["gathered"] / 2
+
+
 def test_a_row_takes_what_training_leaves() -> None:
     """Of 80 GB: 90 %, less the weights, Adam's moments and gradients, and the largest tensor twice."""
     free = 72 * 10**9 - 14 * 10**9 - 12 * 7 * 10**9 // 8 - 2 * 2 * SHAPE.largest_tensor
