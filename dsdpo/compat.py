@@ -245,6 +245,28 @@ def is_partitioned(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def quantization_state(weight: torch.Tensor) -> Any:
+    """What bitsandbytes keeps beside a quantized weight: its QuantState for 4 bits, a scale for each row for 8 bits.
+    None for any other parameter."""
+    return getattr(weight, "quant_state", getattr(weight, "SCB", None))
+
+
+def unpacked_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Shape of a parameter in its model: also where ZeRO-3 holds it in pieces, or its 4-bit values are packed."""
+    state = getattr(parameter, "quant_state", None)
+    return tuple(getattr(parameter, "ds_shape", parameter.shape) if state is None else state.shape)
+
+
+def dequantized(weight: torch.Tensor, state: Any) -> torch.Tensor:
+    """The values that a weight quantized by bitsandbytes stands for; `state` as `quantization_state` gives it."""
+    from bitsandbytes import functional
+
+    assert weight.numel() > 0, "the weight is in pieces: its layer has not been gathered"
+    if not hasattr(state, "absmax"):
+        return functional.int8_vectorwise_dequant(weight.data, state)
+    return functional.dequantize_4bit(weight.data, state)
+
+
 def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | dict[str, str] | None) -> Callable[..., str]:
     """`tokenizer.apply_chat_template(…, tokenize=False)` for messages and tools of plain JSON values.
 

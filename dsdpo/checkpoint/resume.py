@@ -118,7 +118,8 @@ def _own_run(checkpoint: Checkpoint, config: RunConfig, now: dict[str, Any]) -> 
         was, is_now = run["fingerprints"].get(what, "none"), now["fingerprints"].get(what, "none")
         if was == is_now:
             continue
-        line = f"the content of {what} was {was}, now it is {is_now}"
+        changed = what if what == "quantization" else f"the content of {what}"
+        line = f"{changed} was {was}, now it is {is_now}"
         if what == "data":
             difference = _earlier_reading(run, now)
             if not difference:

@@ -26,7 +26,7 @@ def identity(config: RunConfig, mesh: Mesh, hardware: Hardware, train_set: Examp
     return {
         "config": config.model_dump(mode="json") | {"hub": config.model_source.hub},
         "dtype": str(hardware.dtype).removeprefix("torch."),
-        "fingerprints": {**weights_digests(config, mesh), "data": train_set.fingerprint},
+        "fingerprints": {**weights_digests(config, mesh, hardware.device), "data": train_set.fingerprint},
         "earlier_fingerprints": train_set.earlier_fingerprints,
         "template_date": train_set.template_date,
         "examples": len(train_set),

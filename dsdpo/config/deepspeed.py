@@ -34,6 +34,7 @@ from dsdpo.config.deepspeed_keys import (
 )
 from dsdpo.config.load import LoadResult
 from dsdpo.config.precision import FP16, ScaleRule
+from dsdpo.config.quantization import zero_problems
 from dsdpo.config.zero import AUTO, ZeroConfig, block_of, is_off
 from dsdpo.errors import ConfigError, Problem
 
@@ -60,7 +61,12 @@ def check_deepspeed(loaded: LoadResult) -> tuple[ZeroConfig | None, list[Problem
     found += _check_offload(data) + _check_hpz(data) + _check_nvme(data, config.async_save)
     found += _check_scales(data) if not any(found) else []
     problems = [replace(one, text=f"{named(config.deepspeed)}: {one.text}") for one in found if one]
-    return None if problems else ZeroConfig.of(config, data), problems
+    if problems:
+        return None, problems
+    zero = ZeroConfig.of(config, data)
+    unquantized = "quantization_bit" in loaded.faulty
+    problems = [] if unquantized else zero_problems(config, zero)
+    return None if problems else zero, problems
 
 
 def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dsdpo.config.load import LoadResult
 from dsdpo.config.loss_rules import LOSS_RULES, Given, Rule
+from dsdpo.config.quantization import QUANTIZATION_RULES
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.stages import STAGES
 from dsdpo.errors import Problem
@@ -223,6 +224,7 @@ RULES: list[Rule] = [
     ("row-too-short", ("max_tokens_per_row", "max_length"), _row_fits_a_pair),
     ("stage-options", ("stage", *(name for spec in STAGES.values() for name in spec.options)), _stage_options),
     *LOSS_RULES,
+    *QUANTIZATION_RULES,
     ("held-out-twice", ("eval_dataset", "val_size"), _one_held_out_set),
     ("val-size", ("val_size",), _val_size),
     ("create-new-adapter", ("create_new_adapter", "model_name_or_path"), _new_adapter),

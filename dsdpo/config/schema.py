@@ -38,6 +38,15 @@ def _check_row(value: int | str | None) -> int | str | None:
     return value
 
 
+BITS_WORDS = "4 or 8"
+
+
+def _check_bits(value: int | None) -> int | None:
+    if value not in (None, 4, 8):
+        raise ValueError(f"must be {BITS_WORDS}")
+    return value
+
+
 class RunConfig(BaseModel):
     """One run: model, data, objective, optimization and output."""
 
@@ -64,6 +73,17 @@ class RunConfig(BaseModel):
 
     finetuning_type: Literal["full", "lora"] = "lora"
     """`full` trains every parameter; `lora` trains low-rank adapters beside frozen weights."""
+
+    quantization_bit: Annotated[int | None, Checked(_check_bits, BITS_WORDS)] = None
+    """Bits of the frozen weights of linear layers under `lora` (QLoRA): each rank quantizes them with bitsandbytes as
+    it loads a model of 16 or 32 bits. Embeddings, norms, output head and `score` stay as they are. Empty: not
+    quantized."""
+
+    quantization_type: Literal["nf4", "fp4"] = "nf4"
+    """The 16 values of 4 bits: `nf4`, quantiles of a normal distribution, or `fp4`, a floating point format."""
+
+    double_quantization: bool = True
+    """Quantize the scales of 4 bits too, one for 64 weights: 0.4 bits a weight less."""
 
     lora_rank: int = Field(8, ge=1)
     """Rank of the LoRA matrices."""

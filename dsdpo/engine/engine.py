@@ -94,7 +94,7 @@ def build_engine(
 
     Args:
         weights: a folder of trained weights, a whole model or an adapter of the run's model, in place of the
-            untrained policy.
+            untrained policy. A whole model is not quantized.
         head: of `PackedModel`.
 
     Raises:
@@ -108,7 +108,8 @@ def build_engine(
     adapter = weights if weights is not None and is_adapter(weights) else None
     whole = config.model_name_or_path if weights is None or adapter else weights
     fetch_weights(config.source_of(whole), mesh)
-    base = load_model(whole, config, settings, attention, hardware.dtype, head)
+    quantizes = whole == config.model_name_or_path
+    base = load_model(whole, config, settings, attention, hardware.dtype, head, quantizes)
     model: torch.nn.Module = base
     if adapter:
         model = load_lora(base, adapter)
@@ -155,7 +156,7 @@ def gather_by_layer(model: torch.nn.Module, base: PreTrainedModel) -> None:
 
 
 def held_here(engine: DeepSpeedEngine) -> str:
-    """How many of a model's parameters this rank holds: with ZeRO-3 a share."""
+    """How many of a model's parameters this rank holds: with ZeRO-3 a share. Four-bit ones are counted as packed."""
     parameters = list(engine.module.parameters())
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     here = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in parameters)
@@ -167,10 +168,11 @@ def describe(engine: DeepSpeedEngine, config: RunConfig, zero: ZeroConfig, mesh:
     shape = ModelShape.from_module(engine.module)
     stage, asked = engine.zero_optimization_stage(), zero.stage
     raised = f" (stage {asked} with {hardware.precision} runs as stage 1)" if stage != asked else ""
+    quantized = f" over {config.quantization_bit}-bit weights" if config.quantization_bit else ""
     groups = f" with a second copy in groups of {zero.hpz_size} ranks" if zero.hpz_size > 1 else ""
     return (
         f"{config.stage} of {config.model_name_or_path}: {shape.total / 1e6:.1f}M parameters, "
-        f"{shape.trained / 1e6:.1f}M trainable ({config.finetuning_type}), reference {config.reference_kind}; "
-        f"ZeRO stage {stage}{raised}{groups}, {mesh.world_size} ranks on {hardware.device.type}, "
-        f"{hardware.precision}, {held_here(engine)}"
+        f"{shape.trained / 1e6:.1f}M trainable ({config.finetuning_type}{quantized}), "
+        f"reference {config.reference_kind}; ZeRO stage {stage}{raised}{groups}, "
+        f"{mesh.world_size} ranks on {hardware.device.type}, {hardware.precision}, {held_here(engine)}"
     )

@@ -21,8 +21,10 @@ from transformers import (
 )
 
 from dsdpo.compat import is_partitioned, zero3_loading
+from dsdpo.config.quantization import Quantization
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import config_error
+from dsdpo.model.quantized import bitsandbytes_config, dequantize_in_forward, quantization_identity
 from dsdpo.model.support import check_supported
 from dsdpo.runtime.collectives import run_on_main
 from dsdpo.runtime.env import Mesh
@@ -56,8 +58,12 @@ def load_model(
     attn_implementation: str,
     dtype: torch.dtype,
     head: Head = "logprob",
+    quantizes: bool = False,
 ) -> PreTrainedModel:
     """Load a whole model; with a stage 3 engine config, partitioned as it is loaded.
+
+    A model that is quantized is loaded tensor by tensor, each quantized before the next is read, and partitioned when
+    its engine is made.
 
     Args:
         model_name_or_path: folder or hub id.
@@ -67,6 +73,7 @@ def load_model(
         dtype: of the weights in memory.
         head: `logprob`: a causal language model. `value`: a model for sequence classification with one label; where
             the weights have no `score` layer, it is drawn as transformers draws it, from the run's seed.
+        quantizes: whether linear layers are quantized as the run says.
 
     Raises:
         ConfigError: the model's attention cannot run on packed rows, or its files are not those of one model.
@@ -78,13 +85,15 @@ def load_model(
         _zero_dropout(model_config)
     if head == "value":
         model_config.num_labels = 1
-    with zero3_loading(engine_config), _shapes_that_differ(model_name_or_path):
+    quantization = Quantization.of(config) if quantizes else None
+    with zero3_loading({} if quantization else engine_config), _shapes_that_differ(model_name_or_path):
         loaded: Any = _CLASSES[head].from_pretrained(
             place,
             revision=revision or "main",
             config=model_config,
             dtype=dtype,
             attn_implementation=attn_implementation,
+            quantization_config=quantization and bitsandbytes_config(quantization, dtype),
             output_loading_info=True,
         )
     model: PreTrainedModel = loaded[0]
@@ -95,6 +104,7 @@ def load_model(
         missing.remove("score.weight")
         set_score(model, draw_score(model, config.seed))
     _check_complete(model_name_or_path, sorted(missing))
+    dequantize_in_forward(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -181,8 +191,9 @@ def weights_digest(model_name_or_path: str, stamps: Path, revision: str | None =
     return hashlib.sha256(json.dumps([weights, settings], sort_keys=True).encode()).hexdigest()
 
 
-def weights_digests(config: RunConfig, mesh: Mesh) -> dict[str, str]:
-    """Hash of the weights that a run starts from: `model`, and `adapter` where there is one. A collective call."""
+def weights_digests(config: RunConfig, mesh: Mesh, device: torch.device) -> dict[str, str]:
+    """What tells the weights that a run starts from: the hash of `model`, and of `adapter` where there is one; and for
+    a base that is quantized on `device`, in words, how. A collective call."""
     stamps = config.weight_stamps
 
     def digests() -> dict[str, str]:
@@ -192,4 +203,6 @@ def weights_digests(config: RunConfig, mesh: Mesh) -> dict[str, str]:
             found["adapter"] = weights_digest(config.adapter_name_or_path, stamps)
         return found
 
-    return run_on_main(mesh.is_main, digests)
+    found = run_on_main(mesh.is_main, digests)
+    quantization = Quantization.of(config)
+    return found if quantization is None else {**found, "quantization": quantization_identity(quantization, device)}

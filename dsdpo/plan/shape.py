@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
+from dsdpo.compat import unpacked_shape
+
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
@@ -86,11 +88,8 @@ class ModelShape:
 
     @classmethod
     def from_module(cls, module: torch.nn.Module) -> ModelShape:
-        """Of a loaded model with a `config`, with or without adapters, partitioned by ZeRO-3 or not."""
-        tensors = [
-            TensorShape(name, tuple(getattr(p, "ds_shape", p.shape)), p.requires_grad)
-            for name, p in module.named_parameters()
-        ]
+        """Of a loaded model with a `config`, with or without adapters, partitioned by ZeRO-3, quantized or not."""
+        tensors = [TensorShape(name, unpacked_shape(p), p.requires_grad) for name, p in module.named_parameters()]
         return cls.from_tensors(module.config, tensors)  # type: ignore[arg-type]
 
     @classmethod

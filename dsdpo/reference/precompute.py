@@ -36,7 +36,7 @@ def open_store(config: RunConfig, mesh: Mesh, hardware: Hardware) -> ReferenceSt
     key = store_key(
         {
             "format": _STORE_FORMAT,
-            "weights": list(weights_digests(config, mesh).values()),
+            "weights": list(weights_digests(config, mesh, hardware.device).values()),
             "dtype": str(hardware.dtype),
             "attention": hardware.attention(config.attn_implementation),
             "share_prefix": config.share_prefix,

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from dsdpo.checkpoint.commit import MANIFEST
 from dsdpo.config.hubs import ModelSource, hub_of
+from dsdpo.config.quantization import Quantization
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.messages import Message
 from dsdpo.data.template_files import template_place
@@ -24,6 +25,7 @@ from dsdpo.errors import CheckpointError, DataError, Problem
 from dsdpo.export.huggingface import finished_weights
 from dsdpo.model.config_file import read_object
 from dsdpo.model.files import folder_problems
+from dsdpo.model.quantized import bitsandbytes_config, dequantize_in_forward
 from dsdpo.runtime.command import command_line
 from dsdpo.runtime.modelscope import OTHER_WEIGHTS
 from dsdpo.tools.answers import DEFAULT_MAX_NEW_TOKENS, GREEDY, AnswerSettings, CommandLineError, sampling
@@ -58,12 +60,14 @@ class ChatModel:
             ConfigError: there is no such model, it cannot be loaded, or it does not fit the template.
             CheckpointError: a folder without weights, or a run that has not ended.
         """
-        settings = settings.of_run(TrainedRun.find(name))
+        run = TrainedRun.find(name)
+        settings = settings.of_run(run)
         folder = _weights(name)
         _check_answers(folder)
         encoder = _encoder(folder, settings)
         base = _base_of(folder)
-        model = _load(folder) if base is None else _with_adapter(_load(base), folder)
+        quantization = None if run is None else Quantization.of_saved(run.config)
+        model = _load(folder) if base is None else _with_adapter(_load(base, quantization), folder)
         return cls(model, encoder, settings)
 
     def answer(self, prompt: str | Sequence[Message], streamer: BaseStreamer | None = None) -> str:
@@ -260,14 +264,19 @@ def _check_answers(folder: str) -> None:
             raise CommandLineError(Problem("reward-model", "model", text))
 
 
-def _load(name: str) -> Any:
-    """A causal language model for answering: bf16 over the GPUs, fp32 on CPU."""
+def _load(name: str, quantization: Quantization | None = None) -> Any:
+    """A causal language model for answering: bf16 over the GPUs, fp32 on CPU; quantized as in training."""
     on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16 if on_gpu else torch.float32, device_map="auto" if on_gpu else "cpu"
+            name,
+            dtype=dtype,
+            device_map="auto" if on_gpu else "cpu",
+            quantization_config=quantization and bitsandbytes_config(quantization, dtype),
         ).eval()
-    except (OSError, ValueError) as error:
+        dequantize_in_forward(model)
+    except (OSError, ValueError, ImportError) as error:
         text = f"{name} cannot be loaded as a language model: {error}"
         raise CommandLineError(Problem("model-load", "model", text)) from error
     # Else `generate` takes what its settings leave open, such as a repetition penalty, from the model's folder.
