@@ -16,16 +16,20 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "share_prefix": (True, False),
     "masks": (True, False),
     "weights": (True, False),
+    "quantization_bit": (None, 4, 8),
 }
 # What decides the numbers that a cell must give; the other factors must change nothing.
-DECIDES = ("objective", "finetuning_type", "masks", "weights")
+DECIDES = ("objective", "finetuning_type", "masks", "weights", "quantization_bit")
 UNMASKED = ("ranking", "rm")  # examples_for makes none for them
 
 
 def is_possible(cell: Cell) -> bool:
     """Whether such a run exists."""
     values = dict(zip(FACTORS, cell))
-    return not (values["masks"] and values["objective"] in UNMASKED)
+    if values["masks"] and values["objective"] in UNMASKED:
+        return False
+    bits = values["quantization_bit"]
+    return bits is None or (values["finetuning_type"] == "lora" and (bits, values["zero"]) != (8, 3))
 
 
 def sample(size: int = 40, seed: int = 0) -> list[Cell]:
