@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dsdpo.compat import is_partitioned, zero3_loading
+from dsdpo.compat import freed_at_once, is_partitioned, zero3_loading
 from dsdpo.config.quantization import Quantization
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import config_error
@@ -86,7 +86,8 @@ def load_model(
     if head == "value":
         model_config.num_labels = 1
     quantization = Quantization.of(config) if quantizes else None
-    with zero3_loading({} if quantization else engine_config), _shapes_that_differ(model_name_or_path):
+    partitioned = zero3_loading({} if quantization else engine_config)
+    with partitioned, freed_at_once() if quantization else nullcontext(), _shapes_that_differ(model_name_or_path):
         loaded: Any = _CLASSES[head].from_pretrained(
             place,
             revision=revision or "main",
