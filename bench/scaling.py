@@ -121,6 +121,7 @@ def options() -> argparse.Namespace:
     add("--offload_optimizer", default="gpu", choices=["gpu", "cpu", "nvme"], help="where the optimizer is (gpu)")
     add("--offload_param", default="gpu", choices=["gpu", "cpu", "nvme"], help="where the weights are (gpu)")
     add("--lora_rank", type=int, default=0, metavar="R", help="0: full fine-tuning (0)")
+    add("--quantization_bit", type=int, choices=[4, 8], metavar="N", help="4 or 8, of frozen weights under LoRA")
     add("--reference", default="cached", choices=["cached", "live"], help="(cached)")
     add("--gradient_checkpointing", action="store_true", help="recompute activations")
     add("--pairs_per_gpu", type=int, default=8, metavar="N", help="pairs a step for each GPU (8)")
@@ -160,6 +161,7 @@ def job_of(asked: argparse.Namespace, shape: ModelShape, pairs: int) -> Job:
         hpz=asked.gpus_per_node if asked.hpz else 1,
         optimizer=asked.offload_optimizer,
         weights=asked.offload_param,
+        bits=asked.quantization_bit,
     )
     return Job(
         shape=shape,

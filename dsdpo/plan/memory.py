@@ -52,12 +52,11 @@ def gpu_bytes(shape: ModelShape, setup: Setup, gpus: int) -> dict[str, float]:
     by_state, by_weight = (gpus if stage >= low else 1 for low in (1, 3))
     on_gpu = setup.optimizer == "gpu"
     reference = setup.live and not shape.is_lora  # LoRA's is the policy with its adapter off
-    packed, scales = quantized_bytes(shape, setup.bits)
-    weights = e * (shape.total - (shape.linear if setup.bits else 0)) + packed
+    weights = setup.weight_bytes(shape)
     gathered = weights / shape.total * min(shape.total, setup.kept(shape) + 2 * shape.largest)
     parts = {
         "weights": weights / by_weight if setup.weights == "gpu" else 0.0,
-        "scales of quantized weights": scales,
+        "scales of quantized weights": scale_bytes(shape, setup.bits),
         "a dequantized layer": float(e * shape.hidden * shape.intermediate) if setup.bits else 0.0,
         "second copy (hpZ)": weights / setup.hpz if stage == 3 and setup.hpz > 1 else 0.0,
         "fp32 weights": _WEIGHT_BYTES * shape.trained / by_state if on_gpu and stage else 0.0,
@@ -70,16 +69,15 @@ def gpu_bytes(shape: ModelShape, setup: Setup, gpus: int) -> dict[str, float]:
     return {name: held for name, held in parts.items() if held}
 
 
-def quantized_bytes(shape: ModelShape, bits: int | None) -> tuple[float, float]:
-    """Of the quantized linear maps: the packed values, which ZeRO-3 shards, and the scales, which every GPU has.
+def scale_bytes(shape: ModelShape, bits: int | None) -> float:
+    """Scales of quantized linear maps, which every GPU has, whatever the stage.
 
-    In 4 bits a scale for 64 weights, itself in 8 bits with a scale in fp32 for 256 (double quantization). In 8 bits an
-    fp32 scale for a row.
+    In 4 bits one for 64 weights, itself in 8 bits with a scale in fp32 for 256 (double quantization). In 8 bits an fp32
+    scale for a row.
     """
     if bits is None:
-        return 0.0, 0.0
-    per_scale = 64 / (1 + 4 / 256) if bits == 4 else shape.hidden / 4
-    return shape.linear * bits / 8, shape.linear / per_scale
+        return 0.0
+    return shape.linear / 64 * (1 + 4 / 256) if bits == 4 else 4 * shape.linear / shape.hidden
 
 
 def checkpoint_bytes(trained: int) -> int:

@@ -37,6 +37,12 @@ class Setup:
     owner_reduces: bool = False
     bits: Literal[4, 8] | None = None
 
+    def weight_bytes(self, shape: ModelShape) -> float:
+        """Of all weights as they are kept and sent, without the scales of quantized ones."""
+        if self.bits is None:
+            return float(self.element * shape.total)
+        return self.element * (shape.total - shape.linear) + shape.linear * self.bits / 8
+
     def kept(self, shape: ModelShape) -> int:
         """Weights that are still there when the backward pass begins.
 

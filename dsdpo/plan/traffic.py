@@ -15,7 +15,8 @@ and m micro-steps in a step, dsdpo under DeepSpeed 0.19 has these collectives in
 pass, `stage3_max_reuse_distance`, up to a layer. Recomputed activations gather nothing again: a layer's backward pass
 has its weights. Under LoRA all weights are gathered, frozen or not, and gradients of the adapters alone are sent. P' is
 P for LoRA under stage 3, the whole model for full fine-tuning at any stage, and 0 for LoRA below stage 3, or with a
-cached reference. tests/dist/test_traffic.py holds these lines against what real ranks send.
+cached reference. Of quantized linear maps e is 1/2 or 1: packed values are gathered, and scales never.
+tests/dist/test_traffic.py holds these lines against what real ranks send.
 
 hpZ (ZeRO++, arXiv:2306.10209) keeps a second copy of the weights spread over each node: all gathers but the first one
 after an update stay inside the node, and those of frozen weights do always.
@@ -86,8 +87,9 @@ def collectives(shape: ModelShape, setup: Setup, gpus: int, micro_steps: int) ->
 def _gathers(shape: ModelShape, setup: Setup, gpus: int, m: int) -> list[Collective]:
     """All-gathers of stage 3."""
     e, total, frozen = setup.element, shape.total, shape.total - shape.trained
-    whole = Collective("weights", 1, e * m * (2 * total - setup.kept(shape)), gpus, 2 * m * shape.modules)
-    reference = Collective("reference's weights", 1, e * m * total, gpus, m * shape.modules) if setup.live else None
+    each = setup.weight_bytes(shape) / total
+    whole = Collective("weights", 1, each * m * (2 * total - setup.kept(shape)), gpus, 2 * m * shape.modules)
+    reference = Collective("reference's weights", 1, each * m * total, gpus, m * shape.modules) if setup.live else None
     near = min(setup.hpz, gpus)
     if near == 1:
         return [whole, reference] if reference else [whole]

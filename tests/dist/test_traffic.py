@@ -38,6 +38,7 @@ CASES: dict[str, tuple[Setup, dict[str, Any]]] = {
     "3, live": (Setup(3, reuse=0, live=True), SEVERAL | {"reference": "live"}),
     "3, LoRA": (Setup(3, reuse=0), {"finetuning_type": "lora"}),
     "3, LoRA, live": (Setup(3, live=True), {"finetuning_type": "lora", "reference": "live"}),
+    "3, 4 bits": (Setup(3, reuse=0, bits=4), SEVERAL | {"finetuning_type": "lora", "quantization_bit": 4}),
     "3, kept": (Setup(3), {}),
 }
 
