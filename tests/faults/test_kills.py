@@ -44,6 +44,7 @@ SETTINGS = {
     "zero3-supervised": (3, False, "sft"),
     "zero1-labelled": (1, False, "kto"),
     "zero2-text": (2, False, "pt"),
+    "zero3-quantized": (3, False, "4 bits"),
 }
 
 
@@ -101,7 +102,8 @@ KILL_PLAN = list(plan(KILLS))
 
 def arguments(place: Place, kill: Kill) -> list[str]:
     stage, offload, kind = SETTINGS[kill.setting]
-    more = {"full": [], "lora": ["--lora_dropout", "0.1"]}.get(kind, ["--stage", kind])
+    options = {"full": [], "lora": ["--lora_dropout", "0.1"], "4 bits": ["--quantization_bit", "4"]}
+    more = options.get(kind, ["--stage", kind])
     if kind in ("sft", "kto", "pt"):
         more += ["--dataset", f"{kind}.jsonl"]
     if kind == "sft":
