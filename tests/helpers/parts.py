@@ -18,6 +18,8 @@ SECONDS = {
     "tests/dist/test_hh_rlhf.py": 30,
     "tests/dist/test_hpz.py": 30,
     "tests/dist/test_nvme.py": 40,
+    "tests/dist/test_quantized.py": 90,
+    "tests/dist/test_quantized_load.py": 120,
     "tests/dist/test_reference_store.py": 20,
     "tests/dist/test_references.py": 60,
     "tests/dist/test_rendezvous.py": 40,
@@ -27,6 +29,7 @@ SECONDS = {
     "tests/faults/test_stops.py": 500,
     "tests/parity/test_bench.py": 100,
     "tests/parity/test_families.py": 60,
+    "tests/parity/test_quantized.py": 30,
     "tests/parity/test_trl.py": 60,
     "tests/parity/test_trl_losses.py": 200,
 }
