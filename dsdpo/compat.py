@@ -6,7 +6,6 @@ module is below everything and must cost nothing.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -252,40 +251,10 @@ def quantization_state(weight: torch.Tensor) -> Any:
     return getattr(weight, "quant_state", getattr(weight, "SCB", None))
 
 
-@contextmanager
-def freed_at_once() -> Iterator[None]:
-    """Inside, memory of a tensor above 1 MiB goes back to the system when it is freed.
-
-    glibc keeps blocks of up to 32 MiB for later, between those that stay: a model that is quantized tensor by tensor
-    then took up to twice its memory.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is None:
-        yield
-        return
-    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-    mallopt(mmap, 2**20)
-    try:
-        yield
-    finally:
-        mallopt(mmap, 2**25)  # where glibc's own adjustment of the two ends
-        mallopt(trim, 2**26)
-
-
 def unpacked_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """Shape of a parameter in its model: also where ZeRO-3 holds it in pieces, or its 4-bit values are packed."""
     state = getattr(parameter, "quant_state", None)
     return tuple(getattr(parameter, "ds_shape", parameter.shape) if state is None else state.shape)
-
-
-def dequantized(weight: torch.Tensor, state: Any) -> torch.Tensor:
-    """The values that a weight quantized by bitsandbytes stands for; `state` as `quantization_state` gives it."""
-    from bitsandbytes import functional
-
-    assert weight.numel() > 0, "the weight is in pieces: its layer has not been gathered"
-    if not hasattr(state, "absmax"):
-        return functional.int8_vectorwise_dequant(weight.data, state)
-    return functional.dequantize_4bit(weight.data, state)
 
 
 def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | dict[str, str] | None) -> Callable[..., str]:

@@ -20,12 +20,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dsdpo.compat import freed_at_once, is_partitioned, zero3_loading
+from dsdpo.compat import is_partitioned, zero3_loading
 from dsdpo.config.quantization import Quantization
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import config_error
 from dsdpo.model.quantized import bitsandbytes_config, dequantize_in_forward, quantization_identity
 from dsdpo.model.support import check_supported
+from dsdpo.runtime.allocator import freed_at_once
 from dsdpo.runtime.collectives import run_on_main
 from dsdpo.runtime.env import Mesh
 from dsdpo.runtime.files import file_digest

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import BitsAndBytesConfig
 
-from dsdpo.compat import dequantized, quantization_state
+from dsdpo.compat import quantization_state
 from dsdpo.config.quantization import Quantization
 from dsdpo.config.rules import HEAD_NAMES
 
@@ -56,6 +56,16 @@ def dequantize_in_forward(model: nn.Module) -> None:
         if isinstance(module, nn.Linear) and quantization_state(module.weight) is not None:
             hooked = hasattr(module, "_old_forward")  # by accelerate, where a model lies on several GPUs
             setattr(module, "_old_forward" if hooked else "forward", MethodType(_forward, module))
+
+
+def dequantized(weight: torch.Tensor, state: Any) -> torch.Tensor:
+    """The values that a weight quantized by bitsandbytes stands for; `state` as `quantization_state` gives it."""
+    from bitsandbytes import functional
+
+    assert weight.numel() > 0, "the weight is in pieces: its layer has not been gathered"
+    if not hasattr(state, "absmax"):
+        return functional.int8_vectorwise_dequant(weight.data, state)
+    return functional.dequantize_4bit(weight.data, state)
 
 
 def _forward(layer: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dsdpo.compat import dequantized, quantization_state
+from dsdpo.compat import quantization_state
 from dsdpo.config.quantization import Quantization
-from dsdpo.model.quantized import bitsandbytes_config, dequantize_in_forward
+from dsdpo.model.quantized import bitsandbytes_config, dequantize_in_forward, dequantized
 
 NF4 = Quantization(4, "nf4", True)
 KINDS = {"nf4": NF4, "fp4, single": Quantization(4, "fp4", False), "int8": Quantization(8, "nf4", True)}

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dsdpo.compat import dequantized, quantization_state, unpacked_shape
+from dsdpo.compat import quantization_state, unpacked_shape
 from dsdpo.model.adapters import add_lora
 from dsdpo.model.attention.register import NAMES
-from dsdpo.model.quantized import dequantize_in_forward
+from dsdpo.model.quantized import dequantize_in_forward, dequantized
 from dsdpo.model.support import COMPARED
 from dsdpo.plan.shape import ModelShape
 from tests.dist.grid import run_config

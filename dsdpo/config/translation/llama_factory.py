@@ -199,7 +199,7 @@ LLAMA_FACTORY: dict[str, Rule] = {
     "compute_accuracy": no_effect("evaluation gives loss, perplexity or accuracy"),
     "disable_shuffling": refused("seed orders the data anew in every epoch; delete the line"),
     "early_stopping_steps": refused("training goes to its end; delete the line"),
-    "include_effective_tokens_per_second": no_effect("metrics.jsonl has tokens per second"),
+    "include_effective_tokens_per_second": no_effect("the metrics of a step have it"),
     "use_swanlab": refused("set report_to: wandb or tensorboard"),
     **each(
         no_effect("it belongs to use_swanlab"),

@@ -136,7 +136,7 @@ def _logging_steps(value: Any, given: Given) -> Meaning:
     """Below 1 it is a share of all steps."""
     count = number(value)
     if count is not None and count < 1:
-        return NoEffect("metrics.jsonl in output_dir has every step")
+        return NoEffect("the metrics in output_dir have every step")
     return Sets({"logging_steps": value})
 
 
@@ -148,7 +148,7 @@ def _save_total_limit(value: Any, given: Given) -> Meaning:
 
 def _report_to(value: Any, given: Given) -> Meaning:
     if value in ("all", ["all"]):
-        return NoEffect("metrics.jsonl in output_dir has every step; name tensorboard or wandb for more")
+        return NoEffect("the metrics in output_dir have every step; name tensorboard or wandb for more")
     return Sets({"report_to": value})
 
 
@@ -194,7 +194,7 @@ def _optim(value: Any, given: Given) -> Meaning:
 
 
 _ELSEWHERE = "it is about speed alone"
-_UPLOAD = "nothing is uploaded: `hf upload` takes final/ of output_dir"
+_UPLOAD = "nothing is uploaded: `hf upload` does that with the weights in output_dir"
 
 # Rules for names that are ours, too, and say something else or more there.
 SHARED: dict[str, Rule] = {
@@ -248,7 +248,7 @@ TRAINER: dict[str, Rule] = {
     ),
     **each(no_effect("checkpoints hold what a run needs to go on"), "save_only_model save_safetensors"),
     **each(
-        no_effect("metrics.jsonl in output_dir has every step"),
+        no_effect("the metrics in output_dir have every step"),
         "logging_dir logging_strategy logging_first_step logging_nan_inf_filter log_level log_level_replica "
         "log_on_each_node include_num_input_tokens_seen include_tokens_per_second skip_memory_metrics debug "
         "project trackio_space_id trackio_bucket_id trackio_static_space_id",

@@ -10,6 +10,7 @@ from dsdpo.config.translation.rules import NOT_SET, Given, is_off, number
 
 _SHAPE = ("lora_rank", "lora_r", "lora_alpha", "lora_target", "lora_target_modules")
 _OF_ADAPTERS = (*_SHAPE, "lora_dropout")
+_OF_FOUR_BITS = ("quantization_type", "double_quantization")
 _OF_LOSSES = ("simpo_gamma", "discopop_tau", "f_alpha_divergence_coef", "cpo_alpha")
 _MEANS_NONE = ("max_length", "max_grad_norm")  # their null is no "not set"
 
@@ -25,6 +26,8 @@ def unread(name: str, value: Any, given: Given, stage: str, is_full: bool) -> st
         return "finetuning_type is full"
     if given.get("adapter_name_or_path") and name in _SHAPE and is_off(given.get("create_new_adapter")):
         return "the adapter in adapter_name_or_path has its own"
+    if name in _OF_FOUR_BITS and number(given.get("quantization_bit")) != 4 and is_off(given.get("load_in_4bit")):
+        return "quantization_bit is not 4"
     if name not in RunConfig.model_fields:
         return ""
     is_noise = name == "neftune_noise_alpha" and not is_off(value)  # other trainers have it in every stage

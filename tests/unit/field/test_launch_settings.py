@@ -22,12 +22,13 @@ PLAIN = "zero_optimization:\n  stage: 3\n"
 ACCELERATE, NO_TARGET = [("accelerate-config", "deepspeed")], [("lora-target-unknown", "lora_target")]
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 BATCH = [("accelerate-launch", "train_batch_size")]
+OTHER_STAGE = [("accelerate-launch", "deepspeed")]
 STAGE3 = '{"zero_optimization": {"stage": 3}}'
 
 # files of the folder, variables of the environment, arguments of the command line, codes and options
 TABLE: dict[str, tuple[dict[str, str], dict[str, str], list[str], list[tuple[str, str]]]] = {
     "an FSDP config": ({"a.yaml": FSDP}, {}, ["--deepspeed", "a.yaml"], ACCELERATE),
-    "a stage 2 config": ({"a.yml": TWO}, {}, ["--deepspeed", "a.yml"], ACCELERATE),
+    "a stage 2 config": ({"a.yml": TWO}, {}, ["--deepspeed", "a.yml"], []),
     "one that names a JSON": ({"a": NAMES_A_FILE}, {}, ["--deepspeed", "a"], ACCELERATE),
     "one as JSON": ({"a.json": '{"distributed_type": "NO"}'}, {}, ["--deepspeed", "a.json"], ACCELERATE),
     "DeepSpeed's keys as YAML": ({"z.yaml": PLAIN}, {}, ["--deepspeed", "z.yaml"], [("deepspeed-file", "deepspeed")]),
@@ -38,9 +39,10 @@ TABLE: dict[str, tuple[dict[str, str], dict[str, str], list[str], list[tuple[str
     "no offload": ({}, {}, ["--deepspeed", '{"zero_optimization": {"stage": 3, "offload_optimizer": null}}'], []),
     "offload auto": ({}, {}, ["--deepspeed", '{"zero_optimization": {"stage": 3, "offload_param": "auto"}}'], []),
     "a mapping": ({}, {}, ["--deepspeed", STAGE3], []),
-    "stage 2 by the launcher": ({}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, [], [("accelerate-launch", "deepspeed")]),
+    "stage 2 by the launcher": ({}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, [], []),
+    "another stage": ({}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, ["--deepspeed", STAGE3], OTHER_STAGE),
     "the same stage": ({}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ["--deepspeed", STAGE3], []),
-    "fp16 by the launcher": ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, [], [("accelerate-launch", "precision")]),
+    "fp16 by the launcher": ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, [], []),
     "no precision by the launcher": ({}, {"ACCELERATE_MIXED_PRECISION": "no"}, [], []),
     "FSDP by the launcher": ({}, {"ACCELERATE_USE_FSDP": "true"}, [], [("accelerate-launch", "deepspeed")]),
     "accumulation by the launcher": ({}, {ACCUMULATION: "4"}, [], BATCH),

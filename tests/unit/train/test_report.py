@@ -61,7 +61,7 @@ def test_the_next_commands_can_be_pasted(run_dir: RunDir, whole_model: bool) -> 
         (run_dir.final / "adapter_config.json").unlink()
     Path(f"{run_dir}-{'exported' if whole_model else 'merged'}").mkdir()
     chat, export = map(shlex.split, next_commands(run_dir))
-    parser = cli._parser()
+    parser, _ = cli._parser()
     assert parser.parse_args(chat[chat.index("chat") :]).model == str(run_dir)
     parsed = parser.parse_args(export[export.index("export") :])
     assert (parsed.output_dir, parsed.merge) == (str(run_dir), not whole_model)
