@@ -31,6 +31,8 @@ _ATTENTION = {
     "fa3": "flash_attention_3",
     "disabled": "sdpa",
 }
+# What is cut is counted. keep_end, our default, keeps answers whole.
+_CUT = "an example beyond it loses the prompt's oldest tokens (truncation_mode), there prompt and answer in proportion"
 
 
 def defaults(stage: str, given: Given) -> dict[str, Any]:
@@ -49,6 +51,8 @@ def differs(stage: str, given: Given) -> dict[str, str]:
         found["packing"] = BATCH_OF_EXAMPLES
     if stage == "pt":
         found["packing"] = "a step counts chunks of at most max_length tokens, each of one text"
+    elif given.get("truncation_mode") is None:
+        found["cutoff_len"] = _CUT
     has_reference = stage == "kto" or (stage == "dpo" and _loss_name(given) not in ("orpo", "simpo"))
     if has_reference and given.get("adapter_name_or_path") and is_off(given.get("create_new_adapter")):
         found["adapter_name_or_path"] = "the reference is the model with this adapter, there the model without it"
