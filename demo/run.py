@@ -92,6 +92,7 @@ def main() -> None:
     os.chdir(ROOT)
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # of libraries, to libraries
     warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # it misses a kernel that nothing here uses
     logging.getLogger("sqlglot").setLevel(logging.ERROR)  # the base's answers are often no SQL, which is no news
     start = time.monotonic()
 

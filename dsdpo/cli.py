@@ -6,6 +6,7 @@ import argparse
 import atexit
 import dataclasses
 import gc
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -21,11 +22,14 @@ if TYPE_CHECKING:
     from dsdpo.launch.task import Task
 
 INTERRUPTED = 130
+_NO_CONFIG = "give RUN.yaml, or options such as --model_name_or_path"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code (see `dsdpo.errors`)."""
     atexit.register(gc.freeze)  # or the last collection looks at all that was imported: a second for torch and the like
+    # PEFT imports bitsandbytes where it is installed, which then misses a kernel that dsdpo does not use
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     arguments = sys.argv[1:] if argv is None else argv
     parser, commands = _parser()
     place = next((i for i, word in enumerate(arguments) if word in commands), len(arguments))
@@ -62,8 +66,7 @@ def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
     from dsdpo.launch.task import Task
     from dsdpo.launch.worker import join
 
-    if not _named_config(args, overrides):
-        args.usage_error("give RUN.yaml, or options such as --model_name_or_path")
+    _name_config(args, overrides)
     more = {name: getattr(args, name) for name in ("model", "fresh", "confirmed") if hasattr(args, name)}
     task = Task(args.command, args.config, overrides, typed=tuple(args.typed), **more)
     if args.command == "eval":
@@ -76,13 +79,14 @@ def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
     return supervise(task, cluster)
 
 
-def _named_config(args: argparse.Namespace, overrides: list[str]) -> bool:
-    """Put the file of --config in its place. Returns whether anything says what to do."""
+def _name_config(args: argparse.Namespace, overrides: list[str], missing: str = _NO_CONFIG) -> None:
+    """Put the file of --config in its place. Ends the command where there is neither a config nor an option."""
     if file := getattr(args, "file", None):
         if args.config:
             args.usage_error(f"found {args.config} and --config {file}; give one run config")
         args.config = file
-    return bool(args.config or overrides)
+    if not args.config and not overrides:
+        args.usage_error(missing)
 
 
 def _evaluation(args: argparse.Namespace, task: Task) -> Task:
@@ -109,8 +113,7 @@ def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
     from dsdpo.launch.preflight import preflight
     from dsdpo.launch.task import prepare_data
 
-    if not _named_config(args, overrides):
-        args.usage_error("give RUN.yaml, or options such as --model_name_or_path")
+    _name_config(args, overrides)
     config, _ = preflight(args.config, overrides, "prepare")
     prepare_data(config, trains=False)
 
@@ -149,8 +152,7 @@ def _import_checkpoint(args: argparse.Namespace, _: list[str]) -> None:
 def _import_config(args: argparse.Namespace, overrides: list[str]) -> int:
     from dsdpo.tools.import_config import import_config
 
-    if not _named_config(args, overrides):
-        args.usage_error("give another trainer's config, or its options")
+    _name_config(args, overrides, "give another trainer's config, or its options")
     return import_config(args.config, overrides, args.to, args.num_accelerators)
 
 

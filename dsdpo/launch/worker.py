@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -33,8 +32,6 @@ def join(task: Task, mesh: Mesh, token: str | None) -> int:
     supervised = token is not None
     if not os.environ.get("PYTHONWARNINGS"):  # a supervisor sets it, for the launcher too
         warnings.simplefilter("ignore", FutureWarning)  # of libraries, to libraries, once per rank
-    # PEFT imports bitsandbytes where it is installed, which then misses a kernel that dsdpo does not use
-    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     config, zero, trouble = _read(task, mesh, supervised)
     run_dir = None if config is None else RunDir(Path(config.output_dir))
     if run_dir is not None and token is not None:
