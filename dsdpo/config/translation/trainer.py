@@ -208,7 +208,6 @@ SHARED: dict[str, Rule] = {
     "save_steps": _steps("save_steps"),
     "eval_steps": _steps("eval_steps"),
     "resume_from_checkpoint": _resume,
-    "cache_dir": no_effect("it is for downloads, which go to HF_HUB_CACHE; prepared data is beside output_dir"),
     "gradient_checkpointing": lambda value, given: (
         NoEffect(NOT_SET) if value is None else Sets({"gradient_checkpointing": value})
     ),
@@ -216,6 +215,7 @@ SHARED: dict[str, Rule] = {
 
 # More of them, where every option is another trainer's.
 OWN: dict[str, Rule] = {
+    "cache_dir": no_effect("it is for downloads, which go to HF_HUB_CACHE; prepared data is beside output_dir"),
     "warmup_steps": _not_beside_constant(_warmup_steps),
     "warmup_ratio": _not_beside_constant(option("warmup_ratio")),
 }

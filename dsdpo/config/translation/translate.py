@@ -136,11 +136,11 @@ def translate(
     done = Translation(dict(values), dict(origins))
     if not any(is_known(name) for name in values if name not in RunConfig.model_fields):
         return done
-    deciding = _deciding(values, origins)
+    deciding, are_theirs = _deciding(values, origins)
     source, is_mixed = _source_of(deciding)
     done.source = source.name
     given = dict(values)
-    takes_defaults = not is_mixed and all(name in COMMON for name in deciding if name in RunConfig.model_fields)
+    takes_defaults = are_theirs and not is_mixed
     if takes_defaults and given.get("stage") is None:
         _take_stage(done, source, given)
     stage = STAGE_ALIASES.get(str(given.get("stage", "dpo")), str(given.get("stage", "dpo")))
@@ -158,14 +158,16 @@ def translate(
     return done
 
 
-def _deciding(values: Mapping[str, Any], origins: Mapping[str, str]) -> set[str]:
-    """The options that tell whose all are: those of the file, where it has another trainer's, so that a change on the
-    command line changes that alone; else all but those of ours that do not change what is learned."""
-    in_file = {name for name in values if origins.get(name) != COMMAND_LINE}
-    if any(is_known(name) for name in in_file - RunConfig.model_fields.keys()):
-        return in_file
+def _deciding(values: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[set[str], bool]:
+    """The options that tell whose all are, and whether all are another trainer's: those of the file, where it has
+    some of another trainer; else all but those of ours that do not change what is learned. A file of ours stays ours,
+    so that a change on the command line changes that alone."""
     fields = RunConfig.model_fields
-    return {name for name in values if name in COMMON or name not in fields or resume_policy(fields[name]) != "free"}
+    in_file = {name for name in values if origins.get(name) != COMMAND_LINE}
+    if any(is_known(name) for name in in_file - fields.keys()):
+        return in_file, in_file & fields.keys() <= COMMON
+    found = {name for name in values if name in COMMON or name not in fields or resume_policy(fields[name]) != "free"}
+    return found, not in_file and found & fields.keys() <= COMMON
 
 
 def _source_of(names: set[str]) -> tuple[Source, bool]:

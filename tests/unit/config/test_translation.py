@@ -121,6 +121,15 @@ def test_the_command_line_changes_no_more_than_it_says(tokens: list[str], tmp_pa
     assert (run.learning_rate, run.num_train_epochs, run.lr_scheduler_type) == (5e-5, 3.0, "linear")
 
 
+@pytest.mark.parametrize("tokens", [["--cutoff_len", "256"], ["max_seq_length=256"], ["--bf16", "--lora_r", "4"]])
+def test_a_run_config_of_ours_stays_ours(tokens: list[str], tmp_path: Path) -> None:
+    """Also one whose options all have their names at other trainers, too."""
+    options = {"model_name_or_path": "m", "dataset": "d", "output_dir": "out", "stage": "dpo", "cache_dir": "c"}
+    plain, changed = values(tmp_path, options), values(tmp_path, options, *tokens)
+    said = {"max_length", "precision", "lora_rank"}
+    assert changed.model_dump(exclude=said) == plain.model_dump(exclude=said) and changed != plain
+
+
 def test_a_command_of_another_trainer_may_have_options_of_ours_that_change_nothing_learned() -> None:
     words = [
         "--stage",
