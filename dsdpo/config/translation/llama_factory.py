@@ -88,7 +88,7 @@ def _loss(value: Any, given: Given) -> Meaning:
         return Refused(f"pref_loss is {name}; allowed: {', '.join(_LOSSES)}, or set loss_type")
     if is_off(share):
         return Sets({"loss_type": [_LOSSES[name]]})
-    return Sets({"loss_type": [_LOSSES[name], "sft"], "loss_weights": [1.0, float(share)]})
+    return Sets({"loss_type": [_LOSSES[name], "sft"], "loss_weights": [1.0, share]})
 
 
 def _smoothing(value: Any, given: Given) -> Meaning:

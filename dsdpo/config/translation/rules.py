@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -49,11 +50,12 @@ def is_off(value: Any) -> bool:
 
 
 def number(value: Any) -> float | None:
-    """A value as a number; None where it is none."""
+    """A value as a number; None where it is none, infinite or nan."""
     try:
-        return float(value)
+        found = float(value)
     except (TypeError, ValueError):
         return None
+    return found if math.isfinite(found) else None
 
 
 def option(name: str, **words: Any) -> Rule:

@@ -112,7 +112,7 @@ def _rpo(value: Any, given: Given) -> Meaning:
     if is_off(value):
         return NoEffect(NOT_SET)
     losses = lossless_list(given.get("loss_type") or "sigmoid")
-    return Sets({"loss_type": [*losses, "sft"], "loss_weights": [*[1.0] * len(losses), float(value)]})
+    return Sets({"loss_type": [*losses, "sft"], "loss_weights": [*[1.0] * len(losses), value]})
 
 
 def _targets(value: Any, given: Given) -> Meaning:

@@ -175,6 +175,8 @@ def test_the_size_of_a_step(options: dict[str, Any], ranks: int | None, size: in
         ({"per_device_train_batch_size": 2, "train_batch_size": 16}, ("set-twice", "train_batch_size")),
         ({"per_device_train_batch_size": 0}, ("value", "per_device_train_batch_size")),
         ({"gradient_accumulation_steps": "auto"}, ("value", "gradient_accumulation_steps")),
+        ({"per_device_train_batch_size": "inf"}, ("value", "per_device_train_batch_size")),
+        ({"per_device_train_batch_size": "nan"}, ("value", "per_device_train_batch_size")),
     ],
 )
 def test_a_wrong_size_of_a_step(options: dict[str, Any], problem: tuple[str, str], tmp_path: Path) -> None:

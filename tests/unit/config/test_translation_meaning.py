@@ -107,6 +107,11 @@ def test_options_of_llama_factory(options: dict[str, Any], want: dict[str, Any],
         (LLAMA_FACTORY, {"template": "default"}, ("not-supported", "template")),
         (LLAMA_FACTORY, {"enable_thinking": False}, ("not-supported", "enable_thinking")),
         (TRL, {"max_length": None}, ("value", "max_length")),
+        # no number
+        (TRL, {"rpo_alpha": "half"}, ("value", "loss_weights")),
+        (LLAMA_FACTORY, {"pref_ftx": [0.5]}, ("value", "loss_weights")),
+        (LLAMA_FACTORY, {"warmup_steps": float("inf")}, ("value", "warmup_steps")),
+        (TRL, {"warmup_steps": float("nan")}, ("value", "warmup_steps")),
         # another course
         (LLAMA_FACTORY, {"lr_scheduler_type": "constant", "warmup_steps": 5}, ("not-supported", "warmup_steps")),
         (TRL, {"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, ("not-supported", "warmup_ratio")),
