@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsdpo.config.stages import STAGE_ALIASES
 from dsdpo.config.translation.llama_factory_data import DATA, SYSTEMS, adapters, template
 from dsdpo.config.translation.rules import (
     NOT_SET,
@@ -65,9 +64,8 @@ def stage_of(given: Given) -> str | None:
 
 
 def _beta(value: Any, given: Given) -> Meaning:
-    stage = STAGE_ALIASES.get(str(given.get("stage", "sft")), given.get("stage", "sft"))
-    if value is None or stage not in ("dpo", "kto"):
-        return NoEffect(f"stage {stage} has no reference")
+    if value is None or given["stage"] not in ("dpo", "kto"):
+        return NoEffect(f"stage {given['stage']} has no reference")
     return Sets({"beta": value})
 
 
@@ -77,7 +75,7 @@ def _loss_name(given: Given) -> str:
 
 def _loss(value: Any, given: Given) -> Meaning:
     """`pref_loss` and `pref_ftx` together: the likelihood of the chosen answer is a second loss."""
-    stage = given.get("stage", "sft")
+    stage = given["stage"]
     share = given.get("pref_ftx", given.get("dpo_ftx", given.get("ftx_gamma")))
     if stage == "kto" and value == share and not is_off(share):
         return Refused("stage kto has no second loss; delete the line")
@@ -92,14 +90,14 @@ def _loss(value: Any, given: Given) -> Meaning:
 
 
 def _smoothing(value: Any, given: Given) -> Meaning:
-    if is_off(value) or given.get("stage") != "dpo":
+    if is_off(value) or given["stage"] != "dpo":
         return NoEffect(NOT_SET)
     return Sets({"label_smoothing": value})
 
 
 def _of_stage(stage: str, name: str) -> Rule:
     def rule(value: Any, given: Given) -> Meaning:
-        if value is None or given.get("stage") != stage:
+        if value is None or given["stage"] != stage:
             return NoEffect(f"stage {stage} reads it")
         return Sets({name: value})
 

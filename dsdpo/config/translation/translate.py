@@ -143,7 +143,7 @@ def translate(
     takes_defaults = are_theirs and not is_mixed
     if takes_defaults and given.get("stage") is None:
         _take_stage(done, source, given)
-    stage = STAGE_ALIASES.get(str(given.get("stage", "dpo")), str(given.get("stage", "dpo")))
+    stage = given["stage"] = STAGE_ALIASES.get(str(given.get("stage", "dpo")), str(given.get("stage", "dpo")))
     own = source.defaults(stage, given) if takes_defaults and stage in STAGES else {}
     if own:
         _take_unread(done, source, given, stage, own)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from dsdpo.config.schema import RunConfig
-from dsdpo.config.stages import STAGE_ALIASES
 from dsdpo.config.translation.rules import (
     NOT_SET,
     Given,
@@ -98,7 +97,7 @@ def _peft(value: Any, given: Given) -> Meaning:
 def _loss(value: Any, given: Given) -> Meaning:
     """Of SFTConfig and KTOConfig; that of DPOConfig has our names."""
     names = lossless_list(value or "")
-    stage = STAGE_ALIASES.get(str(given.get("stage")), given.get("stage"))
+    stage = given["stage"]
     if value is None or names in (["nll"], ["kto"]) or (names == ["chunked_nll"]):
         return NoEffect("the stage says it")
     if stage in ("sft", "kto"):
@@ -122,7 +121,7 @@ def _targets(value: Any, given: Given) -> Meaning:
 
 
 def _to_save(value: Any, given: Given) -> Meaning:
-    if given.get("stage") in ("rm", "rw", "reward") and lossless_list(value or "") == ["score"]:
+    if given["stage"] == "rm" and lossless_list(value or "") == ["score"]:
         return NoEffect("the head is trained whole")
     return NoEffect(NOT_SET) if is_off(value) else Refused(_WHOLE)
 

@@ -243,6 +243,22 @@ def test_two_names_that_agree_are_no_problem(tmp_path: Path) -> None:
     assert (run.max_length, run.precision, run.lora_rank) == (512, "bf16", 16)
 
 
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        ({"pref_beta": 0.3}, "beta", 0.3),
+        ({"pref_loss": "hinge"}, "loss_type", ["hinge"]),
+        ({"dpo_label_smoothing": 0.2}, "label_smoothing", 0.2),
+    ],
+)
+def test_beside_an_option_of_ours_alone_the_stage_is_our_default(
+    options: dict[str, Any], name: str, value: Any, tmp_path: Path
+) -> None:
+    without = {key: one for key, one in LLAMA_FACTORY.items() if key != "stage"}
+    run = values(tmp_path, without | options | {"max_refused": 0.5})
+    assert (run.stage, getattr(run, name)) == ("dpo", value)
+
+
 def test_names_of_several_trainers_may_stand_in_one_file(tmp_path: Path) -> None:
     """Then our defaults count."""
     options = {"model_name_or_path": "m", "dataset_name": "org/d", "output_dir": "out", "lora_r": 4, "pref_beta": 0.2}
