@@ -27,13 +27,14 @@ from dsdpo.config.translation.rules import (
     word,
 )
 
+_NO_NAME = (None, "", "none", "null")  # `no` may be one: Norwegian
 _READ_AS = "what a column means is told by its name, or by columns in an entry of dataset_info.json"
 
 
 def set_name(name: str, subset: Any = None, split: Any = None, share: float = 1.0) -> str:
     """A set of a hub by our name; files, and names with a split of their own, stay as they are."""
-    split = None if is_off(split) else str(split)
-    subset = None if is_off(subset) or subset == "default" else str(subset)
+    split = None if split in _NO_NAME else str(split)
+    subset = None if subset in (*_NO_NAME, "default") else str(subset)
     if share < 1.0:
         split = f"{split or 'train'}[:{round(100 * share)}%]"
     if subset:
@@ -59,7 +60,7 @@ def _dataset_name(value: Any, given: Given) -> Meaning:
 def _mixture(value: Any, given: Given) -> Meaning:
     """`datasets` of TRL, and `dataset_mixture` of the handbook: a list of sets with split, subset and weight."""
     block = value if isinstance(value, dict) else {"datasets": value, "test_split_size": given.get("test_split_size")}
-    sets = block.get("datasets") or []
+    sets = _sets(block)
     if not sets:
         return NoEffect(NOT_SET)
     names = []
@@ -80,9 +81,15 @@ def _mixture(value: Any, given: Given) -> Meaning:
     return Sets(found)
 
 
+def _sets(block: Mapping[str, Any]) -> list[Any]:
+    """Of a mixture; one name alone may be no list."""
+    found = block.get("datasets") or []
+    return found if isinstance(found, list) else lossless_list(found)
+
+
 def shares(block: Mapping[str, Any]) -> list[float]:
     """Of each set of a mixture that names one."""
-    weights = [number(one.get("weight")) for one in block.get("datasets") or [] if isinstance(one, dict)]
+    weights = [number(one.get("weight")) for one in _sets(block) if isinstance(one, dict)]
     return [weight for weight in weights if weight is not None]
 
 
