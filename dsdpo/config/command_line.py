@@ -17,7 +17,7 @@ from dsdpo.errors import Problem
 _OPTION = re.compile(r"--[A-Za-z]")
 _ASSIGNMENT = re.compile(r"([A-Za-z]\w*)=")
 _FILES = (".yaml", ".yml")  # of run configs
-_BOOLEAN = re.compile(r"(?i:true|false|yes|no|on|off|1|0)\Z")
+_BOOLEAN = re.compile(r"(?i:true|false|yes|no|on|off|[ytnf10])\Z")
 
 
 def parse_overrides(tokens: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:

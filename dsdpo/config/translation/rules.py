@@ -35,18 +35,19 @@ Rule: TypeAlias = Callable[[Any, Given], Meaning]
 """(value, all options of the run as they were given) -> what the option means."""
 
 NOT_SET = "it is not set"
-_OFF = ("", "none", "null", "false", "no", "off", "0", "0.0", "{}", "[]")
+_WORDS = dict.fromkeys(("yes", "on", "y", "t", "1"), "true") | dict.fromkeys(("no", "off", "n", "f", "0"), "false")
+_OFF = ("", "none", "null", "false", "0.0", "{}", "[]")
 
 
 def word(value: Any) -> str:
-    """A value as a word to compare: `True`, `true` and `yes` give `true`."""
+    """A value as a word to compare: `True`, `yes`, `y` and `t` give `true`."""
     text = "none" if value is None else str(value).strip().lower()
-    return {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}.get(text, text)
+    return _WORDS.get(text, text)
 
 
 def is_off(value: Any) -> bool:
     """Whether a value asks for nothing."""
-    return str(value).strip().lower() in _OFF if not isinstance(value, (list, dict)) else not value
+    return word(value) in _OFF if not isinstance(value, (list, dict)) else not value
 
 
 def number(value: Any) -> float | None:
