@@ -161,7 +161,7 @@ def _is_text_alone(key: str, node: yaml.Node) -> bool:
     field = RunConfig.model_fields.get(key)
     kinds = {get_origin(kind) for kind in value_kinds(field)} if field else set()
     is_list, is_mapping = isinstance(node, yaml.SequenceNode), isinstance(node, yaml.MappingNode)
-    takes_list = list in kinds or base_kind(key) in NUMERIC
+    takes_list = list in kinds or base_kind(key) in NUMERIC or takes_words(key)
     return (is_list and not takes_list) or (
         is_mapping and (dict not in kinds or not getattr(node, "flow_style", False))
     )
