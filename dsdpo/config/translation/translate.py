@@ -239,6 +239,7 @@ def _meaning(rule: Rule, name: str, value: Any, given: Given, stage: str) -> Mea
 
 def _set(done: Translation, name: str, options: Mapping[str, Any], place: str, set_by: dict[str, str]) -> None:
     """Set options of ours by one of theirs, unless another name has set them to something else."""
+    taken: dict[str, Any] = {}
     for option, value in options.items():
         earlier = set_by.get(option)
         if earlier is not None and earlier != name and _text(done.values[option]) != _text(value):
@@ -251,8 +252,10 @@ def _set(done: Translation, name: str, options: Mapping[str, Any], place: str, s
                 done.no_effect[name] = f"{earlier} on the command line wins"
                 continue
         done.values[option], done.origins[option], set_by[option] = value, place, name
-        if option != name:
-            done.renamed[name] = ", ".join(f"{one} {_text(found)}" for one, found in options.items())
+        taken[option] = value
+    if taken.keys() - {name}:
+        done.renamed[name] = ", ".join(f"{one} {_text(found)}" for one, found in taken.items())
+        done.no_effect.pop(name, None)
 
 
 def _take_batch(

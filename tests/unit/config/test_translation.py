@@ -222,6 +222,15 @@ def test_the_command_line_wins_whatever_the_names_are(
     assert getattr(values(tmp_path, base | options, *tokens), name) == value
 
 
+def test_an_option_of_which_the_command_line_replaces_a_part_is_told_by_the_other(tmp_path: Path) -> None:
+    sets = {"datasets": [{"id": "org/e"}], "test_split_size": 20}
+    options = {name: value for name, value in TRL.items() if name != "dataset_name"} | {"dataset_mixture": sets}
+    found = given(tmp_path, options, "--dataset", "other")
+    assert found.config is not None and (found.config.dataset, found.config.val_size) == (["other"], 20)
+    assert translation(found).renamed["dataset_mixture"] == "val_size 20"
+    assert "dataset_mixture" not in translation(found).no_effect
+
+
 @pytest.mark.parametrize(
     ("options", "option"),
     [
