@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trl
+import yaml
 from trl.scripts.utils import DatasetMixtureConfig
 
 from dsdpo.config.load import load
@@ -85,3 +87,28 @@ def test_nothing_is_written_where_something_is_refused(tmp_path: Path) -> None:
         import_config(str(path), [], str(tmp_path / "run.yaml"), None)
     assert ("not-supported", "use_dora") in [(problem.code, problem.option) for problem in raised.value.problems]
     assert not (tmp_path / "run.yaml").exists()
+
+
+def test_a_run_config_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+    written = tmp_path / "run.yaml"
+    written.write_text("mine")
+    with pytest.raises(ConfigError) as raised:
+        import_config(str(VALID[0]), expected(VALID[0]).options, str(written), 1)
+    assert [problem.code for problem in raised.value.problems] == ["exists"]
+    assert written.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"dataset_mixture": {"datasets": [{"id": "org/e", "data_files": "a.json"}]}}, "dataset_mixture"),
+        ({"dataset_mixer": {"org/e": 1.0}, "dataset_splits": ["train", "dev"]}, "dataset_mixer"),
+    ],
+)
+def test_a_part_of_a_mixture_that_cannot_be_read_is_refused(
+    options: dict[str, Any], option: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump({"model_name_or_path": "m", "stage": "dpo", "output_dir": "out", **options}))
+    problems = [(problem.code, problem.option) for problem in load(path, ranks=1).problems]
+    assert problems == [("not-supported", option), ("missing-option", "dataset")]

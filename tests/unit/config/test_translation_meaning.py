@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dsdpo.config.accelerate import run_options
 from dsdpo.config.command_line import separate
 from dsdpo.config.load import load
 from dsdpo.config.rules import check_rules
@@ -128,6 +129,11 @@ def test_options_of_llama_factory(options: dict[str, Any], want: dict[str, Any],
         (LLAMA_FACTORY, {"adapter_name_or_path": "a,b"}, ("not-supported", "adapter_name_or_path")),
         (LLAMA_FACTORY, {"ref_model": "other"}, ("not-supported", "ref_model")),
         (LLAMA_FACTORY, {"rope_scaling": "linear"}, ("not-supported", "rope_scaling")),
+        (
+            LLAMA_FACTORY,
+            {"quantization_bit": 4, "quantization_method": "hqq"},
+            ("not-supported", "quantization_method"),
+        ),
     ],
 )
 def test_what_would_train_something_else_is_refused(
@@ -263,6 +269,16 @@ def test_accelerate_launch_is_followed(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(config))
     assert values(tmp_path, TRL).deepspeed == str(config)
     assert values(tmp_path, TRL | {"deepspeed": "own.json"}).deepspeed == "own.json"
+
+
+def test_a_config_of_accelerate_names_what_is_offloaded_and_where() -> None:
+    block = {"zero_stage": 3, "offload_param_device": "nvme", "offload_param_nvme_path": "/fast"}
+    file = {"distributed_type": "DEEPSPEED", "deepspeed_config": block}
+    zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/fast"}}
+    assert run_options(file)["deepspeed"] == {"zero_optimization": zero}
+    block["zero_stage"] = 2  # where parameters are not sharded, none are offloaded
+    assert run_options(file)["deepspeed"] == {"zero_optimization": {"stage": 2}}
+    assert run_options(file | {"mixed_precision": "fp8"}) == {}  # so that the file is refused
 
 
 # --- trainers that are not read ---
