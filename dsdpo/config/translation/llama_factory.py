@@ -118,10 +118,6 @@ def _no_checkpointing(value: Any, given: Given) -> Meaning:
     return NoEffect(NOT_SET) if value is None else Sets({"gradient_checkpointing": is_off(value)})
 
 
-def _targets(value: Any, given: Given) -> Meaning:
-    return NoEffect(NOT_SET) if value is None or value == "" else Sets({"lora_target": value})
-
-
 def _reference(value: Any, given: Given) -> Meaning:
     if value is None or value == given.get("model_name_or_path"):
         return NoEffect("the reference is the untrained model")
@@ -132,15 +128,6 @@ def _method(value: Any, given: Given) -> Meaning:
     if value is None or word(value) in ("bnb", "bitsandbytes"):
         return NoEffect("weights are quantized by bitsandbytes")
     return Refused("weights are quantized by bitsandbytes: write bnb")
-
-
-def _quantized(name: str) -> Rule:
-    """How weights are quantized; means nothing where they are not."""
-
-    def rule(value: Any, given: Given) -> Meaning:
-        return NoEffect("quantization_bit is not set") if is_off(given.get("quantization_bit")) else Sets({name: value})
-
-    return rule
 
 
 _OTHER_OPTIMIZER = refused("the optimizer is AdamW; delete the line")
@@ -244,9 +231,6 @@ LLAMA_FACTORY: dict[str, Rule] = {
     **each(no_effect("a token is read from HF_TOKEN, or from `hf auth login`"), "hf_hub_token om_hub_token"),
     "ms_hub_token": no_effect("a token is read from MODELSCOPE_API_TOKEN"),
     "trust_remote_code": no_effect("no code of a model's folder is run"),
-    "quantization_bit": option("quantization_bit"),
-    "quantization_type": _quantized("quantization_type"),
-    "double_quantization": _quantized("double_quantization"),
     "quantization_method": _method,
     "quantization_device_map": no_effect("each rank quantizes while it loads"),
     **each(
@@ -283,4 +267,5 @@ OWN: dict[str, Rule] = {"template": template, "adapter_name_or_path": adapters}
 
 # By these, options are LLaMA-Factory's, and not TRL's.
 SIGNS = frozenset(LLAMA_FACTORY) - {"generation_max_length", "generation_num_beams", "generation_config"}
-SIGNS |= {"dataset_dir", "finetuning_type", "lora_rank", "lora_target", "template", "quantization_bit", "mask_history"}
+SIGNS |= {"dataset_dir", "finetuning_type", "lora_rank", "lora_target", "template", "mask_history"}
+SIGNS |= {"quantization_bit", "quantization_type", "double_quantization"}

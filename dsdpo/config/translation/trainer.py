@@ -170,10 +170,6 @@ def _resume(value: Any, given: Given) -> Meaning:
     return Sets({"resume_from_checkpoint": value})
 
 
-def _revision(value: Any, given: Given) -> Meaning:
-    return NoEffect("it is what is taken anyway") if value in (None, "", "main") else Sets({"model_revision": value})
-
-
 def _data_seed(value: Any, given: Given) -> Meaning:
     if value is None or str(value) == str(given.get("seed", 42)):
         return NoEffect("seed orders the data")
@@ -232,7 +228,6 @@ TRAINER: dict[str, Rule] = {
     "adam_eps": option("adam_epsilon"),
     "max_norm": option("max_grad_norm"),
     "gradient_clipping": option("max_grad_norm"),
-    "model_revision": _revision,
     **each(no_effect("the command says it"), "do_train"),
     **each(no_effect("eval_dataset and val_size say it"), "do_eval eval_on_start eval_delay"),
     **each(refused("`dsdpo chat` and `dsdpo eval` come after the training; delete the line"), "do_predict"),

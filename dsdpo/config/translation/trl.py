@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsdpo.config.schema import RunConfig
 from dsdpo.config.translation.rules import (
     NOT_SET,
     Given,
@@ -38,7 +37,7 @@ def defaults(stage: str, given: Given) -> dict[str, Any]:
     found["truncation_mode"] = _TRUNCATION.get(stage, "keep_start")
     if stage == "sft":
         found["disable_dropout"] = False
-    if "double_quantization" in RunConfig.model_fields and not is_off(given.get("load_in_4bit")):
+    if not is_off(given.get("load_in_4bit")):
         found["double_quantization"] = False
     if is_off(given.get("use_peft", given.get("use_lora"))) and given.get("finetuning_type") != "lora":
         return found | {"finetuning_type": "full"}

@@ -13,6 +13,8 @@ from trl.scripts.utils import DatasetMixtureConfig
 
 from dsdpo.config.load import load
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.translation import llama_factory, trainer
+from dsdpo.config.translation import trl as trl_names
 from dsdpo.config.translation.translate import is_known
 from dsdpo.errors import ConfigError
 from dsdpo.tools.import_config import import_config
@@ -66,6 +68,12 @@ def test_the_files_name_every_option_of_both_trainers() -> None:
 def test_no_option_of_both_trainers_is_unknown() -> None:
     names = {*TRL_FIELDS, *LLAMA_FACTORY} - RunConfig.model_fields.keys()
     assert sorted(name for name in names if not is_known(name)) == []
+
+
+def test_no_table_of_another_trainer_s_names_has_one_of_ours() -> None:
+    """Its rule would never be asked: names of ours have theirs in SHARED and OWN."""
+    names = {*llama_factory.LLAMA_FACTORY, *trl_names.TRL, *trainer.TRAINER}
+    assert sorted(names & RunConfig.model_fields.keys()) == []
 
 
 @pytest.mark.parametrize("with_ranks", [True, False], ids=["ranks", "no-ranks"])
