@@ -14,6 +14,7 @@ from dsdpo.config.translation.rules import (
     Rule,
     Sets,
     each,
+    flag,
     is_off,
     no_effect,
     option,
@@ -112,10 +113,6 @@ def _attention(value: Any, given: Given) -> Meaning:
     if name not in _ATTENTION:
         return Refused("set attn_implementation")
     return Sets({"attn_implementation": _ATTENTION[name]})
-
-
-def _no_checkpointing(value: Any, given: Given) -> Meaning:
-    return NoEffect(NOT_SET) if value is None else Sets({"gradient_checkpointing": is_off(value)})
 
 
 def _reference(value: Any, given: Given) -> Meaning:
@@ -224,7 +221,7 @@ LLAMA_FACTORY: dict[str, Rule] = {
         "use_kv_cache use_v1_kernels disable_version_checking offload_folder device_map compute_dtype "
         "print_param_status",
     ),
-    "disable_gradient_checkpointing": _no_checkpointing,
+    "disable_gradient_checkpointing": flag("gradient_checkpointing", on=False, off=True),
     "moe_aux_loss_coef": refused("a router has no loss of its own here; delete the line"),
     "train_from_scratch": refused("training begins with trained weights; delete the line"),
     **each(no_effect("`dsdpo chat` answers by transformers"), "infer_backend infer_dtype"),

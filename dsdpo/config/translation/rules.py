@@ -76,7 +76,7 @@ def flag(name: str, on: Any, off: Any = None) -> Rule:
 
     def rule(value: Any, given: Given) -> Meaning:
         if not is_off(value):
-            return Sets({name: on})
+            return Sets({name: on}) if word(value) == "true" else Refused("write true or false")
         return NoEffect(NOT_SET) if off is None or value is None else Sets({name: off})
 
     return rule

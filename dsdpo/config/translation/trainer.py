@@ -13,6 +13,7 @@ from dsdpo.config.translation.rules import (
     Rule,
     Sets,
     each,
+    flag,
     is_off,
     no_effect,
     number,
@@ -45,15 +46,6 @@ def uncut(given: Given) -> dict[str, str]:
 # Their defaults, where ours differ and change what is learned.
 TRAINER_DEFAULTS: dict[str, Any] = {"learning_rate": 5e-5, "num_train_epochs": 3.0, "lr_scheduler_type": "linear"}
 PER_DEVICE = 8  # per_device_train_batch_size
-
-
-def _half(name: str) -> Rule:
-    """`bf16: true` and `fp16: true`. Where both are false, the model's own type or TRL's `dtype` decides."""
-
-    def rule(value: Any, given: Given) -> Meaning:
-        return NoEffect(NOT_SET) if is_off(value) else Sets({"precision": name})
-
-    return rule
 
 
 def dtype(value: Any, given: Given) -> Meaning:
@@ -217,9 +209,9 @@ OWN: dict[str, Rule] = {
 }
 
 TRAINER: dict[str, Rule] = {
-    "bf16": _half("bf16"),
-    "fp16": _half("fp16"),
-    "pure_bf16": _half("bf16"),
+    "bf16": flag("precision", "bf16"),
+    "fp16": flag("precision", "fp16"),
+    "pure_bf16": flag("precision", "bf16"),
     "optim": _optim,
     "data_seed": _data_seed,
     "save_strategy": _when("save_steps"),

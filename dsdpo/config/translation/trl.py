@@ -13,6 +13,7 @@ from dsdpo.config.translation.rules import (
     Rule,
     Sets,
     each,
+    flag,
     is_off,
     lossless_list,
     no_effect,
@@ -87,12 +88,6 @@ _OWN = {
 }
 
 
-def _peft(value: Any, given: Given) -> Meaning:
-    if value is None:
-        return NoEffect(NOT_SET)
-    return Sets({"finetuning_type": "full" if is_off(value) else "lora"})
-
-
 def _loss(value: Any, given: Given) -> Meaning:
     """Of SFTConfig and KTOConfig; that of DPOConfig has our names."""
     names = lossless_list(value or "")
@@ -128,7 +123,7 @@ def _to_save(value: Any, given: Given) -> Meaning:
 def _half(value: Any, given: Given) -> Meaning:
     """Without it, and without fp16, TRL takes bf16; switched off, the type of the weights decides."""
     if not is_off(value):
-        return Sets({"precision": "bf16"})
+        return flag("precision", "bf16")(value, given)
     weights = [given.get(name) for name in ("dtype", "torch_dtype") if given.get(name) is not None]
     if value is None or weights or not is_off(given.get("fp16")):
         return NoEffect(NOT_SET)
@@ -142,10 +137,6 @@ def _wandb(name: str) -> Rule:
         return Refused(f"set {name} where the command is started")
 
     return rule
-
-
-def _bits(count: int) -> Rule:
-    return lambda value, given: NoEffect(NOT_SET) if is_off(value) else Sets({"quantization_bit": count})
 
 
 def _quantized(name: str) -> Rule:
@@ -190,8 +181,8 @@ SHARED: dict[str, Rule] = {"loss_type": _loss, "center_rewards_coefficient": _ce
 
 TRL: dict[str, Rule] = {
     **DATA,
-    "use_peft": _peft,
-    "use_lora": _peft,
+    "use_peft": flag("finetuning_type", "lora", off="full"),
+    "use_lora": flag("finetuning_type", "lora", off="full"),
     "lora_r": option("lora_rank"),
     "lora_target_modules": _targets,
     "lora_task_type": no_effect("the stage says it"),
@@ -202,8 +193,8 @@ TRL: dict[str, Rule] = {
         "use_rslora use_dora lora_target_parameters",
     ),
     "lora_init_lora_weights": only("true", why="it is PEFT's own way", remedy="only PEFT's own way is: write true"),
-    "load_in_4bit": _bits(4),
-    "load_in_8bit": _bits(8),
+    "load_in_4bit": flag("quantization_bit", 4),
+    "load_in_8bit": flag("quantization_bit", 8),
     "bnb_4bit_quant_type": _quantized("quantization_type"),
     "use_bnb_nested_quant": _quantized("double_quantization"),
     "bnb_4bit_quant_storage": no_effect("it follows from precision and the ZeRO stage"),
@@ -212,9 +203,7 @@ TRL: dict[str, Rule] = {
     "trust_remote_code": no_effect("no code of a model's folder is run; docs/formats.md lists the families"),
     "model_init_kwargs": refused("write its keys as options of their own: precision, attn_implementation"),
     "model_code_revision": refused("no code of a model's folder is run; delete the line"),
-    "use_flash_attention_2": lambda value, given: (
-        NoEffect(NOT_SET) if is_off(value) else Sets({"attn_implementation": "flash_attention_2"})
-    ),
+    "use_flash_attention_2": flag("attn_implementation", "flash_attention_2"),
     "router_aux_loss_coef": refused("a router has no loss of its own here; delete the line"),
     "chat_template_path": _template,
     "chat_template": _template,

@@ -116,6 +116,17 @@ def test_options_of_llama_factory(options: dict[str, Any], want: dict[str, Any],
         (LLAMA_FACTORY, {"pref_ftx": [0.5]}, ("value", "loss_weights")),
         (LLAMA_FACTORY, {"warmup_steps": float("inf")}, ("value", "warmup_steps")),
         (TRL, {"warmup_steps": float("nan")}, ("value", "warmup_steps")),
+        # neither on nor off
+        (TRL, {"bf16": "treu"}, ("not-supported", "bf16")),
+        (TRL, {"use_peft": "lora"}, ("not-supported", "use_peft")),
+        (TRL, {"use_peft": True, "load_in_4bit": "nf4"}, ("not-supported", "load_in_4bit")),
+        (TRL, {"use_flash_attention_2": 2}, ("not-supported", "use_flash_attention_2")),
+        (LLAMA_FACTORY, {"fp16": "auto"}, ("not-supported", "fp16")),
+        (
+            LLAMA_FACTORY,
+            {"disable_gradient_checkpointing": "full"},
+            ("not-supported", "disable_gradient_checkpointing"),
+        ),
         # another course
         (LLAMA_FACTORY, {"lr_scheduler_type": "constant", "warmup_steps": 5}, ("not-supported", "warmup_steps")),
         (TRL, {"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, ("not-supported", "warmup_ratio")),
