@@ -125,6 +125,11 @@ class ModelSource:
         return modelscope.fetched(self.repository, option, holds, wanted, stamps)
 
 
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are one hub id, or paths of one folder."""
+    return one == other or (Path(one).is_dir() and Path(one).resolve() == Path(other).resolve())
+
+
 def hub_of(folder: Path) -> Hub:
     """The hub of the run that has written a folder of weights, where the run lies around it; else as `auto`."""
     for run_dir in map(RunDir, (folder.parent, folder)):

@@ -12,6 +12,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from transformers import PreTrainedModel
 
 from dsdpo.compat import end_stale_builds, has_fp16, unlink_shared_buffers
+from dsdpo.config.hubs import same_model
 from dsdpo.config.precision import Precision, no_fp16, precision_of
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig, engine_config, reference_engine_config
@@ -94,7 +95,7 @@ def build_engine(
 
     Args:
         weights: a folder of trained weights, a whole model or an adapter of the run's model, in place of the
-            untrained policy. A whole model is not quantized.
+            untrained policy. Another whole model than the run's is not quantized.
         head: of `PackedModel`.
 
     Raises:
@@ -108,7 +109,7 @@ def build_engine(
     adapter = weights if weights is not None and is_adapter(weights) else None
     whole = config.model_name_or_path if weights is None or adapter else weights
     fetch_weights(config.source_of(whole), mesh)
-    quantizes = whole == config.model_name_or_path
+    quantizes = same_model(whole, config.model_name_or_path)
     base = load_model(whole, config, settings, attention, hardware.dtype, head, quantizes)
     model: torch.nn.Module = base
     if adapter:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from dsdpo.checkpoint.commit import MANIFEST
-from dsdpo.config.hubs import ModelSource, hub_of
+from dsdpo.config.hubs import ModelSource, hub_of, same_model
 from dsdpo.config.quantization import Quantization
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.messages import Message
@@ -165,7 +165,7 @@ def load_both(model: str, base: str, settings: AnswerSettings = GREEDY) -> list[
     run = TrainedRun.find(base)
     base_settings = settings.of_run(run) if run else tuned.settings
     folder, shared = _weights(base), _base_of(_weights(model))
-    if shared is not None and _same(shared, folder):
+    if shared is not None and same_model(shared, folder):
         return [ChatModel(tuned.model, _encoder(folder, base_settings), base_settings, adapter=False), tuned]
     return [ChatModel.load(base, base_settings), tuned]
 
@@ -246,10 +246,6 @@ def _local(source: ModelSource) -> str:
     except (OSError, ValueError) as error:
         text = f"{source.name} at {source.revision} cannot be fetched: {error}"
         raise CommandLineError(Problem("model-load", "model", text)) from error
-
-
-def _same(one: str, other: str) -> bool:
-    return one == other or (Path(one).is_dir() and Path(one).resolve() == Path(other).resolve())
 
 
 def _check_answers(folder: str) -> None:

@@ -202,6 +202,14 @@ def test_a_merged_model_is_evaluated_as_it_is(run: Path) -> None:
     assert "quantized" not in json.loads((run.with_name("merged") / "config.json").read_text())
 
 
+def test_the_base_is_evaluated_quantized_however_its_path_is_written(folder: Path, run: Path) -> None:
+    """As the reference that the run has: the loss of each pair is then log 2."""
+    code, output = run_as_ranks(1, "eval", str(run), "--model", f"{folder}/run/../base")
+    assert code == 0, output
+    evaluated = json.loads(next(line for line in output.splitlines() if line.startswith('{"model"')))
+    assert evaluated["loss"] == pytest.approx(np.log(2), abs=1e-6) and evaluated["rewards/margins"] == 0
+
+
 def test_another_quantization_is_another_reference_and_no_resume(folder: Path, run: Path) -> None:
     """The store has a folder for each; an unquantized run keeps the key that it always had."""
     stores = {path.name for path in (folder / ".dsdpo_cache" / "reference").iterdir() if path.name != "weights"}
