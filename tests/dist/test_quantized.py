@@ -178,13 +178,18 @@ def run(folder: Path) -> Path:
     return folder / "run"
 
 
+def evaluated(*line: str) -> dict[str, Any]:
+    """What `dsdpo eval` prints."""
+    code, output = run_as_ranks(1, "eval", *line)
+    assert code == 0, output
+    found: dict[str, Any] = json.loads(next(line for line in output.splitlines() if line.startswith('{"model"')))
+    return found
+
+
 def test_eval_and_chat_answer_with_the_quantized_base(folder: Path, run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     trained = next(line for line in reversed(lines) if "eval_loss" in line)
-    code, output = run_as_ranks(1, "eval", str(run))
-    assert code == 0, output
-    evaluated = json.loads(next(line for line in output.splitlines() if line.startswith('{"model"')))
-    assert evaluated["loss"] == pytest.approx(trained["eval_loss"], abs=2e-6)
+    assert evaluated(str(run))["loss"] == pytest.approx(trained["eval_loss"], abs=2e-6)
 
     chat = ChatModel.load(str(run))
     assert quantized_layers(chat.model)
@@ -195,19 +200,21 @@ def test_eval_and_chat_answer_with_the_quantized_base(folder: Path, run: Path) -
 
 
 def test_a_merged_model_is_evaluated_as_it_is(run: Path) -> None:
-    """In full, and not quantized again: its loss is another one."""
-    export(run, run.with_name("merged"), merge=True)
-    code, output = run_as_ranks(1, "eval", str(run), "--model", str(run.with_name("merged")))
-    assert code == 0, output
-    assert "quantized" not in json.loads((run.with_name("merged") / "config.json").read_text())
+    """In full: the same log-probs as where nothing is quantized."""
+    merged = run.with_name("merged")
+    export(run, merged, merge=True)
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+    found = evaluated(str(run), "--model", str(merged))
+    full = evaluated(str(run), "--model", str(merged), "--quantization_bit=")
+    for name in ("logps/chosen", "logps/rejected"):
+        assert found[name] == pytest.approx(full[name], abs=1e-5)
+    assert abs(found["logps/chosen"] - evaluated(str(run))["logps/chosen"]) > 1e-3, "quantized weights give others"
 
 
 def test_the_base_is_evaluated_quantized_however_its_path_is_written(folder: Path, run: Path) -> None:
     """As the reference that the run has: the loss of each pair is then log 2."""
-    code, output = run_as_ranks(1, "eval", str(run), "--model", f"{folder}/run/../base")
-    assert code == 0, output
-    evaluated = json.loads(next(line for line in output.splitlines() if line.startswith('{"model"')))
-    assert evaluated["loss"] == pytest.approx(np.log(2), abs=1e-6) and evaluated["rewards/margins"] == 0
+    found = evaluated(str(run), "--model", f"{folder}/run/../base")
+    assert found["loss"] == pytest.approx(np.log(2), abs=1e-6) and found["rewards/margins"] == 0
 
 
 def test_another_quantization_is_another_reference_and_no_resume(folder: Path, run: Path) -> None:
