@@ -53,8 +53,11 @@ class ChatModel:
         self._encoder = encoder
 
     @classmethod
-    def load(cls, name: str, settings: AnswerSettings = GREEDY) -> ChatModel:
+    def load(cls, name: str, settings: AnswerSettings = GREEDY, beside: TrainedRun | None = None) -> ChatModel:
         """A Hugging Face folder or hub id, a PEFT adapter folder, or the trained weights of a run's output_dir.
+
+        Args:
+            beside: the base of an adapter that is of no run is quantized as in this one.
 
         Raises:
             ConfigError: there is no such model, it cannot be loaded, or it does not fit the template.
@@ -66,7 +69,8 @@ class ChatModel:
         _check_answers(folder)
         encoder = _encoder(folder, settings)
         base = _base_of(folder)
-        quantization = None if run is None else Quantization.of_saved(run.config)
+        quantizing = run or beside
+        quantization = None if quantizing is None else Quantization.of_saved(quantizing.config)
         model = _load(folder) if base is None else _with_adapter(_load(base, quantization), folder)
         return cls(model, encoder, settings)
 
@@ -154,7 +158,8 @@ def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
 
 
 def load_both(model: str, base: str, settings: AnswerSettings = GREEDY) -> list[ChatModel]:
-    """[base, model]. Where `model` is an adapter over `base`, the base's weights are loaded once.
+    """[base, model]. Where `model` is an adapter over `base`, the base's weights are loaded once. Where both are
+    adapters over one model, their difference is that of the adapters: it is quantized for both, or for none.
 
     Each answers with the settings of its own run; a base without one with those of the model's.
 
@@ -167,7 +172,9 @@ def load_both(model: str, base: str, settings: AnswerSettings = GREEDY) -> list[
     folder, shared = _weights(base), _base_of(_weights(model))
     if shared is not None and same_model(shared, folder):
         return [ChatModel(tuned.model, _encoder(folder, base_settings), base_settings, adapter=False), tuned]
-    return [ChatModel.load(base, base_settings), tuned]
+    of_base = None if shared is None else _base_of(folder)
+    beside = TrainedRun.find(model) if shared and of_base and same_model(shared, of_base) else None
+    return [ChatModel.load(base, base_settings, beside), tuned]
 
 
 def base_of(name: str) -> str:

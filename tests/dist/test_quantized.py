@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dsdpo.export.huggingface import export
-from dsdpo.tools.chat_model import ChatModel
+from dsdpo.tools.chat_model import ChatModel, load_both
 from tests.helpers.quantized import KINDS, quantized_layers, save_dequantized
 from tests.helpers.ranks import run_as_ranks, run_ranks
 from tests.helpers.tiny import save_adapter, save_model, save_pairs, save_tokenizer, tiny_llama_config
@@ -197,6 +197,18 @@ def test_eval_and_chat_answer_with_the_quantized_base(folder: Path, run: Path) -
         AutoModelForCausalLM.from_pretrained(folder / "nf4", dtype=torch.float32), run / "final"
     )
     np.testing.assert_allclose(logits_of(chat.model), logits_of(plain), atol=1e-4)
+
+
+def test_chat_compares_over_the_same_base(folder: Path, run: Path, tmp_path: Path) -> None:
+    """An adapter of no run, such as the one that a run trains further, stands on the run's quantized base."""
+    base = save_model(tmp_path / "again", tiny_llama_config(tied=False))
+    save_adapter(tmp_path / "adapter", base, folder / "base")
+    save_tokenizer(tmp_path / "adapter")
+    adapter, own = load_both(str(run), str(tmp_path / "adapter"))
+    assert (
+        adapter.model is not own.model and quantized_layers(adapter.model).keys() == quantized_layers(own.model).keys()
+    )
+    assert not quantized_layers(load_both(str(tmp_path / "adapter"), str(folder / "base"))[1].model)
 
 
 def test_a_merged_model_is_evaluated_as_it_is(run: Path) -> None:
