@@ -271,12 +271,11 @@ def _load(name: str, quantization: Quantization | None = None) -> Any:
     """A causal language model for answering: bf16 over the GPUs, fp32 on CPU; quantized as in training."""
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
+    # None would hide what config.json says of weights that are stored quantized
+    more = {} if quantization is None else {"quantization_config": bitsandbytes_config(quantization, dtype)}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            device_map="auto" if on_gpu else "cpu",
-            quantization_config=quantization and bitsandbytes_config(quantization, dtype),
+            name, dtype=dtype, device_map="auto" if on_gpu else "cpu", **more
         ).eval()
         dequantize_in_forward(model)
     except (OSError, ValueError, ImportError) as error:

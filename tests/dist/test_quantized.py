@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dsdpo.export.huggingface import export
 from dsdpo.tools.chat_model import ChatModel, load_both
-from tests.helpers.quantized import KINDS, quantized_layers, save_dequantized
+from tests.helpers.quantized import KINDS, load_quantized, quantized_layers, save_dequantized
 from tests.helpers.ranks import run_as_ranks, run_ranks
 from tests.helpers.tiny import save_adapter, save_model, save_pairs, save_tokenizer, tiny_llama_config
 
@@ -196,6 +196,16 @@ def test_eval_and_chat_answer_with_the_quantized_base(folder: Path, run: Path) -
     plain = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(folder / "nf4", dtype=torch.float32), run / "final"
     )
+    np.testing.assert_allclose(logits_of(chat.model), logits_of(plain), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_chat_answers_with_a_model_that_is_stored_quantized(folder: Path, tmp_path: Path, kind: str) -> None:
+    """As with the values that its weights stand for."""
+    load_quantized(folder / "base", KINDS[kind]).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    chat = ChatModel.load(str(tmp_path))
+    plain = AutoModelForCausalLM.from_pretrained(folder / kind, dtype=torch.float32)
     np.testing.assert_allclose(logits_of(chat.model), logits_of(plain), atol=1e-4)
 
 
