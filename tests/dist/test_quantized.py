@@ -221,13 +221,13 @@ def test_chat_compares_over_the_same_base(folder: Path, run: Path, tmp_path: Pat
     assert not quantized_layers(load_both(str(tmp_path / "adapter"), str(folder / "base"))[1].model)
 
 
-def test_a_merged_model_is_evaluated_as_it_is(run: Path) -> None:
+def test_a_merged_model_is_evaluated_as_it_is(run: Path, tmp_path: Path) -> None:
     """In full: the same log-probs as where nothing is quantized."""
     merged = run.with_name("merged")
     export(run, merged, merge=True)
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
     found = evaluated(str(run), "--model", str(merged))
-    full = evaluated(str(run), "--model", str(merged), "--quantization_bit=")
+    full = evaluated(str(run), "--model", str(merged), "--quantization_bit=", f"--cache_dir={tmp_path}")
     for name in ("logps/chosen", "logps/rejected"):
         assert found[name] == pytest.approx(full[name], abs=1e-5)
     assert abs(found["logps/chosen"] - evaluated(str(run))["logps/chosen"]) > 1e-3, "quantized weights give others"
