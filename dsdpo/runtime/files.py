@@ -89,17 +89,17 @@ def is_settled(state: dict[str, Any]) -> bool:
     return time.time_ns() - max(int(state["mtime_ns"]), int(state["ctime_ns"])) > _SETTLED_NS
 
 
-def file_digest(path: Path, stamps: Path) -> str:
+def file_digest(path: Path, stamps: Path | None) -> str:
     """sha256 of a file's content, remembered for the same file in the same state.
 
     Args:
         path: the file; a link is followed.
         stamps: folder that remembers hashes. The state is size, inode and both times of change: writing over a file,
-            or putting another in its place with an old date, changes one of them.
+            or putting another in its place with an old date, changes one of them. None: nothing is remembered.
     """
     state = file_state(path)
-    stamp = stamps / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
-    if stamp.exists():
+    stamp = stamps and stamps / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+    if stamp and stamp.exists():
         known = json.loads(stamp.read_bytes())
         if all(known.get(key) == value for key, value in state.items()):
             return str(known["sha256"])
@@ -108,6 +108,6 @@ def file_digest(path: Path, stamps: Path) -> str:
         while block := stream.read(_HASH_BLOCK):
             digest.update(block)
             progress.advance(len(block))
-    if is_settled(state):
+    if stamp and is_settled(state):
         write_atomically(stamp, json.dumps({**state, "sha256": digest.hexdigest()}))
     return digest.hexdigest()

@@ -38,9 +38,9 @@ OTHER_WEIGHTS = (
     "*.tflite",
     "*.ot",
 )
-# Stands in a folder whose files are being replaced by those of a newer commit, or of a set that is being fetched:
-# nothing else tells later that some are missing.
-_REPLACING = ".replacing"
+# Stand in a folder until all of its files have been fetched, or all but the weights: nothing else tells later that
+# some are missing, or are of an older commit than others.
+_FETCHING, _FETCHING_SMALL = ".replacing", ".fetching"
 _PARTIAL = (".incomplete", ".parallel_tmp", ".lock")
 _TRY_AGAIN = (408, 425, 429)  # and 500 to 599
 _TOKEN = "log in with `modelscope login` or set MODELSCOPE_API_TOKEN"
@@ -115,17 +115,19 @@ def fetched(
         text = f"{option}: {folder} holds {left[0]}, which {repository} does not have: another revision left it there"
         raise config_error("hub-cache", option, f"{text}. Delete that folder; it will be fetched again")
     try:
-        _fetch(api, repository, folder, _selected(repository, listed, wanted), stamps)
+        _fetch(api, repository, folder, _selected(repository, listed, wanted), tuple(wanted), stamps)
     except Exception as error:
         raise _told(repository, option, error) from error
     if tuple(wanted) == EVERYTHING:
-        (folder / _REPLACING).unlink(missing_ok=True)
+        (folder / _FETCHING).unlink(missing_ok=True)
+    if tuple(wanted) in (EVERYTHING, SMALL):
+        (folder / _FETCHING_SMALL).unlink(missing_ok=True)
     return folder
 
 
 def is_changing(folder: Path) -> bool:
-    """Whether files of a folder of the cache are of a newer commit than others, until all are fetched."""
-    return (folder / _REPLACING).exists()
+    """Whether a fetch into a folder of the cache was broken off, or files are of a newer commit than others."""
+    return (folder / _FETCHING).exists() or (folder / _FETCHING_SMALL).exists()
 
 
 def shown_files(folder: Path) -> list[str]:
@@ -189,17 +191,25 @@ def _selected(repository: Repository, listed: list[Any], wanted: Sequence[str]) 
     return [file for file in listed if _is_among(file.path, wanted) and not _is_among(file.path, unwanted)]
 
 
-def _fetch(api: Any, repository: Repository, folder: Path, selected: list[Any], stamps: Path | None) -> None:
+def _fetch(
+    api: Any, repository: Repository, folder: Path, selected: list[Any], wanted: tuple[str, ...], stamps: Path | None
+) -> None:
     """Raises what the client raises; the files that have come by then stay."""
     missing = [file for file in selected if not _is_same(folder / file.path, file, stamps)]
     if not missing:
         return
-    if repository.kind == "dataset" or any((folder / file.path).exists() for file in missing):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _REPLACING).touch()
+    if wanted == EVERYTHING or any((folder / file.path).exists() for file in missing):
+        _mark(folder / _FETCHING)
+    elif wanted == SMALL:
+        _mark(folder / _FETCHING_SMALL)
     files = [{"Path": file.path, "Size": file.size, "Sha256": file.sha256} for file in missing]
     revision = repository.revision or DEFAULT_REVISION
     api.download_repo(repository.name, repository.kind, revision=revision, local_dir=folder, file_list=files)
+
+
+def _mark(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
 
 
 def _is_among(path: str, patterns: Sequence[str]) -> bool:
@@ -207,8 +217,8 @@ def _is_among(path: str, patterns: Sequence[str]) -> bool:
 
 
 def _is_same(path: Path, file: Any, stamps: Path | None) -> bool:
-    """Whether a file of the cache is known to be the one that the hub lists; else the client looks."""
-    if stamps is None or not file.sha256 or not path.is_file() or path.stat().st_size != file.size:
+    """Whether a file of the cache is known to be the one that the hub lists; the hub may list no hash."""
+    if not file.sha256 or not path.is_file() or path.stat().st_size != file.size:
         return False
     return file_digest(path.resolve(), stamps) == file.sha256
 

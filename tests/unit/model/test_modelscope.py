@@ -137,6 +137,34 @@ def test_a_change_that_was_broken_off_is_not_taken_for_a_model(hub: ModelScope, 
     source.place(whole=True)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_first_fetch_that_was_broken_off_is_not_taken_for_a_model(
+    hub: ModelScope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """Config, tokenizer.json and weights have come, and the file with the chat template has not."""
+    monkeypatch.setattr("modelscope_hub._download.DOWNLOAD_RETRY_TIMES", 0)
+    source, stamps = ModelSource(NAME, "modelscope"), tmp_path / "stamps"
+    hub.missing = {"tokenizer_config.json"}
+    for status in (0, 503):
+        hub.status = status
+        assert status or fetched_problems(config_of(tmp_path)) == []
+        with pytest.raises(IOFailure):
+            source.local("model", whole, refresh=True, stamps=stamps)
+    hub.missing, hub.status = set(), 0
+    folder = source.local("model", whole)
+    assert (folder / "tokenizer_config.json").is_file()
+    hub.status = 503
+    assert source.local("model", whole) == folder
+
+
+def test_a_look_at_the_small_files_leaves_a_whole_model_whole(hub: ModelScope) -> None:
+    source = ModelSource(NAME, "modelscope")
+    folder = source.local("model", whole=True)
+    source.local("model", whole=False, refresh=True)
+    hub.status = 503
+    assert source.local("model", whole=True) == folder
+
+
 def test_weights_of_before_do_not_speak_against_a_new_config(hub: ModelScope, tmp_path: Path) -> None:
     source = ModelSource(NAME, "modelscope")
     source.local("model", whole=True, refresh=True)
