@@ -124,11 +124,12 @@ def _told(entry: DatasetEntry, error: Exception) -> DsdpoError:
     from huggingface_hub import constants
     from huggingface_hub.errors import RevisionNotFoundError
 
-    name, at = entry.hub_id, f"@{entry.revision}" if entry.revision else ""
+    name = entry.hub_id
     if found := _UNKNOWN_SPLIT.search(str(error)):
         splits = [split.strip("' \"") for split in found[2].split(",")]
+        typed = (f"@{entry.revision}" if entry.revision else "") + (f":{entry.subset}" if entry.subset else "")
         return DataError(
-            f"{name} has no split {found[1]}; it has {', '.join(splits)}: name one, as in {name}{at}:{splits[0]}, "
+            f"{name} has no split {found[1]}; it has {', '.join(splits)}: name one, as in {name}{typed}:{splits[0]}, "
             "or give split in the entry"
         )
     if entry.modelscope:

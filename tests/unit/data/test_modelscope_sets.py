@@ -134,6 +134,8 @@ def test_what_the_hub_does_not_have(hub: ModelScope, tmp_path: Path, name: str) 
 def test_what_the_set_does_not_have(hub: ModelScope, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"it has train: name one, as in org/pairs@v1:train"):
         first_words(f"{NAME}@v1:dev", tmp_path)
+    with pytest.raises(DataError, match=r"name one, as in org/pairs@v1:default:train"):
+        first_words(f"{NAME}@v1:default:dev", tmp_path)
 
 
 def test_model_and_set_of_modelscope_are_prepared(hub: ModelScope, tmp_path: Path) -> None:
