@@ -14,6 +14,7 @@ from dsdpo.errors import Problem
 _KEYS: dict[str, type] = {
     "hf_hub_url": str,
     "ms_hub_url": str,
+    "om_hub_url": str,
     "file_name": str,
     "file_sha1": str,
     "formatting": str,
@@ -31,7 +32,6 @@ _KEYS: dict[str, type] = {
 _UNSUPPORTED = {
     "script_url": "loading scripts are not run; export the rows to a .jsonl file and give file_name",
     "cloud_file_name": "copy the file into dataset_dir and give file_name",
-    "om_hub_url": "give hf_hub_url, or copy the files into dataset_dir and give file_name",
     "load_from": "give hf_hub_url, ms_hub_url or file_name alone",
 }
 _UNSUPPORTED_COLUMNS = {

@@ -254,6 +254,11 @@ def _source(where: str, described: dict[str, Any], root: Path, hub: Hub) -> tupl
         if key == "ms_hub_url":
             _check_client(f"{where}, {key}")
         return (), hub_id, key == "ms_hub_url"
+    if described.get("om_hub_url"):
+        raise EntryProblem(
+            f"{where}: om_hub_url names a set on openMind, which is not supported; give hf_hub_url or ms_hub_url "
+            "beside it, or copy the files into dataset_dir and give file_name alone"
+        )
     if not described.get("file_name"):
         raise EntryProblem(f"{where}: needs file_name, hf_hub_url or ms_hub_url")
     if described.get("revision"):

@@ -104,7 +104,7 @@ def test_the_run_s_hub_is_asked_where_both_have_the_set(folder, monkeypatch, hub
         folder,
         hf={"hf_hub_url": "hf"},
         ms={"ms_hub_url": "ms"},
-        both={"hf_hub_url": "hf/a", "ms_hub_url": "ms/a", "file_name": "pairs.jsonl"},
+        both={"hf_hub_url": "hf/a", "ms_hub_url": "ms/a", "om_hub_url": "om/a", "file_name": "pairs.jsonl"},
     )
     entries, problems = resolve(["hf", "ms", "both", "org/plain", "pairs.jsonl"], folder, hub=hub)
     assert problems == []
@@ -174,6 +174,7 @@ def test_our_own_sets_resolve():
         ({"file_name": "empty"}, "holds no .jsonl"),
         ({"file_name": "notes.doc"}, "none of the kinds"),
         ({"script_url": "loader"}, "script_url is not supported"),
+        ({"om_hub_url": "om/a", "file_name": "pairs.jsonl"}, "om_hub_url names a set on openMind"),
         ({"formatting": "trl"}, "needs file_name, hf_hub_url or ms_hub_url"),
         ({"revision": "v1", "file_name": "pairs.jsonl"}, "revision is of a set on a hub"),
         ("pairs.jsonl", "must be an object"),
