@@ -53,13 +53,18 @@ def find_template(template: str) -> TemplateText:
     return TemplateText(_checked(template, _found(template)))
 
 
+def is_hub_id(template: str) -> bool:
+    """Whether it is the id of a model on a hub, whose chat template is taken."""
+    return _HUB_ID.fullmatch(template) is not None and not Path(template).exists()
+
+
 def template_place(template: str, hub: Hub) -> str:
     """A template as it is named, or the folder that stands for an id of ModelScope.
 
     Raises:
         ConfigError, IOFailure: as `ModelSource.local`.
     """
-    if hub != "modelscope" or Path(template).exists() or not _HUB_ID.fullmatch(template):
+    if hub != "modelscope" or not is_hub_id(template):
         return template
     return str(ModelSource(template, hub).local("template", whole=False))
 
@@ -71,7 +76,7 @@ def problems(config: RunConfig, faulty: frozenset[str]) -> list[Problem]:
         faulty: options whose values cannot be used.
     """
     template = config.template
-    if "template" in faulty or is_text(template) or (_HUB_ID.fullmatch(template) and not Path(template).exists()):
+    if "template" in faulty or is_text(template) or is_hub_id(template):
         return []
     try:
         find_template(template)

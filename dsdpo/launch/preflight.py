@@ -143,6 +143,8 @@ def _asked(config: RunConfig, faulty: frozenset[str], model: str | None) -> list
         names.setdefault(config.model_source.hub, []).append(config.model_name_or_path)
     if model and not config.source_of(model).is_folder:
         names.setdefault(config.model_source.hub, []).append(model)
+    if "template" not in faulty and template_files.is_hub_id(config.template):
+        names.setdefault(config.model_source.hub, []).append(config.template)
     for entry in registry.hub_entries(config, faulty):
         names.setdefault("modelscope" if entry.modelscope else "huggingface", []).append(entry.name)
     why = {config.model_source.hub: why_picked(config.hub)}

@@ -234,6 +234,8 @@ def test_a_run_says_which_hub_it_asks(
         (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
         assert check(tmp_path, run | {"eval_dataset": "other"})
         assert "asking Hugging Face for other (dataset_info.json)\n" in capfd.readouterr().out
+        assert check(tmp_path, run | {"template": "org/t"})
+        assert "asking ModelScope for org/t (USE_MODELSCOPE_HUB=1)\n" in capfd.readouterr().out
         assert check(tmp_path, run) and "asking" not in capfd.readouterr().out
         hub.status = 503
         with pytest.raises(IOFailure):
