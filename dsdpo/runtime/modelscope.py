@@ -139,7 +139,8 @@ def shown_files(folder: Path) -> list[str]:
 
 def is_offline() -> bool:
     """Whether hubs must not be asked, as huggingface_hub reads it."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return said.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _api(endpoint: str | None = None) -> Any:

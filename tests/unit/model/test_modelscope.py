@@ -176,9 +176,11 @@ def test_weights_of_before_do_not_speak_against_a_new_config(hub: ModelScope, tm
     assert fetched_problems(config_of(tmp_path)) == []
 
 
-def test_offline_asks_nobody(hub: ModelScope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline_asks_nobody(hub: ModelScope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     ModelSource(NAME, "modelscope", "v1").local("model", whole=True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.setenv(variable, "1")
     hub.asked.clear()
     assert fetched_problems(config_of(tmp_path, model_revision="v1")) == []
     [problem] = fetched_problems(config_of(tmp_path))
