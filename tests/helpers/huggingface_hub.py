@@ -6,9 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from urllib.parse import parse_qs, unquote, urlparse
+
+from tests.helpers.http_server import Handler, serving
 
 Files = dict[str, bytes]
 Answer = tuple[int, bytes, dict[str, str]]
@@ -72,7 +72,7 @@ def _oid(content: bytes) -> str:
 def huggingface_hub() -> Iterator[HuggingFace]:
     """A hub that is served inside the context."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Answering(Handler):
         def do_GET(self) -> None:
             status, body, headers = hub.answer(self.path, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
             self.send_response(status)
@@ -84,14 +84,6 @@ def huggingface_hub() -> Iterator[HuggingFace]:
 
         do_HEAD = do_POST = do_GET
 
-        def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub = HuggingFace(f"http://127.0.0.1:{server.server_port}")
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(Answering) as url:
+        hub = HuggingFace(url)
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()

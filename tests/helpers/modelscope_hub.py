@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from urllib.parse import parse_qs, urlparse
+
+from tests.helpers.http_server import Handler, serving
 
 Files = dict[str, bytes]
 
@@ -77,7 +77,7 @@ def _entry(path: str, content: bytes) -> dict[str, object]:
 def modelscope_hub() -> Iterator[ModelScope]:
     """A hub that is served inside the context."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Answering(Handler):
         def do_GET(self) -> None:
             if hub.status == -1:
                 self.connection.close()
@@ -91,14 +91,6 @@ def modelscope_hub() -> Iterator[ModelScope]:
 
         do_HEAD = do_GET
 
-        def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub = ModelScope(f"http://127.0.0.1:{server.server_port}")
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(Answering) as url:
+        hub = ModelScope(url)
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()

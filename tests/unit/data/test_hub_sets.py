@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import ClassVar
 
 import pytest
+
+from tests.helpers.http_server import Handler, serving
 
 _ASK = """
 import json, sys, time
@@ -31,7 +31,7 @@ print(json.dumps(found))
 """
 
 
-class _Hub(BaseHTTPRequestHandler):
+class _Hub(Handler):
     """Answers every request for org/STATUS with that status; `gone` closes the connection."""
 
     asked: ClassVar[Counter[str]] = Counter()
@@ -51,9 +51,6 @@ class _Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_GET
 
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
-
 
 def ask(endpoint: str, cache: Path, *names: str, offline: str = "0") -> dict[str, int]:
     """Repository -> its number of records, or an exit code."""
@@ -69,14 +66,9 @@ def ask(endpoint: str, cache: Path, *names: str, offline: str = "0") -> dict[str
 @pytest.mark.start
 def test_what_the_hub_answers_decides(tmp_path: Path) -> None:
     """What stays is 64 at once, and what may pass is asked again, and 74 in the end."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with serving(_Hub) as endpoint:
         found = ask(endpoint, tmp_path, "401", "403-gated", "403", "404", "503", "gone")
         assert found == {"401": 64, "403-gated": 64, "403": 64, "404": 64, "503": 74, "gone": 74}
         assert _Hub.asked["503"] >= 4 and _Hub.asked["gone"] >= 4
         assert ask(endpoint, tmp_path, "404", "other", offline="1") == {"404": 64, "other": 64}
         assert "other" not in _Hub.asked
-    finally:
-        server.shutdown()

@@ -9,12 +9,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import ClassVar
 
 import pytest
+
+from tests.helpers.http_server import Handler, serving
 
 _CONFIG = json.dumps({"model_type": "llama"}).encode()
 _ASK = """
@@ -37,7 +37,7 @@ assert not {"torch", "transformers"} & sys.modules.keys()
 """
 
 
-class _Hub(BaseHTTPRequestHandler):
+class _Hub(Handler):
     """Answers as the name of the repository says: 404, 503-twice, slow the first time, gone, ok."""
 
     asked: ClassVar[Counter[str]] = Counter()
@@ -72,16 +72,11 @@ class _Hub(BaseHTTPRequestHandler):
         if body and status == 200:
             self.wfile.write(_CONFIG)
 
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
-
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with serving(_Hub) as url:
+        yield url
 
 
 def ask(hub: str, cache: Path, *names: str, offline: str = "0") -> dict[str, object]:
