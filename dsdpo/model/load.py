@@ -23,7 +23,7 @@ from transformers import (
 from dsdpo.compat import is_partitioned, zero3_loading
 from dsdpo.config.quantization import Quantization
 from dsdpo.config.schema import RunConfig
-from dsdpo.errors import config_error
+from dsdpo.errors import IOFailure, config_error
 from dsdpo.model.quantized import bitsandbytes_config, dequantize_in_forward, quantization_identity
 from dsdpo.model.support import check_supported
 from dsdpo.runtime.allocator import freed_at_once
@@ -78,6 +78,7 @@ def load_model(
 
     Raises:
         ConfigError: the model's attention cannot run on packed rows, or its files are not those of one model.
+        IOFailure: the hub gives no answer or has no weights, or the disk of its cache is full.
     """
     place, revision = config.source_of(model_name_or_path).place(whole=True)
     model_config = _config_of(model_name_or_path, place, revision)
@@ -88,7 +89,7 @@ def load_model(
         model_config.num_labels = 1
     quantization = Quantization.of(config) if quantizes else None
     partitioned = zero3_loading({} if quantization else engine_config)
-    with partitioned, freed_at_once() if quantization else nullcontext(), _shapes_that_differ(model_name_or_path):
+    with partitioned, freed_at_once() if quantization else nullcontext(), _told(model_name_or_path, place):
         loaded: Any = _CLASSES[head].from_pretrained(
             place,
             revision=revision or "main",
@@ -122,10 +123,21 @@ def _config_of(name: str, place: str, revision: str | None) -> PretrainedConfig:
 
 
 @contextmanager
-def _shapes_that_differ(name: str) -> Iterator[None]:
-    """Turn what transformers says of tensors that do not fit config.json, beside its table, into a ConfigError."""
+def _told(name: str, place: str) -> Iterator[None]:
+    """Turn what transformers and its hub say of weights that do not come, or do not fit config.json, into our errors.
+
+    Of tensors that do not fit, transformers prints a table.
+    """
     try:
         yield
+    except OSError as error:
+        if Path(place).is_dir():
+            raise
+        said = " ".join(str(error).split())
+        raise IOFailure(
+            f"{_MODEL}: weights of {name} could not be fetched from the hub: {said}. See that the hub answers and has "
+            "them, and that the disk of its cache has room; then try again"
+        ) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
