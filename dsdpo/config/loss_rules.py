@@ -108,13 +108,13 @@ def _weighting(config: RunConfig, given: Given) -> str:
             "pairs, so that no loss belongs to one pair; delete use_weighting or change loss_type"
         )
     if not _has_weighting_kernel():
-        return "use_weighting needs trl 1.15 or newer, which needs Python 3.11; delete it or use a newer Python"
+        return "use_weighting needs trl 1.16 or newer, which needs Python 3.11; delete it or use a newer Python"
     return ""
 
 
 def _has_weighting_kernel() -> bool:
     major, minor, *_ = importlib.metadata.version("trl").split(".")
-    return (int(major), int(minor)) >= (1, 15)
+    return (int(major), int(minor)) >= (1, 16)
 
 
 def _loss_weights(config: RunConfig, given: Given) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from dsdpo.compat import chunked_logps
+from dsdpo.trl_kernel import chunked_logps
 
 # Vocabulary columns computed at a time: [tokens, 8192] in fp32 stays in a CPU's cache and is small on a GPU.
 VOCAB_CHUNK = 8192

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsdpo.compat import chunked_logps, end_stale_builds
+from dsdpo.compat import end_stale_builds
+from dsdpo.trl_kernel import chunked_logps
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -25,6 +25,7 @@ PACKAGE = ROOT / "dsdpo"
 FOLDERS = [
     "errors",
     "compat",
+    "trl_kernel",
     "runtime",
     "config",
     "data",
@@ -194,7 +195,7 @@ def test_reading_prepared_data_loads_pyarrow_alone(prepared_run: Path) -> None:
 def test_the_kernel_is_loaded_without_its_package() -> None:
     code = """
         import torch
-        from dsdpo.compat import chunked_logps
+        from dsdpo.trl_kernel import chunked_logps
 
         hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
         chunked_logps(hidden, weight, None, torch.tensor([1, 2, 3]), 5, None, 1.0)[0].sum().backward()
