@@ -1,4 +1,4 @@
-"""The one place for private or version-bound APIs of deepspeed, transformers and peft; trl_kernel.py has trl's.
+"""The one place for private or version-bound APIs of torch, deepspeed, transformers and peft; trl_kernel.py has trl's.
 
 pyproject.toml holds these packages to the range that the tests ran with. Imports stand inside the functions: this
 module is below everything and must cost nothing.
@@ -10,6 +10,8 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from inspect import signature
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+
+@cache
+def varlen_keywords(grouped_queries: bool) -> dict[str, bool]:
+    """What torch's `varlen_attn` must be told about grouped queries. In torch 2.11 it takes them without a word."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = signature(varlen_attn).parameters
+    return {"enable_gqa": grouped_queries} if "enable_gqa" in known else {}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsdpo.compat import end_stale_builds
+from dsdpo.compat import end_stale_builds, varlen_keywords
 from dsdpo.trl_kernel import chunked_logps
 
 
@@ -51,3 +52,12 @@ def test_a_build_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch: 
     started = time.monotonic()
     end_stale_builds().join(60)
     assert not stale.exists() and 0.5 < time.monotonic() - started < 50
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_varlen_attn_takes_the_keywords_for_grouped_queries(grouped: bool) -> None:
+    """Which torch 2.11 has not: any other keyword than those of the installed torch would stop a GPU's first step."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    keywords = varlen_keywords(grouped)
+    inspect.signature(varlen.varlen_attn).bind(1, 2, 3, 4, 5, 6, 7, scale=1.0, window_size=(-1, 0), **keywords)
+    assert keywords in ({}, {"enable_gqa": grouped})

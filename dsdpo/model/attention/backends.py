@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
+from dsdpo.compat import varlen_keywords
 from dsdpo.model.attention.masks import PackedLayout
 
 # (query [1, H, T, D], key [1, G, T, D], value [1, G, T, D], layout, scale) -> [1, H, T, D]
@@ -73,8 +74,8 @@ def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale):  # type: ignore[no-
     """torch's own kernel, FlashAttention 2 inside."""
     from torch.nn.attention.varlen import varlen_attn
 
-    gqa = q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0), enable_gqa=gqa)
+    gqa = varlen_keywords(q.shape[1] != k.shape[1])
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0), **gqa)
 
 
 def _flash_2(q, k, v, cu_q, cu_k, max_q, max_k, scale):  # type: ignore[no-untyped-def]
