@@ -2,6 +2,7 @@
 #
 #   make PYTHON=/opt/python3.12/bin/python3 test    with another interpreter (3.10 to 3.12)
 #   make test PYTEST_ARGS="-k packing -x"           with arguments for pytest
+#   make test CONSTRAINTS=constraints-oldest.txt VENV=.venv-oldest    with the oldest packages that are supported
 #
 # pip's own settings hold. The index's torch for Linux x86_64 carries CUDA (3 GB) and runs without a GPU too;
 # where that is too much, PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL can point at a CPU build of the same version.
@@ -15,8 +16,10 @@ SHELL := /bin/bash
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	"$$p" -c '$(SUPPORTED)' 2> /dev/null && echo "$$p" && break; done)
-BIN := $(CURDIR)/.venv/bin
-STAMP := .venv/.installed
+VENV := .venv
+CONSTRAINTS := constraints.txt
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
 GPUS = $(shell nvidia-smi -L > /dev/null 2>&1 && echo yes)
 # The `deepspeed` launcher and ninja are found on PATH.
 WITH_VENV = export PATH="$(BIN):$$PATH"
@@ -51,8 +54,8 @@ help:
 	echo "make golden   install, then ten short runs on a commit (BASE=HEAD) and on the tree: are the numbers the same?"
 	echo "make check    ruff, ruff format --check, mypy"
 	echo "make format   ruff's fixes and format"
-	echo "make install  only install, into .venv"
-	echo "make clean    remove .venv and caches; runs and models stay"
+	echo "make install  only install, into VENV (.venv)"
+	echo "make clean    remove VENV and caches; runs and models stay"
 
 demo: $(STAMP)
 	@$(WITH_VENV)
@@ -126,17 +129,17 @@ format: $(STAMP)
 install: $(STAMP)
 
 clean:
-	@rm -rf .venv build dsdpo.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build dsdpo.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that nothing else chooses its version. c++ and the Python headers are for the
 # kernels that DeepSpeed and Triton compile at run time (without them DeepSpeed cannot start on a CPU).
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(INSTALL_SYSTEM)
 	start=$$(date +%s)
 	python="$(PYTHON)"
 	if ! "$${python:-false}" -c '$(SUPPORTED)'; then
-		echo "make: Python 3.10, 3.11 or 3.12 is needed; found '$$python'. Name one: make PYTHON=/path/to/python3.11" >&2
+		echo "make: Python 3.10 to 3.12 is needed; found '$$python'. Name one: make PYTHON=/path/to/python3.11" >&2
 		exit 1
 	fi
 	version=$$("$$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
@@ -146,11 +149,11 @@ $(STAMP): pyproject.toml constraints.txt
 	[ -e "$$header" ] || missing+=("$$version-dev")
 	command -v "$${CXX:-c++}" > /dev/null || missing+=(g++)
 	install_system "$${missing[@]}"
-	torch=$$(grep '^torch==' constraints.txt)
-	if ! $(BIN)/python -m pip --version > /dev/null 2>&1; then "$$python" -m venv --clear .venv; fi
-	echo "installing $$torch, then the rest, into .venv"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt "$$torch"
-	$(BIN)/python -m pip install --disable-pip-version-check -q --use-pep517 -c constraints.txt -e '.[dev]'
+	torch=$$(grep '^torch==' $(CONSTRAINTS))
+	if ! $(BIN)/python -m pip --version > /dev/null 2>&1; then "$$python" -m venv --clear $(VENV); fi
+	echo "installing $$torch, then the rest, into $(VENV)"
+	$(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) "$$torch"
+	$(BIN)/python -m pip install --disable-pip-version-check -q --use-pep517 -c $(CONSTRAINTS) -e '.[dev]'
 	if [ -n "$(GPUS)" ] && ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
 		echo "make: there are NVIDIA GPUs, but torch cannot use them: see the driver's version in nvidia-smi, and" >&2
 		echo "pip's settings for where torch came from. To go on without them: touch $(STAMP)" >&2
