@@ -13,11 +13,14 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from dsdpo.data.example import DIGEST, Lengths, TokenizedExample, example_digest
+from dsdpo.model.support import COMPARED
 
 VOCAB = 96
+# The oldest transformers that is supported does not know all of COMPARED.
+FAMILIES = sorted(kind for kind in COMPARED if kind in CONFIG_MAPPING)
 
 
 def tiny_llama_config(tied: bool = True, **changes: object) -> LlamaConfig:

@@ -16,8 +16,8 @@ from dsdpo.data.packing import build_micro_batch
 from dsdpo.model.attention.backends import varlen_attention
 from dsdpo.model.attention.register import NAMES, register
 from dsdpo.model.packed import PackedInputs, PackedModel
-from dsdpo.model.support import COMPARED, check_supported
-from tests.helpers.tiny import VOCAB, random_pairs
+from dsdpo.model.support import check_supported
+from tests.helpers.tiny import FAMILIES, VOCAB, random_pairs
 from tests.helpers.varlen import varlen_in_plain_torch
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ SIZES = {
     "eos_token_id": 2,
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{kind: (kind, {}) for kind in sorted(COMPARED)},
+    **{kind: (kind, {}) for kind in FAMILIES},
     "llama tied": ("llama", {"tie_word_embeddings": True}),
     "llama with idle settings": ("llama", {"logit_scale": 0.5, "logits_scaling": 2.0, "final_logit_softcapping": 1.0}),
     "llama biased": ("llama", {"attention_bias": True, "mlp_bias": True}),

@@ -13,11 +13,10 @@ from dsdpo.compat import quantization_state, unpacked_shape
 from dsdpo.model.adapters import add_lora
 from dsdpo.model.attention.register import NAMES
 from dsdpo.model.quantized import dequantize_in_forward, dequantized
-from dsdpo.model.support import COMPARED
 from dsdpo.plan.shape import ModelShape
 from tests.dist.grid import run_config
 from tests.helpers.quantized import KINDS, NF4, load_quantized, quantized_layers
-from tests.helpers.tiny import save_model, tiny_llama_config
+from tests.helpers.tiny import FAMILIES, save_model, tiny_llama_config
 from tests.parity.test_families import PAIRS, packed, tiny_model
 
 UNQUANTIZED = ("lm_head", "embed_out")
@@ -29,7 +28,7 @@ def llama(tmp_path: Path) -> Path:
     return tmp_path / "llama"
 
 
-@pytest.mark.parametrize("kind", sorted(COMPARED))
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_computes_with_the_dequantized_values(kind: str, tmp_path: Path) -> None:
     """Log-probs of packed rows; all linear layers but the head are quantized, and nothing else is."""
     plain = tiny_model(kind)
