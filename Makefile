@@ -1,6 +1,6 @@
 # `make demo` and `make test` are all there is to do: each first installs what is missing.
 #
-#   make PYTHON=/opt/python3.12/bin/python3 test    with another interpreter (3.10 to 3.12)
+#   make PYTHON=/opt/python3.12/bin/python3 test    with another interpreter (3.10 to 3.13)
 #   make test PYTEST_ARGS="-k packing -x"           with arguments for pytest
 #   make test CONSTRAINTS=constraints-oldest.txt VENV=.venv-oldest    with the oldest packages that are supported
 #
@@ -13,8 +13,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo pipeline quick test test-all test-faults cluster-packages bench check format install clean
 
-SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do \
 	"$$p" -c '$(SUPPORTED)' 2> /dev/null && echo "$$p" && break; done)
 VENV := .venv
 CONSTRAINTS := constraints.txt
@@ -139,7 +139,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	start=$$(date +%s)
 	python="$(PYTHON)"
 	if ! "$${python:-false}" -c '$(SUPPORTED)'; then
-		echo "make: Python 3.10 to 3.12 is needed; found '$$python'. Name one: make PYTHON=/path/to/python3.11" >&2
+		echo "make: Python 3.10 to 3.13 is needed; found '$$python'. Name one: make PYTHON=/path/to/python3.11" >&2
 		exit 1
 	fi
 	version=$$("$$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
