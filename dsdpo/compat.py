@@ -76,6 +76,18 @@ def active_adapter(model: torch.nn.Module, name: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
+@contextmanager
+def same_trainable(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, PEFT may add adapters: afterwards only those parameters require gradients that did before.
+
+    peft 0.19 freezes the active adapter as well where it loads one that is not to be trained.
+    """
+    before = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    yield
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in before)
+
+
 def unlink_shared_buffers(rank: int) -> None:
     """Remove the name of the shared memory through which DeepSpeed's CPU ranks of one host reduce.
 

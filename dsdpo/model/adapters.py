@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dsdpo.compat import active_adapter
+from dsdpo.compat import active_adapter, same_trainable
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import ConfigError, config_error
 from dsdpo.model.load import set_score
@@ -128,7 +128,8 @@ def continue_lora(model: PreTrainedModel, folder: str, keep_reference: bool, dro
     """
     policy = load_lora(model, folder, dropout)
     if keep_reference:
-        policy.load_adapter(folder, REFERENCE, is_trainable=False, autocast_adapter_dtype=False)
+        with same_trainable(policy):
+            policy.load_adapter(folder, REFERENCE, is_trainable=False, autocast_adapter_dtype=False)
     return policy
 
 

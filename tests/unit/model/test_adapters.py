@@ -82,5 +82,7 @@ def test_dropout_acts_on_the_policy_alone(folder: Path) -> None:
 def test_what_is_refused_is_what_peft_calls_it() -> None:
     """Every key is one of PEFT's, and none of its variants of LoRA is forgotten."""
     fields = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
+    if "kasa_config" not in fields:
+        pytest.skip("peft before 0.21 knows fewer variants of LoRA")
     variants = {name for name, field in fields.items() if field.metadata.get("is_lora_variant")}
     assert variants and variants <= set(_BEYOND_LORA) <= fields.keys()

@@ -12,9 +12,9 @@ from dsdpo.config.schema import RunConfig
 from dsdpo.errors import ConfigError
 from dsdpo.model.adapters import add_lora
 from dsdpo.model.architecture import module_prefix
-from dsdpo.model.support import COMPARED
 from dsdpo.model.targets import modules_of, target_problems
 from dsdpo.runtime.weights import shapes, weight_files
+from tests.helpers.tiny import FAMILIES
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 
@@ -44,7 +44,7 @@ def test_files_name_the_layers_that_peft_adapts(tmp_path: Path, model_type: str)
         assert [one.code for one in target_problems([*names, wrong], linear, embeddings)] == ["lora-target-unknown"]
 
 
-@pytest.mark.parametrize("model_type", sorted(COMPARED))
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_what_names_of_modules_begin_with(model_type: str) -> None:
     config = AutoConfig.for_model(model_type)
     assert MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix == module_prefix(model_type)
