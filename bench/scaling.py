@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.models import load_config
 from bench.report import table
-from dsdpo.plan.memory import USABLE, activation_bytes_per_token, gpu_bytes
+from dsdpo.plan.memory import RECOMPUTE, USABLE, activation_bytes_per_token, gpu_bytes
 from dsdpo.plan.setup import Setup
 from dsdpo.plan.shape import ModelShape
 from dsdpo.plan.steptime import COMPUTE_SHARE, GPUS, WIRE_SHARE, Job, Rates, Step, draw_lengths, efficiency, predict
@@ -78,7 +78,7 @@ def cells(step: Step, one: Step) -> list[str]:
 
 def memory_lines(job: Job, counts: list[int]) -> list[str]:
     """GiB of each GPU by part, a line for each number of GPUs."""
-    per_token = activation_bytes_per_token(job.shape, job.setup.element, job.checkpointing)
+    per_token = activation_bytes_per_token(job.shape, job.setup.element, job.recompute)
     lines = []
     for gpus in counts:
         parts = {**gpu_bytes(job.shape, job.setup, gpus), f"row of {job.row_tokens}": per_token * job.row_tokens}
@@ -123,7 +123,8 @@ def options() -> argparse.Namespace:
     add("--lora_rank", type=int, default=0, metavar="R", help="0: full fine-tuning (0)")
     add("--quantization_bit", type=int, choices=[4, 8], metavar="N", help="4 or 8, of frozen weights under LoRA")
     add("--reference", default="cached", choices=["cached", "live"], help="(cached)")
-    add("--gradient_checkpointing", action="store_true", help="recompute activations")
+    recompute = {"nargs": "?", "const": "full", "default": "none", "choices": RECOMPUTE}
+    add("--gradient_checkpointing", **recompute, help="which activations are recomputed (none; without a word: full)")
     add("--pairs_per_gpu", type=int, default=8, metavar="N", help="pairs a step for each GPU (8)")
     add("--train_batch_size", type=int, metavar="N", help="pairs a step over all GPUs, instead")
     add("--max_tokens_per_row", type=int, default=8192, metavar="N", help="(8192)")
@@ -169,7 +170,7 @@ def job_of(asked: argparse.Namespace, shape: ModelShape, pairs: int) -> Job:
         rates=rates_of(asked),
         gpus_per_node=asked.gpus_per_node,
         row_tokens=asked.max_tokens_per_row,
-        checkpointing=asked.gradient_checkpointing,
+        recompute=asked.gradient_checkpointing,
         lengths=draw_lengths(pairs, (asked.prompt, asked.chosen, asked.rejected), asked.spread),
     )
 

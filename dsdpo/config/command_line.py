@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 
-from dsdpo.config.options import NUMERIC, base_kind, value_kinds
+from dsdpo.config.options import NUMERIC, base_kind, is_switch, value_kinds
 from dsdpo.config.run_file import Loader, value_of
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.translation.translate import COMMAND_LINE, is_known
@@ -96,8 +96,8 @@ def _takes(group: list[str], token: str) -> bool:
     if "=" in group[0] or token.startswith("--"):
         return False
     key = _key(group[0][2:])
-    if base_kind(key) is bool:
-        return len(group) == 1 and bool(_BOOLEAN.match(token))
+    if is_switch(key):
+        return len(group) == 1 and (bool(_BOOLEAN.match(token)) or token in get_args(base_kind(key)))
     is_other = token.endswith(_FILES) or _is_assignment(token)
     if base_kind(key) is None and is_other:
         return False  # another trainer's switch, and what stands after it
@@ -128,9 +128,9 @@ def _option(name: str, words: list[str]) -> tuple[str, Any, Problem | None]:
     if words:
         return key, _parse_value(key, words[0]), None
     without = key.removeprefix("no_")
-    if without != key and not _is_option(key) and (base_kind(without) is bool or is_known(without)):
+    if without != key and not _is_option(key) and (is_switch(without) or is_known(without)):
         return without, False, None
-    if base_kind(key) is bool or (base_kind(key) is None and is_known(key)):
+    if is_switch(key) or (base_kind(key) is None and is_known(key)):
         return key, True, None
     return key, None, Problem("no-value", key, f"{COMMAND_LINE}: --{key} has no value; write `--{key} value`")
 

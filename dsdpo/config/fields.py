@@ -40,6 +40,25 @@ class Checked:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
+@dataclass(frozen=True)
+class Switch:
+    """In `Annotated[Literal[...], Switch(on, off)]`: `true` and `false`, as other trainers write it, and earlier run
+    configs, are two of the words."""
+
+    on: str
+    off: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.word, handler(source))
+
+    def word(self, value: Any) -> Any:
+        """The word that a value means; a value that is no switch as it is."""
+        text = str(value).strip().lower() if isinstance(value, (bool, str)) else ""
+        if text in ("true", "yes", "on", "1"):
+            return self.on
+        return self.off if text in ("false", "no", "off", "0") else value
+
+
 ResumePolicy = Literal["fixed", "free", "consent"]
 FREE: JsonDict = {"resume": "free"}
 CONSENT: JsonDict = {"resume": "consent"}

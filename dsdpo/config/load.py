@@ -24,7 +24,7 @@ from dsdpo.config.deepspeed_file import yaml_mapping
 from dsdpo.config.earlier import earlier_values, recorded_batch, remark
 from dsdpo.config.fields import Checked
 from dsdpo.config.hubs import hub_of
-from dsdpo.config.options import NUMERIC, base_kind, holds_numbers, options, value_kinds
+from dsdpo.config.options import NUMERIC, base_kind, holds_numbers, is_switch, options, value_kinds
 from dsdpo.config.run_file import read_yaml
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.translation.others import other_trainer
@@ -246,7 +246,7 @@ def _look(key: str, values: dict[str, Any], origins: dict[str, str], path: str) 
 def _is_no_number(key: str, item: Any) -> bool:
     if isinstance(item, str) and (base_kind(key) in NUMERIC or holds_numbers(key)):
         return any(part.strip().lower().lstrip("+-") in _NOT_FINITE for part in item.split(","))
-    return (isinstance(item, bool) and base_kind(key) is not bool) or (
+    return (isinstance(item, bool) and not is_switch(key)) or (
         isinstance(item, float) and not math.isfinite(item)
     )
 

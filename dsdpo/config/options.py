@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from dsdpo.config.fields import Checked, OneOf, ResumePolicy, resume_policy
+from dsdpo.config.fields import Checked, OneOf, ResumePolicy, Switch, resume_policy
 from dsdpo.config.schema import RunConfig
 
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -84,6 +84,12 @@ def base_kind(name: str) -> Any:
     """The first alternative of an option's annotation; None for an unknown name."""
     field = RunConfig.model_fields.get(name)
     return value_kinds(field)[0] if field else None
+
+
+def is_switch(name: str) -> bool:
+    """Whether an option may stand on the command line without a value."""
+    field = RunConfig.model_fields.get(name)
+    return base_kind(name) is bool or (field is not None and any(isinstance(mark, Switch) for mark in field.metadata))
 
 
 def holds_numbers(name: str) -> bool:

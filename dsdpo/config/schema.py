@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from dsdpo.config.fields import CONSENT, FREE, Checked, OneOf, ResumePolicy, resume_policy
+from dsdpo.config.fields import CONSENT, FREE, Checked, OneOf, ResumePolicy, Switch, resume_policy
 from dsdpo.config.hubs import ModelSource, picked_hub
 from dsdpo.config.losses import ANY_LOSS, LOSSES, RANKINGS
 from dsdpo.config.stages import STAGE_ALIASES, STAGES
@@ -120,8 +120,12 @@ class RunConfig(BaseModel):
     CUDA, fp32 on CPU. `fp16`: for GPUs without bf16 (NVIDIA Turing and Volta). Its loss scale follows the block `fp16`
     of the DeepSpeed JSON, and a step whose gradients overflow is computed again with a lower one."""
 
-    gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
-    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Annotated[Literal["auto", "none", "selective", "full"], Switch("full", "none")] = Field(
+        "auto", json_schema_extra=FREE
+    )
+    """What of a decoder layer is computed again in the backward pass. `none`: nothing. `selective`: all but products
+    with weight matrices and attention, for about half of the memory. `full` (or true): the whole layer, for about a
+    third more time. `auto`: on CUDA the first of these with which a useful row fits the GPU; `none` on CPU."""
 
     disable_dropout: bool = True
     """Set every dropout of the model to 0, as TRL does. LoRA's own dropout stays as `lora_dropout` says."""

@@ -25,6 +25,7 @@ from dsdpo.config.quantization import Quantization
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import IOFailure, config_error
 from dsdpo.model.quantized import bitsandbytes_config, dequantize_in_forward, quantization_identity
+from dsdpo.model.recompute import recompute_layers
 from dsdpo.model.support import check_supported
 from dsdpo.runtime.allocator import freed_at_once
 from dsdpo.runtime.collectives import run_on_main
@@ -108,8 +109,8 @@ def load_model(
         set_score(model, draw_score(model, config.seed))
     _check_complete(model_name_or_path, sorted(missing))
     dequantize_in_forward(model)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.gradient_checkpointing != "auto":  # which is decided when the memory that is left is known
+        recompute_layers(model, config.gradient_checkpointing)
     return model
 
 

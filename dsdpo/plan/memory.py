@@ -1,15 +1,22 @@
 """Bytes that a training keeps: of GPU memory, in a checkpoint, on NVMe; and the longest micro-batch that fits.
 
-Formulas of a model's shape; nothing is measured here. The room checks of disks, `max_tokens_per_row: auto` and
-bench/scaling.py use them.
+Formulas of a model's shape; nothing is measured here. The room checks of disks, `max_tokens_per_row` and
+`gradient_checkpointing` on GPUs, and bench/scaling.py use them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
 from dsdpo.plan.setup import BUCKET, Setup
 from dsdpo.plan.shape import ModelShape
 
+Recompute: TypeAlias = Literal["none", "selective", "full"]
+RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)  # the fastest first
+
 CPU_ROW_TOKENS = 8192
+USEFUL_ROW = 8192  # tokens; a GPU gains little from longer ones, but for ZeRO-3's gathers
 USABLE = 0.9  # of a GPU's memory; the rest goes to fragmentation, NCCL and the CUDA context
 GRADIENT_BYTES = 4  # for a trained weight: gradients are kept and sent in fp32, in bf16 runs too
 _WEIGHT_BYTES = 4  # the fp32 copy that the optimizer works on
@@ -17,23 +24,47 @@ _MOMENTS_BYTES = 8  # Adam's two moments in fp32, which appear in the first step
 STATE_BYTES = _WEIGHT_BYTES + _MOMENTS_BYTES  # what a checkpoint has of a trained weight
 NVME_BYTES = STATE_BYTES + GRADIENT_BYTES  # what DeepSpeed's files on NVMe have of it
 _SPARE_BYTES = 2**24  # of a checkpoint: run.json, manifest, headers, random states
-_GRANULE = 256
+_GRANULE = 128
+_HEAD_BYTES = 14 * 8192
 
 
-def activation_bytes_per_token(shape: ModelShape, element: int, checkpointing: bool) -> int:
-    """What one token of a micro-batch keeps in memory until the backward pass.
+def activation_bytes_per_token(shape: ModelShape, element: int, recompute: Recompute) -> int:
+    """What one token of a micro-batch takes at most: kept until the backward pass, and beside that while it runs.
 
-    For each layer, with hidden size h, key/value size g, MLP size i and e bytes an element:
-    e (8h + 6g + 4i) for the inputs of the linear layers, attention, residuals and activation, and 8h for the norms'
-    copies in fp32. With gradient checkpointing, e h for each layer and the above for one.
+    With hidden size h, key/value size g, MLP size i and e bytes an element, a layer keeps
+
+        none       e (8h + 6g + 4i) + 8h   inputs of linear layers, attention, residuals, activation; norms in fp32
+        selective  e (5h + 2g + 2i)        the layer's input; results of its linear layers and of attention
+        full       e h                     the layer's input
+
+    and where layers are computed again, one of them is there in full, with 4 e h for its gradients. The head, which
+    comes before the layers' backward pass, takes 14 bytes for each of 8192 columns of the vocabulary.
 
     Args:
         element: bytes of an activation: 2 in bf16 and fp16, 4 in fp32.
-        checkpointing: whether layers are recomputed.
+        recompute: `gradient_checkpointing`, decided.
     """
-    h = shape.hidden
-    layer = element * (8 * h + 6 * shape.key_value + 4 * shape.intermediate) + 8 * h
-    return shape.layers * element * h + layer if checkpointing else shape.layers * layer
+    h, kept = shape.hidden, _kept_by_layer(shape, element)
+    again = 0 if recompute == "none" else kept["none"] + 4 * element * h
+    return shape.layers * kept[recompute] + max(again, _HEAD_BYTES)
+
+
+def _kept_by_layer(shape: ModelShape, element: int) -> dict[Recompute, int]:
+    h, g, i = shape.hidden, shape.key_value, shape.intermediate
+    return {
+        "none": element * (8 * h + 6 * g + 4 * i) + 8 * h,
+        "selective": element * (5 * h + 2 * g + 2 * i),
+        "full": element * h,
+    }
+
+
+def choose_recompute(row: dict[Recompute, int], useful: int) -> Recompute:
+    """The first of none, selective and full whose longest row is a useful one, else the last.
+
+    Args:
+        row: -> tokens of the longest row.
+    """
+    return next((one for one in RECOMPUTE if row[one] >= useful), "full")
 
 
 def moments_bytes(trained: int, stage: int, gpus: int) -> int:
@@ -90,25 +121,21 @@ def swap_bytes(trained: int, gpus: int, gpus_here: int) -> int:
     return NVME_BYTES * trained * gpus_here // gpus
 
 
-def longest_row(free: int, per_token: int, max_length: int) -> int:
-    """Tokens that fit into `free` bytes, in steps of 256.
-
-    Never below 2 * max_length, which one example with two completions may take.
-    """
-    return max(2 * max_length, free // per_token // _GRANULE * _GRANULE)
+def longest_row(free: int, per_token: float, least: int) -> int:
+    """Tokens that fit into `free` bytes, in steps of 128; never below `least`, which the longest example takes."""
+    return max(least, int(free / per_token) // _GRANULE * _GRANULE)
 
 
-def row_tokens(
-    shape: ModelShape,
-    stage: int,
-    gpus: int,
-    element: int,
-    checkpointing: bool,
-    max_length: int,
-    gpu_memory: int,
-    allocated: int,
-) -> int:
-    """The longest micro-batch that fits beside a model that is loaded and not yet trained.
+def shorter_row(row: int, least: int) -> int | None:
+    """What to try where a row was too long: half of it, in steps of 128, but at least what the longest example takes;
+    None where that is no less."""
+    half = row // 2 // _GRANULE * _GRANULE or row // 2
+    shorter = max(half, least)
+    return shorter if shorter < row else None
+
+
+def free_bytes(shape: ModelShape, stage: int, gpus: int, element: int, gpu_memory: int, allocated: int) -> int:
+    """What a model that is loaded and not yet trained leaves to activations.
 
     Args:
         stage: ZeRO's.
@@ -118,5 +145,45 @@ def row_tokens(
     """
     # The largest tensor, the embeddings or the head, is gathered whole, and takes as much again.
     growth = moments_bytes(shape.trained, stage, gpus) + gradient_bytes(shape.trained, stage, gpus)
-    free = int(gpu_memory * USABLE) - allocated - growth - 2 * element * shape.largest_tensor
-    return longest_row(max(free, 0), activation_bytes_per_token(shape, element, checkpointing), max_length)
+    return max(int(gpu_memory * USABLE) - allocated - growth - 2 * element * shape.largest_tensor, 0)
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """What the allocator of a rank said of the first step, in bytes.
+
+    Attributes:
+        tokens: of the longest micro-batch; 0 where the rank had no examples.
+        before: taken before the step.
+        peak: most that was taken before the optimizer's update.
+        after: taken after the step: Adam's moments are there now.
+        gradients: taken between forward pass and update, by the formula.
+        usable: that may be taken at all.
+    """
+
+    tokens: int
+    before: int
+    peak: int
+    after: int
+    gradients: int
+    usable: int
+
+
+def corrected_row(steps: list[MeasuredStep], least: int) -> int | None:
+    """The longest row by what the first step took, the same for all ranks; None where it tells nothing.
+
+    A rank's activations, divided by the tokens of its longest micro-batch, are what a token takes: with parts that do
+    not grow with the row, so rather too much. Ranks count that had at least half of the longest micro-batch.
+
+    Args:
+        steps: of each rank.
+        least: tokens of the longest example.
+    """
+    longest = max(step.tokens for step in steps)
+    rows = []
+    for step in steps:
+        taken = step.peak - step.before - step.gradients
+        if longest and 2 * step.tokens >= longest and taken > 0:
+            free = max(step.usable - step.after - step.gradients, 0)
+            rows.append(longest_row(free, taken / step.tokens, least))
+    return min(rows, default=None)

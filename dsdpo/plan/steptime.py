@@ -10,6 +10,7 @@ import numpy as np
 from dsdpo.data.example import Lengths
 from dsdpo.data.packing import plan_step
 from dsdpo.plan.flops import PEAK_TFLOPS, step_flops, visible_pairs
+from dsdpo.plan.memory import Recompute
 from dsdpo.plan.setup import Setup
 from dsdpo.plan.shape import ModelShape
 from dsdpo.plan.traffic import collectives, nvme_bytes, pcie_bytes
@@ -62,7 +63,7 @@ class Job:
 
     Attributes:
         row_tokens: the longest micro-batch, in tokens.
-        checkpointing: whether the layers' forward pass runs again in the backward pass.
+        recompute: what of the layers' forward pass runs again in the backward pass.
         lengths: of a step's B examples.
     """
 
@@ -71,7 +72,7 @@ class Job:
     rates: Rates
     gpus_per_node: int
     row_tokens: int
-    checkpointing: bool
+    recompute: Recompute
     lengths: Lengths
 
 
@@ -115,12 +116,12 @@ class Step:
 def compute_flops(job: Job, lengths: Lengths) -> float:
     """Operations of some examples in a micro-step as they are executed, so with those that are repeated.
 
-    The head's forward product runs again in its backward pass, since logits are never kept; with gradient checkpointing
-    the layers' forward does too.
+    The head's forward product runs again in its backward pass, since logits are never kept; with `full` gradient
+    checkpointing the layers' forward does too. What `selective` computes again are no products.
     """
     shape = job.shape
     again = 2 * shape.hidden * shape.vocab * float(lengths.loss_tokens.sum())
-    if job.checkpointing:
+    if job.recompute == "full":
         tokens = float(lengths.packed(share_prefix=True).sum())
         attention = 4 * shape.layers * shape.hidden * visible_pairs(lengths, share_prefix=True)
         again += 2 * (shape.linear + shape.lora) * tokens + attention

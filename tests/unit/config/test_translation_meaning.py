@@ -211,7 +211,7 @@ def test_our_names_keep_our_meaning_beside_options_of_ours_alone(tmp_path: Path)
         (["--use_peft", "--lora_target_modules", '["q_proj", "k_proj"]'], {"lora_target": ["q_proj", "k_proj"]}),
         (["--use_peft", "lora_target_modules=[q_proj,k_proj]"], {"lora_target": ["q_proj", "k_proj"]}),
         (["--push_to_hub", "--learning_rate=3e-6"], {"learning_rate": 3e-6}),
-        (["--gradient_checkpointing", "--eval_strategy", "no"], {"gradient_checkpointing": True}),
+        (["--gradient_checkpointing", "--eval_strategy", "no"], {"gradient_checkpointing": "full"}),
         (["--run_name", "beta=0.1"], {"run_name": "beta=0.1", "beta": 0.1}),
         (["--bf16", "beta=0.2", "--use_peft"], {"precision": "bf16", "beta": 0.2, "finetuning_type": "lora"}),
         (["beta=0.2", "use_peft=true"], {"beta": 0.2, "finetuning_type": "lora"}),

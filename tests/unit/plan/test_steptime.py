@@ -33,7 +33,7 @@ def job(setup: Setup, examples: int = 64, lora_rank: int = 0, **rates: float) ->
         rates=replace(GPUS["h100"], **rates),
         gpus_per_node=8,
         row_tokens=8192,
-        checkpointing=False,
+        recompute="none",
         lengths=draw_lengths(examples, (512, 256, 256), 0.0),
     )
 
