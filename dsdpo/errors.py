@@ -105,7 +105,7 @@ class HangError(DsdpoError):
 
 
 class OutOfMemory(DsdpoError):
-    """A GPU has no memory left for what the run asks of it. Another attempt would meet the same."""
+    """A GPU has no memory left for what the run asks of it. Another attempt as it was would meet the same."""
 
     exit_code = 72
 

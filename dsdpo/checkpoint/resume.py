@@ -53,10 +53,17 @@ class ResumePoint:
         """Optimizer steps taken before."""
         return self.checkpoint.step if self.checkpoint else 0
 
-    def row_tokens(self, config: RunConfig, mesh: Mesh, found: int) -> int:
-        """The longest row: as before, where it comes from memory, there is enough, and the ranks are as many."""
-        as_before = config.row_tokens is None and self.run.get("world_size") == mesh.world_size
-        return min(int(self.run["row_tokens"]), found) if as_before else found
+    def row_tokens(self, mesh: Mesh, facts: dict[str, Any], found: int) -> int | None:
+        """The longest row of the processes before, of rows that come from memory; None where there were none, or with
+        another number of ranks.
+
+        Args:
+            facts: what the length depends on. Where they were others, or not recorded, it is `found` at most.
+        """
+        before = self.run.get("row_tokens")
+        if before is None or self.run.get("world_size") != mesh.world_size:
+            return None
+        return before if self.run.get("row_facts") == facts else min(before, found)
 
 
 NO_RESUME_POINT = ResumePoint({}, None, {}, [])

@@ -12,6 +12,7 @@ from dsdpo import __version__
 from dsdpo.config.schema import RunConfig
 from dsdpo.data.loader import ExampleSource
 from dsdpo.engine.engine import Hardware
+from dsdpo.engine.row_tokens import Rows
 from dsdpo.model.load import weights_digests
 from dsdpo.runtime.env import Mesh
 
@@ -34,7 +35,7 @@ def identity(config: RunConfig, mesh: Mesh, hardware: Hardware, train_set: Examp
 
 
 def run_metadata(
-    config: RunConfig, mesh: Mesh, engine: DeepSpeedEngine, train_set: ExampleSource, epoch: int, row_tokens: int
+    config: RunConfig, mesh: Mesh, engine: DeepSpeedEngine, train_set: ExampleSource, epoch: int, rows: Rows
 ) -> dict[str, Any]:
     """What may change from one process to the next. epoch: its examples."""
     model = engine.module.model
@@ -49,7 +50,7 @@ def run_metadata(
         },
         "world_size": mesh.world_size,
         "zero_stage": engine.zero_optimization_stage(),
-        "row_tokens": row_tokens,
+        "row_facts": rows.facts,
         "model_config": model.config.to_diff_dict(),
         "generation_config": generation and generation.to_diff_dict(),
         "adapter_config": adapter and {key: sorted(x) if isinstance(x, set) else x for key, x in adapter.items()},

@@ -246,9 +246,7 @@ def _look(key: str, values: dict[str, Any], origins: dict[str, str], path: str) 
 def _is_no_number(key: str, item: Any) -> bool:
     if isinstance(item, str) and (base_kind(key) in NUMERIC or holds_numbers(key)):
         return any(part.strip().lower().lstrip("+-") in _NOT_FINITE for part in item.split(","))
-    return (isinstance(item, bool) and not is_switch(key)) or (
-        isinstance(item, float) and not math.isfinite(item)
-    )
+    return (isinstance(item, bool) and not is_switch(key)) or (isinstance(item, float) and not math.isfinite(item))
 
 
 def _wrong(key: str, value: Any, origins: dict[str, str]) -> Problem:

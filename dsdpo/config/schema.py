@@ -277,8 +277,9 @@ class RunConfig(BaseModel):
         None, json_schema_extra=FREE
     )
     """Longest packed row, in tokens: what one GPU computes at a time. At least 2 * max_length, or max_length for stages
-    of single answers and texts. `auto`: what the GPU's memory allows by an estimate; 8192 on CPU. Empty: 4 *
-    max_length."""
+    of single answers and texts. It changes no result beyond rounding. Empty: on CUDA what the GPU's memory allows, by a
+    formula that the first step corrects; 4 * max_length on CPU, and for examples of several answers. `auto`: the same
+    on CUDA; 8192 on CPU, and no limit for examples."""
 
     share_prefix: bool = Field(True, json_schema_extra=FREE)
     """Compute a pair's prompt once for both completions. False: prompt+chosen and prompt+rejected as two
@@ -438,7 +439,8 @@ class RunConfig(BaseModel):
 
     @property
     def row_tokens(self) -> int | None:
-        """`max_tokens_per_row`, or its default; None when it is found from the memory there is."""
+        """`max_tokens_per_row`, or its default on a CPU, by which examples are dropped as too long everywhere; None for
+        `auto`."""
         return None if self.max_tokens_per_row == "auto" else self.max_tokens_per_row or 4 * self.max_length
 
     @property

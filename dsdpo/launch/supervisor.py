@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsdpo.config.schema import RunConfig
-from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError, Problem, StopRequested
+from dsdpo.errors import CheckpointError, ConfigError, DsdpoError, HangError, OutOfMemory, Problem, StopRequested
 from dsdpo.launch.deepspeed import Launch, StopRequests, end_leftovers, launch_command, launch_environment, run_launcher
 from dsdpo.launch.preflight import ClusterRequest, check_device, needs_ranks, preflight
 from dsdpo.launch.slurm import Attempts, let_earlier_attempt_end, ranks_per_node, srun_command
@@ -26,6 +26,7 @@ from dsdpo.launch.task import Task, clear_marks, finish, is_finished, prepare_da
 from dsdpo.runtime.env import Allocation, allocation, has_gpu_driver
 from dsdpo.runtime.files import write_atomically
 from dsdpo.runtime.lock import RunLock
+from dsdpo.runtime.row_limit import read_row_limit
 from dsdpo.runtime.rundir import RunDir
 from dsdpo.runtime.stop import ExitRecord, read_exit
 
@@ -95,13 +96,21 @@ def _run(
             return 0
         clear_marks(task, config)
         prepare_data(config)
-        try:
-            launch = _launch(task, cluster, job, devices, run_dir, lock.token)
-            print(f"starting {task.name} on {launch.where}; stop with Ctrl-C or SIGTERM", flush=True)
-            status = run_launcher(launch, run_dir, requests, lock)
-        finally:
-            forget_environment(run_dir)
-        return exit_code_from(task.name, run_dir, status)
+        limit, attempts_left = read_row_limit(run_dir), 2
+        while True:
+            attempts_left -= 1
+            try:
+                launch = _launch(task, cluster, job, devices, run_dir, lock.token)
+                print(f"starting {task.name} on {launch.where}; stop with Ctrl-C or SIGTERM", flush=True)
+                status = run_launcher(launch, run_dir, requests, lock)
+            finally:
+                forget_environment(run_dir)
+            code = exit_code_from(task.name, run_dir, status)
+            shorter = read_row_limit(run_dir)
+            if code != OutOfMemory.exit_code or not attempts_left or shorter == limit or run_dir.stop.exists():
+                return code
+            print(f"once more from the beginning, with rows of at most {shorter} tokens", flush=True)
+            clear_marks(task, config)
 
 
 def _launch(

@@ -148,6 +148,12 @@ class RunDir:
     # --- across starts ---
 
     @property
+    def row_limit(self) -> Path:
+        """the rank that ran out of memory before the first checkpoint: JSON; tokens of the longest row that later
+        starts take."""
+        return self.path / "row_limit.json"
+
+    @property
     def logs(self) -> Path:
         """nodes of a SLURM job but the first: folder of the next one."""
         return self.path / "logs"

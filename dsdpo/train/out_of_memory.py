@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig
-from dsdpo.errors import OutOfMemory
+from dsdpo.errors import IOFailure, OutOfMemory
 from dsdpo.runtime.env import Mesh
+from dsdpo.runtime.row_limit import write_row_limit
+from dsdpo.runtime.rundir import RunDir
 
 # What libraries raise as a plain RuntimeError: cuBLAS and cuDNN for their workspaces, NCCL for its buffers.
 _OF_LIBRARIES = re.compile(
@@ -23,18 +26,21 @@ _OF_LIBRARIES = re.compile(
 
 @dataclass
 class Memory:
-    """What the message tells of a run.
+    """What is known of a run whose GPU is full.
 
     Attributes:
-        row_tokens: the longest packed row, in tokens; None until it is known.
+        row_tokens: gives the longest packed row, in tokens; None until it is known.
+        shorter_row: gives what another attempt may try; None where nothing shorter helps.
     """
 
-    row_tokens: int | None
+    row_tokens: Callable[[], int | None]
+    shorter_row: Callable[[], int | None] = lambda: None
 
 
 @contextmanager
 def out_of_memory_told(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Iterator[Memory]:
-    """Turn what torch and its libraries raise when a GPU is full into OutOfMemory.
+    """Turn what torch and its libraries raise when a GPU is full into OutOfMemory; record a shorter row in output_dir
+    where another attempt may take it.
 
     Yields:
         What the body fills in as it learns it.
@@ -42,13 +48,20 @@ def out_of_memory_told(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Itera
     Raises:
         OutOfMemory: with the row length, and what to lower.
     """
-    memory = Memory(config.row_tokens)
+    memory = Memory(lambda: config.row_tokens)
     try:
         yield memory
     except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise OutOfMemory(message(error, config, zero, mesh, memory.row_tokens)) from error
-        raise
+        if not is_out_of_memory(error):
+            raise
+        row, shorter = memory.row_tokens(), memory.shorter_row()
+        text = message(error, config, zero, mesh, row)
+        if row is not None and shorter is not None:
+            run_dir = RunDir(Path(config.output_dir))
+            with suppress(IOFailure):
+                write_row_limit(run_dir, shorter, row)
+                text += f". The next start takes rows of at most {shorter} tokens, as {run_dir.row_limit} says"
+        raise OutOfMemory(text) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -66,8 +79,8 @@ def message(error: BaseException, config: RunConfig, zero: ZeroConfig, mesh: Mes
     remedies = []
     if row_tokens is None or row_tokens > least:
         remedies.append(f"lower max_tokens_per_row (at least 2 * max_length = {least}; it changes no result)")
-    if not config.gradient_checkpointing:
-        remedies.append("set gradient_checkpointing: true")
+    if config.gradient_checkpointing != "full":
+        remedies.append("set gradient_checkpointing: full")
     if zero.stage < 3 and (mesh.world_size > 1 or zero.stage == 0):
         remedies.append("use a higher ZeRO stage (deepspeed: ds_configs/zero3.json)")
     if zero.offload_optimizer == "none" and config.finetuning_type == "full":

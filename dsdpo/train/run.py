@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -23,10 +24,12 @@ from dsdpo.data.order import Order
 from dsdpo.data.packing import MicroBatch
 from dsdpo.engine.engine import Hardware
 from dsdpo.engine.loss_scale import StepScaling
+from dsdpo.engine.row_tokens import FirstStep, Rows
 from dsdpo.errors import IOFailure, NumericError, StopRequested
 from dsdpo.export.huggingface import export_engine, set_aside
 from dsdpo.model.packed import ModelOutput, PackedInputs
 from dsdpo.objectives.base import Objective
+from dsdpo.plan.memory import shorter_row
 from dsdpo.reference.source import Reference
 from dsdpo.runtime.collectives import any_rank, run_on_main
 from dsdpo.runtime.env import Mesh
@@ -61,6 +64,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     objective: Objective
     loader: BatchLoader
+    rows: Rows
     reference: Reference
     held_out: tuple[BatchLoader, Reference] | None
     schedule: Schedule
@@ -73,6 +77,7 @@ class Run:
     done: int = field(init=False)
     stopping: bool = field(init=False, default=False)
     _queued: QueuedStep | None = field(init=False, default=None)
+    _first: FirstStep | None = field(init=False, default=None)
     _since: float = field(init=False, default=0.0)
     _began: float = field(init=False, default=0.0)
 
@@ -108,13 +113,20 @@ class Run:
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """(step, batch) of each optimizer step that is left; the step is 0-based."""
         steps = range(self.done, self.done if self.stopping else self.schedule.total_steps)
-        batches = self.loader.training_batches(steps, self.config.train_batch_size, self.config.seed, self.order)
+        alone = 1 if self.rows.is_estimate else 0  # the first step says how long rows are: no other is planned before
+        if alone and steps:
+            self._first = FirstStep(self.engine, self.hardware.device)
+        config = self.config
+        batches = chain.from_iterable(
+            self.loader.training_batches(part, config.train_batch_size, config.seed, self.order)
+            for part in (steps[:alone], steps[alone:])
+        )
         self._since = time.perf_counter()
         return zip(steps, batches)
 
     def forward(self, micro_batch: MicroBatch) -> ModelOutput:
         """The policy's output for a micro-batch."""
-        fault_point("forward")
+        fault_point("forward", len(micro_batch.input_ids))
         return self.engine(PackedInputs.of(micro_batch, self.hardware.device))
 
     def end_step(self, step: int, batch: Batch, sums: MetricSums, learning_rate: float) -> bool:
@@ -133,6 +145,8 @@ class Run:
         """
         self.flush()  # so the device never has more than one step to do
         self.done = step + 1
+        if self._first is not None:
+            self._correct_rows(self._first, batch)
         saves, evaluates = self._save_is_due(), self._evaluation_is_due()
         if saves or evaluates:
             sums.read()  # waits for this step as well: its time is its own
@@ -147,6 +161,27 @@ class Run:
                 self.stopping = True
         self._since = time.perf_counter()
         return self.stopping
+
+    def _correct_rows(self, first: FirstStep, batch: Batch) -> None:
+        """Take the length of rows that the first step's memory allows. A collective call."""
+        self._first = None
+        computed = [len(one.input_ids) for one in batch.micro_batches if len(one.completions)]
+        corrected = first.corrected(max(computed, default=0), self.rows.least)
+        if corrected is None:
+            return
+        self.reporter.say(
+            f"rows of at most {corrected} tokens, by the memory that the first step took, instead of {self.rows.tokens}"
+        )
+        self.rows.tokens = corrected
+        for loader in [self.loader, *([self.held_out[0]] if self.held_out else [])]:
+            loader.max_tokens_per_row = corrected
+
+    @property
+    def shorter_row(self) -> int | None:
+        """What another attempt may try where memory is full; None after the first checkpoint, and where an example
+        takes as much."""
+        has_saved = self.first_step > 0 or self.saver.last_step is not None
+        return None if has_saved else shorter_row(self.rows.tokens, self.rows.least)
 
     def finish(self) -> None:
         """What follows the last step: its report, a checkpoint where the run stops early, else the export of the

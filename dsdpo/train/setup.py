@@ -23,11 +23,14 @@ from dsdpo.data.order import Order
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.engine.engine import Hardware, build_engine, describe
 from dsdpo.engine.loss_scale import LossScale, StepScaling
-from dsdpo.engine.row_tokens import row_tokens
+from dsdpo.engine.row_tokens import Rows, find_rows
+from dsdpo.model.recompute import recompute_layers
 from dsdpo.objectives.base import Objective
 from dsdpo.objectives.stages import objective_of
 from dsdpo.reference.source import Reference, reference_source
+from dsdpo.runtime.collectives import run_on_main
 from dsdpo.runtime.env import Mesh
+from dsdpo.runtime.row_limit import read_row_limit
 from dsdpo.runtime.rundir import RunDir
 from dsdpo.runtime.stop import StopFlag
 from dsdpo.runtime.watchdog import Watch
@@ -67,16 +70,19 @@ def set_up(
     reporter = Reporter(config, schedule.total_steps, mesh.is_main, point.step if trains else None)
     for line in (*point.remarks, describe(engine, config, zero, mesh, hardware)):
         reporter.say(line)
-    load = _Loaders(config, zero, mesh, hardware, engine, objective, point, reporter.say, stop_flag)
+    sets = [train_set] if eval_set is None else [train_set, eval_set]
+    load = _Loaders(config, zero, mesh, hardware, engine, objective, point, reporter.say, stop_flag, sets)
     loader, reference = load(train_set, order.ids_of_steps(schedule.total_steps, config.train_batch_size, config.seed))
     held_out = None if eval_set is None else load(eval_set, np.arange(len(eval_set)))
     watchdog = watchdog or Watch(RunDir(Path(config.output_dir)), mesh, config.hang_timeout, None)
-    tokenizer, metadata = _metadata(config, mesh, engine, train_set, len(order), load.row_tokens)
-    saver, scaling = _saver(config, zero, mesh, hardware, engine, point, metadata, reporter.say, watchdog.token)
+    tokenizer, metadata = _metadata(config, mesh, engine, train_set, len(order), load.rows)
+    saver, scaling = _saver(
+        config, zero, mesh, hardware, engine, point, metadata, reporter.say, watchdog.token, load.rows
+    )
     if trains and config.save_steps is not None and point.step < schedule.total_steps:
         saver.check_room()
     steps = f"{schedule.total_steps} steps of {config.train_batch_size}"
-    reporter.say(f"{len(train_set)} examples, {steps}, micro-batches of at most {load.row_tokens} tokens")
+    reporter.say(f"{len(train_set)} examples, {steps}, micro-batches of at most {load.rows.tokens} tokens")
     return Run(
         config=config,
         mesh=mesh,
@@ -86,6 +92,7 @@ def set_up(
         tokenizer=tokenizer,
         objective=objective,
         loader=loader,
+        rows=load.rows,
         reference=reference,
         held_out=held_out,
         schedule=schedule,
@@ -99,7 +106,7 @@ def set_up(
 
 
 def _metadata(
-    config: RunConfig, mesh: Mesh, engine: DeepSpeedEngine, train_set: ExampleSource, epoch: int, row_tokens: int
+    config: RunConfig, mesh: Mesh, engine: DeepSpeedEngine, train_set: ExampleSource, epoch: int, rows: Rows
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     """The tokenizer to export, and what checkpoints say of the run.
 
@@ -114,7 +121,7 @@ def _metadata(
     exported.put_into(tokenizer)
     if exported.pad_token is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer, {**run_metadata(config, mesh, engine, train_set, epoch, row_tokens), "exported": asdict(exported)}
+    return tokenizer, {**run_metadata(config, mesh, engine, train_set, epoch, rows), "exported": asdict(exported)}
 
 
 class _Loaders:
@@ -131,19 +138,55 @@ class _Loaders:
         point: ResumePoint,
         say: Callable[[str], None],
         stop_flag: StopFlag,
+        sets: list[ExampleSource],
     ) -> None:
         self._config, self._mesh = config, mesh
         kind = config.reference_kind if objective.needs_reference else "none"
         self._reference_of = reference_source(kind, config, zero, mesh, hardware, engine, say, stop_flag)
-        # A live reference takes its memory first. Micro-batches as long as before give the same steps to the bit.
-        self.row_tokens = point.row_tokens(config, mesh, row_tokens(config, engine, hardware))
+        # A live reference takes its memory first.
+        self.rows = _rows(config, mesh, hardware, engine, point, say, sets)
 
     def __call__(self, source: ExampleSource, ids: np.ndarray) -> tuple[BatchLoader, Reference]:
         """Of a set, of which `ids` will be asked for."""
         config = self._config
         alpha = config.neftune_noise_alpha or 0.0
-        loader = BatchLoader(source, self._mesh, self.row_tokens, config.share_prefix, alpha)
+        loader = BatchLoader(source, self._mesh, self.rows.tokens, config.share_prefix, alpha)
         return loader, self._reference_of(loader, ids)
+
+
+def _rows(
+    config: RunConfig,
+    mesh: Mesh,
+    hardware: Hardware,
+    engine: DeepSpeedEngine,
+    point: ResumePoint,
+    say: Callable[[str], None],
+    sets: list[ExampleSource],
+) -> Rows:
+    """How long rows are: as before on as many ranks, which gives the same steps to the bit, and no longer than what an
+    earlier start has recorded when it ran out of memory. What layers compute again is set here where memory decides.
+    A collective call."""
+    tokens = [source.lengths(np.arange(len(source))).packed(config.share_prefix) for source in sets]
+    least = max(int(some.max(initial=0)) for some in tokens)
+    mean_step = int(tokens[0].mean() * config.train_batch_size / mesh.dp_size)
+    rows = find_rows(config, engine, hardware, least, mean_step)
+    if config.gradient_checkpointing == "auto":
+        model = engine.module.model
+        recompute_layers(model.get_base_model() if hasattr(model, "get_base_model") else model, rows.recompute)
+    if rows.remark:
+        say(rows.remark)
+    if rows.found and (before := point.row_tokens(mesh, rows.facts, rows.tokens)) is not None:
+        rows.tokens, rows.is_estimate = before, False
+    run_dir = RunDir(Path(config.output_dir))
+    limit = run_on_main(mesh.is_main, lambda: read_row_limit(run_dir))
+    if limit is not None and limit < rows.tokens:
+        limit = max(limit, least)
+        say(
+            f"rows of at most {limit} tokens instead of {rows.tokens}, as an earlier start ran out of memory; to "
+            f"forget that, delete {run_dir.row_limit}"
+        )
+        rows.tokens, rows.is_estimate = limit, False
+    return rows
 
 
 def _saver(
@@ -156,6 +199,7 @@ def _saver(
     metadata: dict[str, Any],
     say: Callable[[str], None],
     token: str | None,
+    rows: Rows,
 ) -> tuple[Saver, StepScaling]:
     """Makes checkpoints of an engine, which gets its state and, in fp16, its loss scale back here.
 
@@ -169,4 +213,8 @@ def _saver(
         saved = point.run.get("loss_scale")
         loss_scale = LossScale.saved(zero.scale_rule, saved) if saved else LossScale.first(zero.scale_rule)
     scaling = StepScaling(engine, hardware.device, loss_scale)
-    return Saver(config, engine, mesh, {**point.identity, **metadata}, say, token, lambda: scaling.state), scaling
+
+    def changing() -> dict[str, Any]:
+        return {**scaling.state, "row_tokens": rows.tokens}
+
+    return Saver(config, engine, mesh, {**point.identity, **metadata}, say, token, changing), scaling

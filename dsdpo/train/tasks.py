@@ -87,8 +87,9 @@ def run_task(
                 eval_set = open_prepared(config, "eval")
                 trains = task == "train"
                 run = set_up(config, zero, mesh, hardware, train_set, eval_set, stop_flag, watch, trains)
-                memory.row_tokens = run.loader.max_tokens_per_row
+                memory.row_tokens = lambda: run.rows.tokens
                 if trains:
+                    memory.shorter_row = lambda: run.shorter_row
                     train(run)
                 with watch.slow("the end of the reports"):
                     run.reporter.close()

@@ -20,7 +20,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "several rows": {"max_tokens_per_row": 160},
     "plain rows": {"share_prefix": False},
     "plain several": {"share_prefix": False, "max_tokens_per_row": 160},
-    "recompute": {"gradient_checkpointing": True, "max_tokens_per_row": 160},
+    "recompute": {"gradient_checkpointing": "full", "max_tokens_per_row": 160},
+    "selective": {"gradient_checkpointing": "selective", "max_tokens_per_row": 160},
 }
 CASES = [
     (model, finetuning, stage, layout)

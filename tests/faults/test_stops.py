@@ -242,7 +242,9 @@ def test_two_jobs(place: Place) -> None:
 
 
 def test_a_gpu_that_is_full_is_72_with_what_to_lower(place: Place) -> None:
-    """On one of two ranks, in its third micro-batch; the other rank only loses its peer."""
+    """On one of two ranks, in its third micro-batch, with the shorter row as well; the other rank only loses its
+    peer."""
     code, output = place.run("full", *zero3(place), ranks=2, DSDPO_FAULT="forward@3#1=oom")
     assert code == 72, output
     assert "The longest packed row is 128 tokens" in output and "lower max_length" in output
+    assert "The longest packed row is 64 tokens" in output

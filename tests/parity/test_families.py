@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from dsdpo.data.packing import build_micro_batch
 from dsdpo.model.attention.backends import varlen_attention
 from dsdpo.model.attention.register import NAMES, register
 from dsdpo.model.packed import PackedInputs, PackedModel
+from dsdpo.model.recompute import recompute_layers
 from dsdpo.model.support import check_supported
 from tests.helpers.tiny import FAMILIES, VOCAB, random_pairs
 from tests.helpers.varlen import varlen_in_plain_torch
@@ -172,12 +173,13 @@ def test_log_probs_and_gradients_match(model: PreTrainedModel, flex_trains_on_cp
             assert off < 1e-4, f"{backend}, share_prefix={share_prefix}: the gradient of {name} differs by {off:.1e}"
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_gradient_checkpointing_changes_nothing(recompute: Literal["selective", "full"]) -> None:
     model = tiny_model("llama")
     expected = plain(model, PAIRS)
     wanted = gradients(model, expected)
     model.set_attn_implementation(NAMES["sdpa"])
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_layers(model, recompute)
     found = packed(model.train(), PAIRS, share_prefix=True)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert difference(gradients(model, found), wanted)[0] < 1e-4

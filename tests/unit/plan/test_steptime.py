@@ -73,7 +73,7 @@ def test_operations() -> None:
     head = 2 * 4096 * 32000 * 512
     flops = compute_flops(full, lengths)
     assert flops == pytest.approx(3 * layers + 3 * attention + 4 * head)
-    assert compute_flops(replace(full, checkpointing=True), lengths) - flops == pytest.approx(layers + attention)
+    assert compute_flops(replace(full, recompute="full"), lengths) - flops == pytest.approx(layers + attention)
     live = replace(full, setup=Setup(3, live=True))
     assert compute_flops(live, lengths) - flops == pytest.approx(layers + attention + head)
     lora = compute_flops(job(Setup(3), lora_rank=8), lengths)
