@@ -123,8 +123,8 @@ def options() -> argparse.Namespace:
     add("--lora_rank", type=int, default=0, metavar="R", help="0: full fine-tuning (0)")
     add("--quantization_bit", type=int, choices=[4, 8], metavar="N", help="4 or 8, of frozen weights under LoRA")
     add("--reference", default="cached", choices=["cached", "live"], help="(cached)")
-    recompute = {"nargs": "?", "const": "full", "default": "none", "choices": RECOMPUTE}
-    add("--gradient_checkpointing", **recompute, help="which activations are recomputed (none; without a word: full)")
+    which = "which activations are recomputed (none; without a word: full)"
+    add("--gradient_checkpointing", nargs="?", const="full", default="none", choices=RECOMPUTE, help=which)
     add("--pairs_per_gpu", type=int, default=8, metavar="N", help="pairs a step for each GPU (8)")
     add("--train_batch_size", type=int, metavar="N", help="pairs a step over all GPUs, instead")
     add("--max_tokens_per_row", type=int, default=8192, metavar="N", help="(8192)")

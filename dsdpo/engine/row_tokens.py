@@ -37,6 +37,9 @@ class Rows:
     is_estimate: bool = False
     remark: str = ""
 
+    def __str__(self) -> str:
+        return f"micro-batches of at most {self.tokens} tokens"
+
 
 def find_rows(config: RunConfig, engine: DeepSpeedEngine, hardware: Hardware, least: int, mean_step: int) -> Rows:
     """The rows of a run whose model, and live reference, are loaded. A collective call on CUDA.

@@ -70,19 +70,15 @@ def set_up(
     reporter = Reporter(config, schedule.total_steps, mesh.is_main, point.step if trains else None)
     for line in (*point.remarks, describe(engine, config, zero, mesh, hardware)):
         reporter.say(line)
-    sets = [train_set] if eval_set is None else [train_set, eval_set]
-    load = _Loaders(config, zero, mesh, hardware, engine, objective, point, reporter.say, stop_flag, sets)
+    load = _Loaders(config, zero, mesh, hardware, engine, objective, point, reporter, stop_flag, train_set, eval_set)
     loader, reference = load(train_set, order.ids_of_steps(schedule.total_steps, config.train_batch_size, config.seed))
     held_out = None if eval_set is None else load(eval_set, np.arange(len(eval_set)))
     watchdog = watchdog or Watch(RunDir(Path(config.output_dir)), mesh, config.hang_timeout, None)
     tokenizer, metadata = _metadata(config, mesh, engine, train_set, len(order), load.rows)
-    saver, scaling = _saver(
-        config, zero, mesh, hardware, engine, point, metadata, reporter.say, watchdog.token, load.rows
-    )
+    saver, scaling = _saver(config, zero, mesh, hardware, engine, point, metadata, reporter, watchdog.token, load.rows)
     if trains and config.save_steps is not None and point.step < schedule.total_steps:
         saver.check_room()
-    steps = f"{schedule.total_steps} steps of {config.train_batch_size}"
-    reporter.say(f"{len(train_set)} examples, {steps}, micro-batches of at most {load.rows.tokens} tokens")
+    reporter.say(f"{len(train_set)} examples, {schedule.total_steps} steps of {config.train_batch_size}, {load.rows}")
     return Run(
         config=config,
         mesh=mesh,
@@ -136,15 +132,17 @@ class _Loaders:
         engine: DeepSpeedEngine,
         objective: Objective,
         point: ResumePoint,
-        say: Callable[[str], None],
+        reporter: Reporter,
         stop_flag: StopFlag,
-        sets: list[ExampleSource],
+        train_set: ExampleSource,
+        eval_set: ExampleSource | None,
     ) -> None:
         self._config, self._mesh = config, mesh
         kind = config.reference_kind if objective.needs_reference else "none"
-        self._reference_of = reference_source(kind, config, zero, mesh, hardware, engine, say, stop_flag)
+        self._reference_of = reference_source(kind, config, zero, mesh, hardware, engine, reporter.say, stop_flag)
         # A live reference takes its memory first.
-        self.rows = _rows(config, mesh, hardware, engine, point, say, sets)
+        sets = [train_set] if eval_set is None else [train_set, eval_set]
+        self.rows = _rows(config, mesh, hardware, engine, point, reporter.say, sets)
 
     def __call__(self, source: ExampleSource, ids: np.ndarray) -> tuple[BatchLoader, Reference]:
         """Of a set, of which `ids` will be asked for."""
@@ -197,7 +195,7 @@ def _saver(
     engine: DeepSpeedEngine,
     point: ResumePoint,
     metadata: dict[str, Any],
-    say: Callable[[str], None],
+    reporter: Reporter,
     token: str | None,
     rows: Rows,
 ) -> tuple[Saver, StepScaling]:
@@ -207,7 +205,7 @@ def _saver(
     """
     if point.checkpoint is not None:
         restore(engine, point.checkpoint, config, mesh)
-        say(f"resumed after step {point.step} from {point.checkpoint.path}")
+        reporter.say(f"resumed after step {point.step} from {point.checkpoint.path}")
     loss_scale = None
     if hardware.precision == "fp16":
         saved = point.run.get("loss_scale")
@@ -217,4 +215,4 @@ def _saver(
     def changing() -> dict[str, Any]:
         return {**scaling.state, "row_tokens": rows.tokens}
 
-    return Saver(config, engine, mesh, {**point.identity, **metadata}, say, token, changing), scaling
+    return Saver(config, engine, mesh, {**point.identity, **metadata}, reporter.say, token, changing), scaling
