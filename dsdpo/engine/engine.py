@@ -23,6 +23,7 @@ from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora,
 from dsdpo.model.attention.register import Capability, choose
 from dsdpo.model.hub import fetch_weights
 from dsdpo.model.load import Head, load_model
+from dsdpo.model.lora import fuse_lora, uses_fused_lora
 from dsdpo.model.packed import PackedModel
 from dsdpo.plan.shape import ModelShape
 from dsdpo.runtime.collectives import all_gather_object, raise_on_any_rank
@@ -120,6 +121,8 @@ def build_engine(
     elif weights is None and config.finetuning_type == "lora":
         model = add_lora(base, config)
     record_base_revision(model, config.model_revision)
+    if uses_fused_lora(config):
+        fuse_lora(model)
     packed = PackedModel(model, head, config.use_weighting)
     if settings["zero_optimization"]["stage"] == 3:
         gather_by_layer(packed, base)

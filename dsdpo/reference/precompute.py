@@ -15,6 +15,7 @@ from dsdpo.engine.engine import Hardware
 from dsdpo.errors import IOFailure, NumericError, StopRequested
 from dsdpo.model.adapters import reference_weights
 from dsdpo.model.load import weights_digests
+from dsdpo.model.lora import uses_fused_lora
 from dsdpo.model.packed import PackedInputs
 from dsdpo.objectives.sums import completion_sums
 from dsdpo.reference.store import ReferenceStore, store_key
@@ -40,6 +41,8 @@ def open_store(config: RunConfig, mesh: Mesh, hardware: Hardware) -> ReferenceSt
             "dtype": str(hardware.dtype),
             "attention": hardware.attention(config.attn_implementation),
             "share_prefix": config.share_prefix,
+            # the base model alone is computed as ever; a continued adapter is rounded otherwise than by PEFT's forward
+            **({"lora": "fused"} if config.adapter_name_or_path and uses_fused_lora(config) else {}),
         }
     )
     store = ReferenceStore(config.cache_path / "reference" / key)
