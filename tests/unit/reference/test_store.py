@@ -4,12 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
 from dsdpo.data.example import MAX_COMPLETIONS, Lengths
+from dsdpo.engine.engine import Hardware
+from dsdpo.reference import precompute
 from dsdpo.reference.store import ReferenceStore, store_key
+from dsdpo.runtime.env import Mesh
+from tests.dist.grid import run_config
 from tests.helpers.tiny import ListOfExamples, random_examples, random_pairs
 
 
@@ -125,3 +130,18 @@ def test_every_setting_is_part_of_the_key() -> None:
     keys = {store_key(settings)} | {store_key({**settings, name: "other"}) for name in settings}
     assert len(keys) == len(settings) + 1
     assert store_key(dict(reversed(settings.items()))) == store_key(settings)
+
+
+def test_how_an_adapter_is_computed_is_part_of_the_key_where_one_is_in_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base model's log-probs are those of before, to the bit."""
+    monkeypatch.setattr(precompute, "weights_digests", lambda *_: {"model": "x"})
+
+    def key(fused: bool, adapter: str | None) -> str:
+        config = run_config("model", tmp_path, finetuning_type="lora", adapter_name_or_path=adapter)
+        monkeypatch.setattr(precompute, "uses_fused_lora", lambda _: fused)
+        return precompute.open_store(config, Mesh(0, 1, 0), Hardware(torch.device("cpu"), "fp32")).folder.name
+
+    assert key(True, None) == key(False, None)
+    assert key(True, "adapter") != key(False, "adapter")
