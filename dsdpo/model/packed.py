@@ -15,18 +15,23 @@ from dsdpo.config.rules import HEAD
 from dsdpo.data.packing import MicroBatch
 from dsdpo.errors import config_error
 from dsdpo.model.attention.masks import PackedLayout
+from dsdpo.model.gather import RowGather
 from dsdpo.model.heads import LogProbHead, ValueHead
 from dsdpo.model.noise import embedding_noise
 
 
 @dataclass
 class PackedInputs:
-    """A `MicroBatch` on the device; shapes as there, ids and positions with a leading batch axis of 1."""
+    """A `MicroBatch` on the device; shapes as there, ids and positions with a leading batch axis of 1.
+
+    Attributes:
+        predicting: gives the hidden states that predict a scored token, those at `loss_positions`.
+    """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     layout: PackedLayout
-    loss_positions: torch.Tensor
+    predicting: RowGather
     target_ids: torch.Tensor
     last_positions: torch.Tensor
     noise: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -37,19 +42,19 @@ class PackedInputs:
         arrays = (
             micro_batch.input_ids[None],
             micro_batch.position_ids[None],
-            micro_batch.loss_positions,
             micro_batch.target_ids,
             micro_batch.last_positions,
         )
-        ids, positions, loss_positions, target_ids, last_positions = (
+        ids, positions, target_ids, last_positions = (
             torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
         )
         layout = PackedLayout(micro_batch.segments, device)
+        predicting = RowGather(micro_batch.loss_positions, len(micro_batch.input_ids), device)
         noise = None
         if micro_batch.noise is not None:
             keys, scales = (torch.from_numpy(x).to(device, non_blocking=True) for x in micro_batch.noise)
             noise = keys, scales
-        return cls(ids, positions, layout, loss_positions, target_ids, last_positions, noise)
+        return cls(ids, positions, layout, predicting, target_ids, last_positions, noise)
 
 
 class ModelOutput(NamedTuple):
@@ -119,5 +124,4 @@ class PackedModel(nn.Module):
         ).last_hidden_state[0]
         if isinstance(self.head, ValueHead):
             return ModelOutput(values=self.head(hidden.index_select(0, inputs.last_positions)))
-        predicting = hidden.index_select(0, inputs.loss_positions)
-        return ModelOutput(*self.head(predicting, inputs.target_ids, self.weighting))
+        return ModelOutput(*self.head(inputs.predicting(hidden), inputs.target_ids, self.weighting))

@@ -5,8 +5,10 @@ Shape suffixes: B batch (always 1), H query heads, G key/value heads, T tokens o
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,46 +61,59 @@ def varlen_attention(
     scale: float,
     kernel: VarlenKernel,
 ) -> torch.Tensor:
-    """One variable-length call for the whole row: the prompt's keys and values are gathered once per completion.
+    """One variable-length call for the whole row: the prompt's keys and values are copied once per completion.
 
-    The kernel aligns its causal mask bottom right, so a completion's queries see the prompt and themselves.
+    The kernel aligns its causal mask bottom right, so a completion's queries see the prompt and themselves. Queries,
+    keys and values lie in memory as [T, heads, D], as their projections have written them: only the copies move.
     """
-    key_index, cu_q, cu_k, max_q, max_k = layout.varlen
-    query_THD = query_BHTD[0].transpose(0, 1)
-    key_KGD, value_KGD = (x[0].index_select(1, key_index).transpose(0, 1) for x in (key_BGTD, value_BGTD))
+    cu_q, cu_k, max_q, max_k = layout.varlen
+    query_THD, key_TGD, value_TGD = (x[0].transpose(0, 1) for x in (query_BHTD, key_BGTD, value_BGTD))
+    key_KGD, value_KGD = (layout.keys(x.flatten(1)).unflatten(1, x.shape[1:]) for x in (key_TGD, value_TGD))
     output_THD = kernel(query_THD, key_KGD, value_KGD, cu_q, cu_k, max_q, max_k, scale)
     return output_THD.transpose(0, 1).unsqueeze(0)
 
 
 def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale):  # type: ignore[no-untyped-def]
-    """torch's own kernel, FlashAttention 2 inside."""
+    """torch's own kernel, FlashAttention 2 inside. Its backward repeats bit for bit where torch is told to."""
     from torch.nn.attention.varlen import varlen_attn
 
     gqa = varlen_keywords(q.shape[1] != k.shape[1])
     return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0), **gqa)
 
 
+def _repeats(function: Callable[..., Any]) -> dict[str, bool]:
+    """What tells a function of flash-attention to compute gradients without atomics, where `deterministic` is set."""
+    if not torch.are_deterministic_algorithms_enabled() or "deterministic" not in _parameters(function):
+        return {}
+    return {"deterministic": True}
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
 def _flash_2(q, k, v, cu_q, cu_k, max_q, max_k, scale):  # type: ignore[no-untyped-def]
     """The package flash-attn, written for 2.8."""
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn import flash_attn_varlen_func as attend
 
-    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True)
+    return attend(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True, **_repeats(attend))
 
 
 def _flash_3(q, k, v, cu_q, cu_k, max_q, max_k, scale):  # type: ignore[no-untyped-def]
     """The package flash-attn-3 (flash-attention's folder hopper); written from its source, run by no test yet."""
-    from flash_attn_interface import flash_attn_varlen_func
+    from flash_attn_interface import flash_attn_varlen_func as attend
 
-    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True)
+    out = attend(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True, **_repeats(attend))
     return out[0] if isinstance(out, tuple) else out  # early builds give the log-sum-exp as well
 
 
 def _flash_4(q, k, v, cu_q, cu_k, max_q, max_k, scale):  # type: ignore[no-untyped-def]
     """The package flash-attn-4; written from the source of 4.0.0b36, run by no test yet."""
-    from flash_attn.cute import flash_attn_varlen_func
+    from flash_attn.cute import flash_attn_varlen_func as attend
 
     lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
-    out, _ = flash_attn_varlen_func(q, k, v, **lengths, softmax_scale=scale, causal=True)
+    out, _ = attend(q, k, v, **lengths, softmax_scale=scale, causal=True, **_repeats(attend))
     return out
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from dsdpo.data.packing import Segment
+from dsdpo.model.gather import RowGather
 
 
 @dataclass
@@ -44,30 +45,28 @@ class PackedLayout:
         return self._masks[queries, keys]
 
     @cached_property
-    def varlen(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
-        """What one variable-length call needs.
+    def keys(self) -> RowGather:
+        """The keys of each segment: those of its prefix and its own, [T, R] -> [K, R]."""
+        spans = [
+            np.arange(begin, begin + length)
+            for s in self.segments
+            for begin, length in ((s.prefix_start, s.prefix_length), (s.start, s.length))
+        ]
+        return RowGather(np.concatenate(spans), sum(s.length for s in self.segments), self.device)
+
+    @cached_property
+    def varlen(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """What one variable-length call needs beside its keys.
 
         Returns:
-            key_index int64 [K], the row positions of each segment's prefix and own tokens; cumulative lengths of
-            queries and of keys, int32 [S+1]; the longest query and key length.
+            Cumulative lengths of queries and of keys, int32 [S+1]; the longest query and key length.
         """
-        q_lens = torch.tensor([s.length for s in self.segments])
-        k_lens = torch.tensor([s.prefix_length + s.length for s in self.segments])
-        key_index = torch.cat(
-            [
-                torch.arange(begin, begin + length)
-                for s in self.segments
-                for begin, length in ((s.prefix_start, s.prefix_length), (s.start, s.length))
-            ]
-        )
-        cumulative = [F.pad(lens.cumsum(0), (1, 0)).to(torch.int32) for lens in (q_lens, k_lens)]
-        return (
-            key_index.to(self.device, non_blocking=True),
-            cumulative[0].to(self.device, non_blocking=True),
-            cumulative[1].to(self.device, non_blocking=True),
-            int(q_lens.max()),
-            int(k_lens.max()),
-        )
+        q_lens = np.array([s.length for s in self.segments])
+        k_lens = q_lens + [s.prefix_length for s in self.segments]
+        ends = np.zeros((2, len(self.segments) + 1), dtype=np.int32)
+        np.cumsum([q_lens, k_lens], axis=1, out=ends[:, 1:])
+        cu_q, cu_k = torch.from_numpy(ends).to(self.device, non_blocking=True)
+        return cu_q, cu_k, int(q_lens.max()), int(k_lens.max())
 
     @cached_property
     def block_mask(self) -> BlockMask:
