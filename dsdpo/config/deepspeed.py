@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from dsdpo.config import kernels, quantization
 from dsdpo.config.aliases import did_you_mean
 from dsdpo.config.deepspeed_file import named, read_settings
 from dsdpo.config.deepspeed_keys import (
@@ -34,7 +35,6 @@ from dsdpo.config.deepspeed_keys import (
 )
 from dsdpo.config.load import LoadResult
 from dsdpo.config.precision import FP16, ScaleRule
-from dsdpo.config.quantization import zero_problems
 from dsdpo.config.zero import AUTO, ZeroConfig, block_of, is_off
 from dsdpo.errors import ConfigError, Problem
 
@@ -64,8 +64,8 @@ def check_deepspeed(loaded: LoadResult) -> tuple[ZeroConfig | None, list[Problem
     if problems:
         return None, problems
     zero = ZeroConfig.of(config, data)
-    unquantized = "quantization_bit" in loaded.faulty
-    problems = [] if unquantized else zero_problems(config, zero)
+    for option, checks in {"quantization_bit": quantization, "kernels": kernels}.items():
+        problems += [] if option in loaded.faulty else checks.zero_problems(config, zero)
     return None if problems else zero, problems
 
 

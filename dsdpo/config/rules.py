@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dsdpo.config.kernels import KERNEL_RULES, liger_installed
 from dsdpo.config.load import LoadResult
 from dsdpo.config.loss_rules import LOSS_RULES, Given, Rule
 from dsdpo.config.quantization import QUANTIZATION_RULES
@@ -27,7 +28,8 @@ def check_rules(loaded: LoadResult, here: bool = True) -> list[Problem]:
     if loaded.config is None:
         return []
     problems = []
-    for code, keys, rule in RULES if here else [one for one in RULES if one[2] not in (_trackers, _flash_package)]:
+    packages = (_trackers, _flash_package, liger_installed)
+    for code, keys, rule in RULES if here else [one for one in RULES if one[2] not in packages]:
         message = "" if loaded.faulty.intersection(keys) else rule(loaded.config, loaded.origins)
         if message:
             places = [f"{key} in {loaded.origins[key]}" for key in keys if key in loaded.origins]
@@ -225,6 +227,7 @@ RULES: list[Rule] = [
     ("stage-options", ("stage", *(name for spec in STAGES.values() for name in spec.options)), _stage_options),
     *LOSS_RULES,
     *QUANTIZATION_RULES,
+    *KERNEL_RULES,
     ("held-out-twice", ("eval_dataset", "val_size"), _one_held_out_set),
     ("val-size", ("val_size",), _val_size),
     ("create-new-adapter", ("create_new_adapter", "model_name_or_path"), _new_adapter),

@@ -115,6 +115,12 @@ class RunConfig(BaseModel):
     flash-attn-4. These four need CUDA, bf16 or fp16, and GPUs of compute capability 8.0 (Ampere) or higher.
     `flex_attention`: torch's FlexAttention, CUDA. `auto`: varlen where it runs, else sdpa."""
 
+    kernels: Literal["auto", "liger", "compile", "none"] = Field("auto", json_schema_extra=FREE)
+    """Kernels of the decoder layers beside attention; they differ in rounding. `none`: transformers' own. `liger`:
+    Liger's RMSNorm, SwiGLU or GeGLU and rotary positions, on CUDA, for the model types that it knows; needs the `cuda`
+    extra. `compile`: each layer through torch.compile, which takes half a minute at the start; ZeRO stages 0 to 2.
+    `auto`: liger where it runs, else none."""
+
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of weights and activations; gradients are summed, and the optimizer works, in fp32. `auto`: bf16 on
     CUDA, fp32 on CPU. `fp16`: for GPUs without bf16 (NVIDIA Turing and Volta). Its loss scale follows the block `fp16`

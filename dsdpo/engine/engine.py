@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import deepspeed
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dsdpo.compat import end_stale_builds, has_fp16, unlink_shared_buffers
 from dsdpo.config.hubs import same_model
+from dsdpo.config.kernels import LIGER_REMEDY, missing_liger
 from dsdpo.config.precision import Precision, no_fp16, precision_of
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.zero import ZeroConfig, engine_config, reference_engine_config
@@ -22,9 +24,11 @@ from dsdpo.errors import ConfigError, config_error
 from dsdpo.model.adapters import add_lora, continue_lora, is_adapter, load_lora, record_base_revision
 from dsdpo.model.attention.register import Capability, choose
 from dsdpo.model.hub import fetch_weights
+from dsdpo.model.kernels import Kernels, apply_kernels, choose_kernels
 from dsdpo.model.load import Head, load_model
 from dsdpo.model.lora import fuse_lora, uses_fused_lora
 from dsdpo.model.packed import PackedModel
+from dsdpo.model.support import LIGER
 from dsdpo.plan.shape import ModelShape
 from dsdpo.runtime.collectives import all_gather_object, raise_on_any_rank
 from dsdpo.runtime.env import Mesh
@@ -36,11 +40,13 @@ class Hardware:
 
     Attributes:
         capability: compute capability of the weakest of the run's GPUs; None without CUDA.
+        liger: whether every rank can import Liger's kernels; asked for on CUDA alone.
     """
 
     device: torch.device
     precision: Precision
     capability: Capability | None = None
+    liger: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,6 +56,12 @@ class Hardware:
     def attention(self, attn_implementation: str) -> str:
         """The name of the backend for this run. Raises ConfigError, see `choose`."""
         return choose(attn_implementation, self.precision, self.capability)
+
+    def kernels(self, config: RunConfig, model_type: Callable[[], str]) -> Kernels:
+        """Of the decoder layers in this run; the model's type is asked for where it decides. Raises ConfigError, see
+        `choose_kernels`."""
+        cuda = self.capability is not None
+        return choose_kernels(config.kernels, model_type() if cuda else "", cuda, self.liger)
 
 
 def start_process_group(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Hardware:
@@ -75,8 +87,9 @@ def start_process_group(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Hard
     if precision == "fp16":
         raise_on_any_rank(_check_fp16)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    # the weakest of all: each rank must choose the same attention
-    return Hardware(device, precision, capability and min(all_gather_object(capability)))
+    # the weakest of all: each rank must choose the same attention and kernels
+    liger = capability is not None and min(all_gather_object(not missing_liger()))
+    return Hardware(device, precision, capability and min(all_gather_object(capability)), liger)
 
 
 def _check_fp16() -> None:
@@ -123,6 +136,7 @@ def build_engine(
     record_base_revision(model, config.model_revision)
     if uses_fused_lora(config):
         fuse_lora(model)
+    apply_kernels(base, hardware.kernels(config, lambda: base.config.model_type))
     packed = PackedModel(model, head, config.use_weighting)
     if settings["zero_optimization"]["stage"] == 3:
         gather_by_layer(packed, base)
@@ -140,6 +154,7 @@ def build_reference_engine(config: RunConfig, zero: ZeroConfig, mesh: Mesh, hard
     attention = hardware.attention(config.attn_implementation)
     base = load_model(config.model_name_or_path, config, settings, attention, hardware.dtype)
     base.requires_grad_(False)
+    apply_kernels(base, hardware.kernels(config, lambda: base.config.model_type))
     engine, *_ = deepspeed.initialize(model=PackedModel(base), config=settings)
     engine.eval()
     return engine
@@ -178,5 +193,16 @@ def describe(engine: DeepSpeedEngine, config: RunConfig, zero: ZeroConfig, mesh:
         f"{config.stage} of {config.model_name_or_path}: {shape.total / 1e6:.1f}M parameters, "
         f"{shape.trained / 1e6:.1f}M trainable ({config.finetuning_type}{quantized}), "
         f"reference {config.reference_kind}; ZeRO stage {stage}{raised}{groups}, "
-        f"{mesh.world_size} ranks on {hardware.device.type}, {hardware.precision}, {held_here(engine)}"
+        f"{mesh.world_size} ranks on {hardware.device.type}, {hardware.precision}"
+        f"{_kernels(engine, config, hardware)}, {held_here(engine)}"
     )
+
+
+def _kernels(engine: DeepSpeedEngine, config: RunConfig, hardware: Hardware) -> str:
+    """What to say of the kernels, where they are not transformers' own or better ones could be installed."""
+    kind = engine.module.config.model_type
+    kernels = hardware.kernels(config, lambda: kind)
+    if kernels != "none":
+        return f", kernels {kernels}"
+    lacks = config.kernels == "auto" and hardware.capability is not None and kind in LIGER
+    return f", without Liger's kernels ({LIGER_REMEDY})" if lacks else ""

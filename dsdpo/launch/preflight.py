@@ -193,6 +193,9 @@ def check_device(config: RunConfig, cuda: bool, zero: ZeroConfig | None = None, 
     if wanted not in ("auto", "sdpa") and not cuda:
         text = f"attn_implementation is {wanted}, but no CUDA device is visible here; set sdpa or auto"
         problems.append(Problem("no-cuda", "attn_implementation", text))
+    if config.kernels == "liger" and not cuda:
+        text = "kernels is liger, but no CUDA device is visible here; set none or auto"
+        problems.append(Problem("no-cuda", "kernels", text))
     if problems:
         raise ConfigError(problems)
 

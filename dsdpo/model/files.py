@@ -206,6 +206,8 @@ def model_problems(
     head = STAGES[config.stage].head
     found = [Problem("model-config", _MODEL, f"{_MODEL}: {path}: {text}; correct it") for _, text in wrong]
     found += support.problems(architecture, longest, config.disable_dropout, backend, head)
+    if config.kernels == "liger" and kind in support.COMPARED - support.LIGER and "kernels" not in faulty:
+        found.append(Problem("model-kernels", "kernels", support.unknown_to_liger(kind)))
     shapes = _shapes(folder) if reads_weights else {}
     if kind in support.COMPARED and not wrong and reads_weights:
         told = tensor_problems(settings, shapes, indexed(folder), narrow(weight_files(folder)[0]) if shapes else [])

@@ -114,6 +114,12 @@ def load_model(
     return model
 
 
+def model_type(config: RunConfig) -> str:
+    """Of the run's model."""
+    place, revision = config.model_source.place()
+    return str(_config_of(config.model_name_or_path, place, revision).model_type)
+
+
 def _config_of(name: str, place: str, revision: str | None) -> PretrainedConfig:
     """The model's config. Raises ConfigError where transformers refuses what config.json says."""
     try:

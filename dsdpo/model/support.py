@@ -21,7 +21,12 @@ COMPARED = frozenset({
     "gpt_neox", "granite", "helium", "hunyuan_v1_dense", "internlm3", "llama", "ministral", "mistral", "olmo", "olmo2",
     "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
 })
-# Those of them that transformers has no model for sequence classification of.
+# Those of them that dsdpo/model/liger.py has Liger's kernels for.
+LIGER = frozenset({
+    "exaone4", "gemma", "gemma3_text", "glm4", "granite", "hunyuan_v1_dense", "llama", "ministral", "mistral", "olmo2",
+    "olmo3", "phi3", "qwen2", "qwen3", "smollm3",
+})
+# Those of COMPARED that transformers has no model for sequence classification of.
 NO_SCORE = frozenset({"apertus", "cohere", "cohere2", "ernie4_5", "granite", "internlm3"})
 # fmt: on
 
@@ -194,3 +199,11 @@ def head_problems(model: Architecture, backend: str) -> list[Problem]:
         )
         return [_problem("heads", text)]
     return []
+
+
+def unknown_to_liger(model_type: str) -> str:
+    """What to say of a model that Liger has no kernels for."""
+    return (
+        f"kernels is liger, which has none for the model type {model_type}; allowed: {', '.join(sorted(LIGER))}. Set "
+        "kernels: auto, compile or none"
+    )

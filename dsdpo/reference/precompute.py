@@ -14,7 +14,7 @@ from dsdpo.data.loader import BatchLoader
 from dsdpo.engine.engine import Hardware
 from dsdpo.errors import IOFailure, NumericError, StopRequested
 from dsdpo.model.adapters import reference_weights
-from dsdpo.model.load import weights_digests
+from dsdpo.model.load import model_type, weights_digests
 from dsdpo.model.lora import uses_fused_lora
 from dsdpo.model.packed import PackedInputs
 from dsdpo.objectives.sums import completion_sums
@@ -34,20 +34,27 @@ _SEEN_WITHIN_S = 60.0
 
 def open_store(config: RunConfig, mesh: Mesh, hardware: Hardware) -> ReferenceStore:
     """The store of this run's reference, keyed by the true weights and by what changes a log-prob."""
-    key = store_key(
-        {
-            "format": _STORE_FORMAT,
-            "weights": list(weights_digests(config, mesh, hardware.device).values()),
-            "dtype": str(hardware.dtype),
-            "attention": hardware.attention(config.attn_implementation),
-            "share_prefix": config.share_prefix,
-            # the base model alone is computed as ever; a continued adapter is rounded otherwise than by PEFT's forward
-            **({"lora": "fused"} if config.adapter_name_or_path and uses_fused_lora(config) else {}),
-        }
-    )
+    weights = list(weights_digests(config, mesh, hardware.device).values())
+    key = store_key(what_changes_a_logp(config, hardware, weights))
     store = ReferenceStore(config.cache_path / "reference" / key)
     store.reload()
     return store
+
+
+def what_changes_a_logp(config: RunConfig, hardware: Hardware, weights: list[str]) -> dict[str, object]:
+    """The settings in a store's key. Kernels count where they are not transformers' own, so that stores from before
+    the option are found."""
+    kernels = hardware.kernels(config, lambda: model_type(config))
+    return {
+        "format": _STORE_FORMAT,
+        "weights": weights,
+        "dtype": str(hardware.dtype),
+        "attention": hardware.attention(config.attn_implementation),
+        "share_prefix": config.share_prefix,
+        **({} if kernels == "none" else {"kernels": kernels}),
+        # the base model alone is computed as ever; a continued adapter is rounded otherwise than by PEFT's forward
+        **({"lora": "fused"} if config.adapter_name_or_path and uses_fused_lora(config) else {}),
+    }
 
 
 def find_or_compute(

@@ -26,6 +26,7 @@ _WITHOUT_EFFECT = {"position_ids", "cache_position", "use_cache", "output_attent
 def register(name: str, attend: Backend) -> None:
     """Let transformers find a backend: models load with `attn_implementation=name`."""
 
+    @torch.compiler.disable  # a compiled layer leaves its graph here: a row's layout is never traced
     def forward(
         module: torch.nn.Module,
         query: torch.Tensor,

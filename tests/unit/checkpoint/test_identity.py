@@ -25,6 +25,7 @@ FREE = {
     "model_name_or_path",
     "adapter_name_or_path",
     "attn_implementation",
+    "kernels",
     "gradient_checkpointing",
     "dataset_dir",
     "hub",

@@ -368,6 +368,15 @@ def test_attention_for_cuda_is_refused_on_a_cpu(tmp_path: Path, run: dict[str, A
         check_device(config, cuda=False)
 
 
+def test_liger_is_refused_on_a_cpu(tmp_path: Path, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsdpo.config.kernels.missing_liger", lambda: "")
+    config = check(tmp_path, run | {"kernels": "liger"})
+    check_device(config, cuda=True)
+    with pytest.raises(ConfigError) as caught:
+        check_device(config, cuda=False)
+    assert [(problem.code, problem.option) for problem in caught.value.problems] == [("no-cuda", "kernels")]
+
+
 @pytest.mark.parametrize(("isa", "refused"), [("AVX2", True), ("ALL", False)])
 def test_fp16_is_refused_on_a_cpu_without_it(
     tmp_path: Path, run: dict[str, Any], isa: str, refused: bool, capfd: pytest.CaptureFixture[str]

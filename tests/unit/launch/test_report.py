@@ -201,6 +201,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], Callable[[Path], object] | None, list[
     "JSON on the command line": ({}, None, ["--deepspeed", '{"zero_optimization": {"stage": 4}}'], "deepspeed-value"),
     "number of ranks": ({"deepspeed": HPZ3}, None, ["--num_accelerators", "2"], "deepspeed-ranks"),
     "cuda": ({"attn_implementation": "flex_attention"}, None, [], "no-cuda"),
+    "compiled layers under ZeRO-3": (
+        {"kernels": "compile", "deepspeed": {"zero_optimization": {"stage": 3}}},
+        None,
+        [],
+        "kernels-zero3",
+    ),
     "launch arguments": ({}, None, ["--master_port", "80"], "cluster"),
 }  # fmt: skip
 

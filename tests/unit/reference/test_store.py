@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
+from dsdpo.config.schema import RunConfig
 from dsdpo.data.example import MAX_COMPLETIONS, Lengths
 from dsdpo.engine.engine import Hardware
 from dsdpo.reference import precompute
+from dsdpo.reference.precompute import what_changes_a_logp
 from dsdpo.reference.store import ReferenceStore, store_key
 from dsdpo.runtime.env import Mesh
 from tests.dist.grid import run_config
-from tests.helpers.tiny import ListOfExamples, random_examples, random_pairs
+from tests.helpers.tiny import ListOfExamples, random_examples, random_pairs, save_model, tiny_llama_config
 
 
 def digests(n: int, seed: int = 0) -> np.ndarray:
@@ -145,3 +147,18 @@ def test_how_an_adapter_is_computed_is_part_of_the_key_where_one_is_in_the_refer
 
     assert key(True, None) == key(False, None)
     assert key(True, "adapter") != key(False, "adapter")
+
+
+def test_kernels_belong_to_the_key_where_they_are_not_transformers_own(tmp_path: Path) -> None:
+    """The key of `none` is that of stores from before the option."""
+    save_model(tmp_path / "model", tiny_llama_config())
+    places = {"model_name_or_path": str(tmp_path / "model"), "dataset": ["d"], "output_dir": "o"}
+
+    def key(kernels: str, capability: tuple[int, int] | None = None, liger: bool = False) -> dict[str, object]:
+        hardware = Hardware(torch.device("cpu"), "bf16", capability, liger)
+        return what_changes_a_logp(RunConfig(**places, kernels=kernels), hardware, ["w"])
+
+    known = {"format", "weights", "dtype", "attention", "share_prefix"}
+    assert set(key("none")) == set(key("auto")) == set(key("auto", (9, 0))) == set(key("none", (9, 0), True)) == known
+    assert key("compile")["kernels"] == "compile"
+    assert key("auto", (9, 0), True)["kernels"] == key("liger", (9, 0), True)["kernels"] == "liger"
