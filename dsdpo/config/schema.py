@@ -121,6 +121,10 @@ class RunConfig(BaseModel):
     extra. `compile`: each layer through torch.compile, which takes half a minute at the start; ZeRO stages 0 to 2.
     `auto`: liger where it runs, else none."""
 
+    deterministic: bool = Field(False, json_schema_extra=FREE)
+    """Let a run on GPUs repeat bit for bit: torch takes operations that add in a fixed order alone, and refuses to
+    compute where there is none. Slower. On CPUs a run repeats anyway."""
+
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of weights and activations; gradients are summed, and the optimizer works, in fp32. `auto`: bf16 on
     CUDA, fp32 on CPU. `fp16`: for GPUs without bf16 (NVIDIA Turing and Volta). Its loss scale follows the block `fp16`

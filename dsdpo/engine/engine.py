@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,6 +75,8 @@ def start_process_group(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Hard
     if problems := zero.rank_problems(mesh.world_size):
         raise ConfigError(problems)
     end_stale_builds()
+    if config.deterministic:
+        _make_deterministic()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(mesh.local_rank)
@@ -90,6 +93,14 @@ def start_process_group(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Hard
     # the weakest of all: each rank must choose the same attention and kernels
     liger = capability is not None and min(all_gather_object(not missing_liger()))
     return Hardware(device, precision, capability and min(all_gather_object(capability)), liger)
+
+
+def _make_deterministic() -> None:
+    """Let this process compute the same bits again; cuBLAS reads its variable when it is used first."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # a kernel that reads what nobody wrote is a bug with any filling
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _check_fp16() -> None:

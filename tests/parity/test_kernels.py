@@ -114,6 +114,27 @@ def test_on_cuda_in_bf16(kernels: Any, name: str, backend: str, recomputes: bool
     assert difference(gradients(model, found), wanted)[0] < 2 * gradients_off
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kernels", ["liger", "none"])
+def test_deterministic_gradients_repeat_on_cuda(kernels: Any) -> None:
+    """`deterministic: true`: the same bits from the same model and row."""
+    if kernels == "liger" and (missing := missing_liger()):
+        pytest.skip(missing)
+    model = tiny_model("llama").cuda().bfloat16()
+    model.set_attn_implementation(NAMES["varlen"])
+    apply_kernels(model, kernels)
+    pairs = random_pairs(60, seed=3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (packed(model, pairs, True) for _ in range(2))
+        assert torch.equal(first, second)
+        one, other = (gradients(model, logps) for logps in (first, second))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.skipif(bool(missing_liger()), reason="needs liger-kernel")
 def test_liger_changes_no_other_model() -> None:
     """Neither one that is there, nor one that is loaded later."""

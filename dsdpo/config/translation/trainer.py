@@ -280,7 +280,7 @@ TRAINER: dict[str, Rule] = {
     ),
     "label_smoothing_factor": refused("delete the line: only preference losses have label_smoothing"),
     **each(no_effect("evaluation computes as the training does"), "bf16_full_eval fp16_full_eval sortish_sampler"),
-    "full_determinism": refused("a run on CPUs repeats bit for bit, one on GPUs does not; delete the line"),
+    "full_determinism": option("deterministic"),
     "use_cpu": refused("set DS_ACCELERATOR=cpu where the command is started"),
     "no_cuda": refused("set DS_ACCELERATOR=cpu where the command is started"),
     **each(

@@ -26,6 +26,7 @@ FREE = {
     "adapter_name_or_path",
     "attn_implementation",
     "kernels",
+    "deterministic",
     "gradient_checkpointing",
     "dataset_dir",
     "hub",

@@ -19,6 +19,7 @@ FINE: dict[str, tuple[dict[str, Any], int]] = {
     **{f"compile under ZeRO-{stage}": ({"kernels": "compile"}, stage) for stage in range(3)},
     "compile beside a live reference": ({"kernels": "compile", "reference": "live"}, 2),
     "compile in full": ({"kernels": "compile", **FULL}, 2),
+    "deterministic": ({"deterministic": True}, 3),
 }
 WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
     "compile under ZeRO-3": ({"kernels": "compile"}, 3, "kernels-zero3"),
@@ -69,5 +70,5 @@ def test_which_liger_is_new_enough(version: str | None, said: str, monkeypatch: 
     assert kernels.missing_liger()
 
 
-def test_a_resumed_run_may_change_them() -> None:
-    assert {"kernels"} <= set(options_with("free"))
+def test_a_resumed_run_may_change_both() -> None:
+    assert {"kernels", "deterministic"} <= set(options_with("free"))
