@@ -17,7 +17,7 @@ from dsdpo.model.attention.register import NAMES
 from dsdpo.model.kernels import apply_kernels
 from dsdpo.model.support import COMPARED, LIGER
 from tests.helpers.tiny import random_pairs
-from tests.parity.test_families import PAIRS, difference, gradients, packed, plain, tiny_model
+from tests.parity.test_families import PAIRS, VARLEN_ON_CPU, difference, gradients, packed, plain, tiny_model
 
 LIGER_MODELS = [*sorted(LIGER), "llama biased", "llama3 rope", "granite scaled", "mistral windowed", "phi3 longrope"]
 on_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -114,25 +114,38 @@ def test_on_cuda_in_bf16(kernels: Any, name: str, backend: str, recomputes: bool
     assert difference(gradients(model, found), wanted)[0] < 2 * gradients_off
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """As `deterministic: true` has it."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", [NAMES["sdpa"], VARLEN_ON_CPU])
+def test_a_row_needs_no_operation_without_a_fixed_order(backend: str, deterministic: None) -> None:
+    """torch refuses such ones."""
+    model = tiny_model("llama")
+    model.set_attn_implementation(backend)
+    one, other = (gradients(model, packed(model, PAIRS, True)) for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kernels", ["liger", "none"])
-def test_deterministic_gradients_repeat_on_cuda(kernels: Any) -> None:
-    """`deterministic: true`: the same bits from the same model and row."""
+def test_deterministic_gradients_repeat_on_cuda(kernels: Any, deterministic: None) -> None:
+    """The same bits from the same model and row."""
     if kernels == "liger" and (missing := missing_liger()):
         pytest.skip(missing)
     model = tiny_model("llama").cuda().bfloat16()
     model.set_attn_implementation(NAMES["varlen"])
     apply_kernels(model, kernels)
     pairs = random_pairs(60, seed=3)
-    torch.use_deterministic_algorithms(True)
-    try:
-        first, second = (packed(model, pairs, True) for _ in range(2))
-        assert torch.equal(first, second)
-        one, other = (gradients(model, logps) for logps in (first, second))
-        assert all(torch.equal(one[name], other[name]) for name in one)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    first, second = (packed(model, pairs, True) for _ in range(2))
+    assert torch.equal(first, second)
+    one, other = (gradients(model, logps) for logps in (first, second))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.skipif(bool(missing_liger()), reason="needs liger-kernel")
