@@ -7,13 +7,11 @@ module is below everything and must cost nothing.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from inspect import signature
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,42 +95,6 @@ def unlink_shared_buffers(rank: int) -> None:
     pattern = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ.get('MASTER_PORT', '')}_{rank}"
     for path in Path("/dev/shm").glob(pattern):
         path.unlink(missing_ok=True)
-
-
-def end_stale_builds(patience: float = 600.0) -> Thread:
-    """Wait, beside the rest, for DeepSpeed's kernels that another process builds, but not for one that was killed.
-
-    torch keeps a build to one process by a file that nobody removes after a kill: every later run would wait for it
-    for ever, before its first step. A build that goes on is none of ours unless torch comes to wait for it, so nobody
-    waits here.
-
-    Args:
-        patience: seconds without a new object file after which the build is taken for a killed process's.
-
-    Returns:
-        What waits. It imports nothing: beside the main thread's import of distutils, which takes setuptools for its
-        own, an import of setuptools would stop both for ever.
-    """
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    waits = Thread(target=_end_stale_builds, args=(root, patience), name="stale builds", daemon=True)
-    waits.start()
-    return waits
-
-
-def _end_stale_builds(root: Path, patience: float) -> None:
-    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
-        while True:
-            try:
-                lock.stat()
-                age = time.time() - max(path.stat().st_mtime for path in lock.parent.iterdir())
-            except FileNotFoundError:
-                break
-            if age > patience:
-                lock.unlink(missing_ok=True)
-                break
-            time.sleep(0.2)
 
 
 def can_swap() -> bool:

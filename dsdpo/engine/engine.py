@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from transformers import PreTrainedModel
 
-from dsdpo.compat import end_stale_builds, has_fp16, unlink_shared_buffers
+from dsdpo.compat import has_fp16, unlink_shared_buffers
 from dsdpo.config.hubs import same_model
 from dsdpo.config.kernels import LIGER_REMEDY, missing_liger
 from dsdpo.config.precision import Precision, no_fp16, precision_of
@@ -31,6 +31,7 @@ from dsdpo.model.lora import fuse_lora, uses_fused_lora
 from dsdpo.model.packed import PackedModel
 from dsdpo.model.support import LIGER
 from dsdpo.plan.shape import ModelShape
+from dsdpo.runtime.builds import end_stale_builds, rebuild_broken_kernels
 from dsdpo.runtime.collectives import all_gather_object, raise_on_any_rank
 from dsdpo.runtime.env import Mesh
 
@@ -75,6 +76,7 @@ def start_process_group(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Hard
     if problems := zero.rank_problems(mesh.world_size):
         raise ConfigError(problems)
     end_stale_builds()
+    rebuild_broken_kernels()
     if config.deterministic:
         _make_deterministic()
     accelerator = get_accelerator()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dsdpo.compat import can_swap, end_stale_builds
+from dsdpo.compat import can_swap
+from dsdpo.runtime.builds import end_stale_builds, rebuild_broken_kernels
 
 
 def built_async_io() -> bool:
@@ -12,5 +13,6 @@ def built_async_io() -> bool:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     end_stale_builds()
+    rebuild_broken_kernels()
     AsyncIOBuilder().load(verbose=False)
     return True
