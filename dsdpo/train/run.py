@@ -39,6 +39,7 @@ from dsdpo.runtime.rundir import RunDir
 from dsdpo.runtime.stop import StopFlag
 from dsdpo.runtime.watchdog import Watch
 from dsdpo.train.evaluate import evaluate
+from dsdpo.train.host_share import HostShare, recorder
 from dsdpo.train.metrics import MetricSums, Reporter
 from dsdpo.train.report import not_finite, summary
 from dsdpo.train.schedule import Schedule
@@ -80,9 +81,11 @@ class Run:
     _first: FirstStep | None = field(init=False, default=None)
     _since: float = field(init=False, default=0.0)
     _began: float = field(init=False, default=0.0)
+    _host: HostShare = field(init=False)
 
     def __post_init__(self) -> None:
         self.done = self.first_step
+        self._host = HostShare(recorder(self.hardware.device))
 
     @property
     def run_dir(self) -> RunDir:
@@ -127,7 +130,10 @@ class Run:
     def forward(self, micro_batch: MicroBatch) -> ModelOutput:
         """The policy's output for a micro-batch."""
         fault_point("forward", len(micro_batch.input_ids))
-        return self.engine(PackedInputs.of(micro_batch, self.hardware.device))
+        self._host.mark()
+        output = self.engine(PackedInputs.of(micro_batch, self.hardware.device))
+        self._host.mark()
+        return output
 
     def end_step(self, step: int, batch: Batch, sums: MetricSums, learning_rate: float) -> bool:
         """Report the step before, then save and evaluate where that is due after this one. A collective call.
@@ -143,6 +149,8 @@ class Run:
             NumericError: a loss or gradient norm is not finite, on all ranks alike; names the step and its examples.
             IOFailure: a checkpoint cannot be written.
         """
+        self._host.mark()
+        host_share = self._host.take()
         self.flush()  # so the device never has more than one step to do
         self.done = step + 1
         if self._first is not None:
@@ -151,7 +159,7 @@ class Run:
         if saves or evaluates:
             sums.read()  # waits for this step as well: its time is its own
         seconds = time.perf_counter() - self._since
-        self._queued = QueuedStep(self.done, batch, sums, learning_rate, self.scaling.record, seconds)
+        self._queued = QueuedStep(self.done, batch, sums, learning_rate, self.scaling.record, seconds, host_share)
         if saves:
             self.flush()
             self._save()
@@ -159,6 +167,8 @@ class Run:
             self.flush()
             if not self.evaluate(self.done):
                 self.stopping = True
+        if saves or evaluates:
+            self._host.pause()
         self._since = time.perf_counter()
         return self.stopping
 

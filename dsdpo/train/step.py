@@ -22,6 +22,7 @@ class QueuedStep:
         scaling: what metrics.jsonl says of the loss scale; empty outside of fp16.
         seconds: since the step before was queued and the one before that was done, without evaluations and saves: on
             average what a step takes on the device, the optimizer and the wait for data included.
+        host_share: see `HostShare`; None on the CPU.
     """
 
     done: int
@@ -30,6 +31,7 @@ class QueuedStep:
     learning_rate: float
     scaling: dict[str, float]
     seconds: float
+    host_share: float | None = None
 
     def remarks(self, updated: bool) -> list[str]:
         """Lines for the reader. updated: whether a token of its examples is in the loss."""
@@ -56,4 +58,5 @@ class QueuedStep:
             "idle_share": packing.idle_share,
             "step_time": self.seconds,
             "memory_peak_gb": memory_peak_gb(device),
+            **({} if self.host_share is None else {"host_share": self.host_share}),
         }

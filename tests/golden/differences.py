@@ -27,6 +27,7 @@ NOT_COMPARED = {  # time, speed, memory
     "logical_tokens_per_second",
     "physical_tokens_per_second",
     "memory_peak_gb",
+    "host_share",
 }
 
 
