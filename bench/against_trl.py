@@ -10,20 +10,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.cases import CPU_CASES, ROOT, SMOLLM2, Case, with_steps
+from bench.cases import CPU_CASES, ROOT, SMOLLM2, Case, Side, with_steps
 from bench.report import Result, machine, table
-from bench.sides import BenchError, Run, Side, make_ready
+from bench.sides import BenchError, Run, make_ready
 
 
-def compare(case: Case, rounds: int, warmup: int, work: Path, timeout: float, same_malloc: bool = False) -> Result:
-    """All rounds of one case, told as they go. A side that failed once is not started again."""
+def compare(
+    case: Case, rounds: int, warmup: int, work: Path, timeout: float, same_malloc: bool = False, until: float = math.inf
+) -> Result:
+    """All rounds of one case, told as they go. A side that failed once is not started again.
+
+    Args:
+        until: on time.monotonic(); no run of a side is started later.
+    """
     result = Result(case, warmup)
     try:
         bench = make_ready(case, work, timeout, same_malloc)
@@ -31,11 +39,11 @@ def compare(case: Case, rounds: int, warmup: int, work: Path, timeout: float, sa
         result.skipped = str(error)
         return result
     result.lengths = bench.lengths.tolist()
-    sides: list[Side] = ["trl", "dsdpo"]
+    sides = case.sides
     for number in range(rounds):
         runs: dict[Side, Run] = {}
         for side in sides if number % 2 == 0 else reversed(sides):
-            why = result.failed(side)
+            why = result.failed(side) or ("no time is left" if time.monotonic() > until else None)
             runs[side] = Run(side, failed=why) if why else bench.run(side)
             told = runs[side].failed or (
                 f"{result.pairs_per_second(runs[side]):.3f} pairs/s, "

@@ -27,6 +27,9 @@ class Pairs:
     options: tuple[tuple[str, Any], ...] = ()
 
 
+Side = Literal["trl", "trl_best", "dsdpo", "dsdpo_equal"]
+
+
 @dataclass(frozen=True)
 class Case:
     """One comparison: both sides train the same model on the same pairs with the same hyperparameters.
@@ -39,11 +42,14 @@ class Case:
         device: `cpu` trains in fp32, `cuda` in bf16.
         zero3: partition even on one rank.
         trl_accumulation: micro-steps that TRL splits a step into, for what does not fit otherwise. dsdpo packs rows.
+        sides: what runs. `trl` at its defaults; `trl_best` with Liger's kernels on GPUs and the largest micro-batch
+            that fits, which is looked for; `dsdpo` at its defaults; `dsdpo_equal` with rows of as many pairs as `trl`
+            has in a micro-batch, to compare memory.
     """
 
     name: str
     pairs: Pairs
-    finetuning: Literal["lora", "full"]
+    finetuning: Literal["lora", "qlora", "full"]
     reference: Literal["live", "cached"]
     ranks: int = 1
     steps: int = 8
@@ -56,11 +62,17 @@ class Case:
     trl_accumulation: int = 1
     lora_rank: int = 16
     seed: int = 42
+    sides: tuple[Side, ...] = ("trl", "dsdpo")
+
+    @property
+    def micro_pairs(self) -> int:
+        """Pairs of a micro-batch of TRL at its defaults, on one rank."""
+        return self.batch // self.ranks // self.trl_accumulation
 
     @property
     def learning_rate(self) -> float:
         """Constant; high enough that the loss leaves log 2 within a few steps."""
-        return 1e-4 if self.finetuning == "lora" else 2e-6
+        return 2e-6 if self.finetuning == "full" else 1e-4
 
     @property
     def deepspeed(self) -> Path | None:

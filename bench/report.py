@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.cases import ROOT, Case
-from bench.sides import Run, Side
+from bench.cases import ROOT, Case, Side
+from bench.sides import Run
 from dsdpo import __version__
 from dsdpo.launch.deepspeed import cores
 
@@ -57,6 +57,8 @@ class Result:
 
     def failed(self, side: Side) -> str | None:
         """Why a side has no numbers; the first failure counts."""
+        if side not in self.case.sides:
+            return "not run"
         return next((run.failed for runs in self.rounds if (run := runs[side]).failed), None)
 
     def pairs_per_second(self, run: Run) -> float:
@@ -67,11 +69,11 @@ class Result:
         """Median over the rounds."""
         return None if self.failed(side) else statistics.median(self.pairs_per_second(r[side]) for r in self.rounds)
 
-    def ratios(self) -> list[float]:
+    def ratios(self, over: Side = "trl") -> list[float]:
         """dsdpo's pairs/s over TRL's, of each round; empty when a side failed."""
-        if self.skipped or self.failed("trl") or self.failed("dsdpo"):
+        if self.skipped or self.failed(over) or self.failed("dsdpo"):
             return []
-        return [self.pairs_per_second(r["dsdpo"]) / self.pairs_per_second(r["trl"]) for r in self.rounds]
+        return [self.pairs_per_second(r["dsdpo"]) / self.pairs_per_second(r[over]) for r in self.rounds]
 
     def memory(self, side: Side) -> float | None:
         """GiB, sum over the ranks, median over the rounds."""
@@ -81,6 +83,15 @@ class Result:
         """Median over the rounds of the pass that fills a cached reference."""
         seconds = [s for r in self.rounds if (s := r[side].reference_seconds) is not None]
         return statistics.median(seconds) if seconds else None
+
+    def start_seconds(self, side: Side) -> float | None:
+        """Smallest of the rounds: the first finds cold caches."""
+        return min((s for r in self.rounds if (s := r[side].start_seconds) is not None), default=None)
+
+    def host_share(self, side: Side) -> float | None:
+        """Median over the timed steps of all rounds; None without a GPU."""
+        shares = [share for r in self.rounds for share in r[side].host_share[self.warmup :]]
+        return statistics.median(shares) if shares else None
 
     def loss_difference(self) -> float | None:
         """Largest absolute difference of the two losses over the steps of all rounds."""
@@ -115,7 +126,7 @@ class Result:
         name = self.case.name
         if self.skipped:
             return [f"{name}: skipped: {self.skipped}"]
-        told = [f"{name}: {side} failed: {why}" for side in ("trl", "dsdpo") if (why := self.failed(side))]
+        told = [f"{name}: {side} failed: {why}" for side in self.case.sides if (why := self.failed(side))]
         if not (ratios := self.ratios()):
             return told
         difference, ratio = self.loss_difference() or 0.0, statistics.median(ratios)
@@ -139,6 +150,7 @@ class Result:
             "skipped": self.skipped,
             "rounds": [{side: asdict(run) for side, run in runs.items()} for runs in self.rounds],
             "ratios": self.ratios(),
+            "ratios_to_best": self.ratios("trl_best"),
             "loss_difference": self.loss_difference(),
         }
 

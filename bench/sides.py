@@ -13,25 +13,26 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import psutil
 import yaml
 
-from bench.cases import ROOT, Case
+from bench.cases import ROOT, Case, Side
 from bench.meter import RankMemory
+from bench.settings import run_config, trl_job
 from dsdpo.config.load import load
+from dsdpo.data.example import Lengths
 from dsdpo.data.order import step_example_ids
 from dsdpo.data.prepare import prepare
 from dsdpo.data.shards import PreparedSet
 from dsdpo.errors import DsdpoError
 from dsdpo.launch.deepspeed import KEEP_FREED_MEMORY, cores, end_session, free_port
 
-Side = Literal["trl", "dsdpo"]
 Log = list[tuple[float, str]]  # lines with the second at which each came
 
-_BETA = 0.1
+_TRL_BEGINS = re.compile("bench: the first step begins")
+_OUT_OF_MEMORY = re.compile("out of memory|OutOfMemory", re.IGNORECASE)
 # What dsdpo says when its reference pass begins, and when it has what the run needs.
 _FILLING, _FILLED = re.compile(r"reference: computing \d+"), re.compile(r"\d+ examples, \d+ steps of \d+")
 
@@ -48,6 +49,9 @@ class Run:
         seconds, losses: per optimizer step.
         memory_gb: peak resident memory per rank (CPU), or rank 0's peak of the GPU's allocator (CUDA), in GiB.
         reference_seconds: of the pass before the first step, for a cached reference.
+        start_seconds: from the command to the first step, without that pass.
+        host_share: per optimizer step, of dsdpo on CUDA.
+        micro_pairs: of a micro-batch of TRL.
     """
 
     side: Side
@@ -55,6 +59,9 @@ class Run:
     losses: list[float] = field(default_factory=list)
     memory_gb: list[float] = field(default_factory=list)
     reference_seconds: float | None = None
+    start_seconds: float | None = None
+    host_share: list[float] = field(default_factory=list)
+    micro_pairs: int | None = None
     failed: str | None = None
 
 
@@ -74,38 +81,63 @@ class Bench:
     lengths: np.ndarray
     timeout: float
     same_malloc: bool
+    _fits: int | None = field(init=False, default=None)
 
     def run(self, side: Side) -> Run:
-        """One run in fresh processes."""
-        return self._dsdpo() if side == "dsdpo" else self._trl()
+        """One run in fresh processes; for `trl_best` the first time one more for each micro-batch that is too large."""
+        if side in ("dsdpo", "dsdpo_equal"):
+            return self._dsdpo(side)
+        if side == "trl":
+            return self._trl(side, self.case.micro_pairs)
+        pairs = self._fits or self.case.batch // self.case.ranks
+        while (run := self._trl(side, pairs)).failed and _OUT_OF_MEMORY.search(run.failed) and pairs > 1:
+            pairs //= 2
+        self._fits = pairs
+        return run
 
-    def _dsdpo(self) -> Run:
+    @property
+    def equal_row_tokens(self) -> int:
+        """Row length that holds as many pairs as TRL's micro-batch, whichever they are: of the longest ones."""
+        tokens = np.sort(Lengths.from_table(self.lengths).packed(True))[::-1]
+        return int(tokens[: self.case.micro_pairs].sum())
+
+    def _dsdpo(self, side: Side) -> Run:
         """The product as a user starts it; its numbers are those of metrics.jsonl."""
         output_dir = self.folder / "dsdpo"
         shutil.rmtree(output_dir, ignore_errors=True)
         shutil.rmtree(self.folder / "cache" / "reference", ignore_errors=True)
         command = [sys.executable, "-m", "dsdpo", "train", str(self.folder / "run.yaml")]
         command += ["--num_accelerators", str(self.case.ranks)]
-        code, log, memory_gb = self._start("dsdpo", command, self._environment())
+        if side == "dsdpo_equal":
+            command += ["--max_tokens_per_row", str(self.equal_row_tokens)]
+        code, log, memory_gb = self._start(side, command, self._environment())
         if code:
-            return Run("dsdpo", failed=_last_words(log))
+            return Run(side, failed=_last_words(log))
         lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
         if self.case.device == "cuda":
             memory_gb = [lines[-1]["memory_peak_gb"]]
+        reference_seconds = _between(log, _FILLING, _FILLED)
         return Run(
-            "dsdpo",
+            side,
             seconds=[line["step_time"] for line in lines],
             losses=[line["loss"] for line in lines],
             memory_gb=memory_gb,
-            reference_seconds=_between(log, _FILLING, _FILLED),
+            reference_seconds=reference_seconds,
+            start_seconds=_start_seconds(log, _FILLED, reference_seconds),
+            host_share=[line["host_share"] for line in lines if "host_share" in line],
         )
 
-    def _trl(self) -> Run:
+    def _trl(self, side: Side, pairs: int) -> Run:
+        """TRL with micro-batches of `pairs`."""
+        changes = {"accumulation": self.case.batch // self.case.ranks // pairs}
+        changes["liger"] = side == "trl_best" and self.case.device == "cuda"
+        job = self.folder / f"{side}.json"
+        job.write_text(json.dumps(trl_job(self.case, self.folder) | changes))
         command = [sys.executable, "-m"]
         if self.case.deepspeed:
             command += ["deepspeed.launcher.runner", "--log_level", "critical", "--no_local_rank"]
             command += ["--num_accelerators", str(self.case.ranks), "--master_port", str(free_port()), "--module"]
-        command += ["bench.trl_run", str(self.folder / "trl.json")]
+        command += ["bench.trl_run", str(job)]
         cache = self.folder / "hf_datasets"  # with TRL's reference log-probs
         shutil.rmtree(cache, ignore_errors=True)
         environment = self._environment() | {"HF_DATASETS_CACHE": str(cache)}
@@ -113,12 +145,18 @@ class Bench:
             environment["GLIBC_TUNABLES"] = KEEP_FREED_MEMORY
         result = self.folder / "trl-result.json"
         result.unlink(missing_ok=True)
-        code, log, memory_gb = self._start("trl", command, environment)
+        code, log, memory_gb = self._start(side, command, environment)
         if code or not result.exists():
-            return Run("trl", failed=_last_words(log))
+            return Run(side, failed=_last_words(log), micro_pairs=pairs)
         told = json.loads(result.read_bytes())
         gpu_peak_gb = told.pop("gpu_peak_gb")
-        return Run("trl", memory_gb=memory_gb if gpu_peak_gb is None else [gpu_peak_gb], **told)
+        return Run(
+            side,
+            memory_gb=memory_gb if gpu_peak_gb is None else [gpu_peak_gb],
+            start_seconds=_start_seconds(log, _TRL_BEGINS, told["reference_seconds"]),
+            micro_pairs=pairs,
+            **told,
+        )
 
     def _environment(self) -> dict[str, str]:
         """The same for both sides: this checkout, no hub, all cores shared out among the ranks."""
@@ -136,7 +174,7 @@ class Bench:
 
     def _start(self, side: Side, command: list[str], environment: dict[str, str]) -> tuple[int, Log, list[float]]:
         """Exit code, output and GiB per rank."""
-        log: Log = []
+        log: Log = [(time.monotonic(), "")]
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -190,68 +228,7 @@ def make_ready(case: Case, work: Path, timeout: float, same_malloc: bool) -> Ben
     examples = [pairs.example(int(i)) for i in ids]
     rows = [dict(zip(keys, (part.tolist() for part in (e.prompt_ids, *e.completion_ids)))) for e in examples]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "trl.json").write_text(json.dumps(trl_job(case, folder)))
     return Bench(case, folder, pairs.lengths(ids).per_pair, timeout, same_malloc)
-
-
-def run_config(case: Case, folder: Path) -> dict[str, Any]:
-    """dsdpo's run config of a case."""
-    settings: dict[str, Any] = {
-        "model_name_or_path": str(case.model),
-        "finetuning_type": case.finetuning,
-        "gradient_checkpointing": case.gradient_checkpointing,
-        "dataset": case.pairs.dataset,
-        "dataset_dir": str(case.pairs.folder.resolve()),
-        "max_length": case.pairs.max_length,
-        **dict(case.pairs.options),
-        "cache_dir": str(folder / "cache"),
-        "beta": _BETA,
-        "reference": case.reference,
-        "train_batch_size": case.batch,
-        "max_steps": case.steps,
-        "learning_rate": case.learning_rate,
-        "lr_scheduler_type": "constant",
-        "seed": case.seed,
-        "output_dir": str(folder / "dsdpo"),
-        "disable_tqdm": True,
-    }
-    if case.finetuning == "lora":
-        settings["lora_rank"] = case.lora_rank
-    if case.deepspeed:
-        settings["deepspeed"] = str(case.deepspeed)
-    return settings
-
-
-def trl_job(case: Case, folder: Path) -> dict[str, Any]:
-    """What `bench/trl_run.py` reads; the DeepSpeed JSON with the batch keys that transformers fills in."""
-    deepspeed = None
-    if case.deepspeed:
-        auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-        deepspeed = {
-            **json.loads(case.deepspeed.read_bytes()),
-            **dict.fromkeys((*auto, "gradient_clipping"), "auto"),
-            "bf16": {"enabled": "auto"},
-            "steps_per_print": 2**31 - 1,
-        }
-    return {
-        "model": str(case.model),
-        "pairs": str(folder / "pairs.jsonl"),
-        "result": str(folder / "trl-result.json"),
-        "output_dir": str(folder / "trl"),
-        "finetuning": case.finetuning,
-        "reference": case.reference,
-        "lora_rank": case.lora_rank,
-        "gradient_checkpointing": case.gradient_checkpointing,
-        "max_length": case.pairs.max_length,
-        "batch": case.batch,
-        "accumulation": case.trl_accumulation,
-        "steps": case.steps,
-        "learning_rate": case.learning_rate,
-        "beta": _BETA,
-        "seed": case.seed,
-        "device": case.device,
-        "deepspeed": deepspeed,
-    }
 
 
 def _prepared(case: Case, folder: Path) -> PreparedSet:
@@ -282,6 +259,12 @@ def _between(log: Log, first: re.Pattern[str], last: re.Pattern[str]) -> float |
     begin = next((at for at, line in log if first.match(line)), None)
     end = next((at for at, line in log if last.match(line)), None)
     return None if begin is None or end is None else end - begin
+
+
+def _start_seconds(log: Log, begins: re.Pattern[str], reference_seconds: float | None) -> float | None:
+    """Seconds from the command to the first step, without the pass over the reference."""
+    at = next((at for at, line in log if begins.match(line)), None)
+    return None if at is None else at - log[0][0] - (reference_seconds or 0.0)
 
 
 def _last_words(log: Log) -> str:

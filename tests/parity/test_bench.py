@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from bench.against_trl import compare
 from bench.cases import Case
-from bench.cuda_7b import COLUMNS, make_model, make_pairs, rows
-
-TINY = LlamaConfig(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-)
+from bench.cuda_7b import COLUMNS, TINY, main, make_model, make_pairs, rows
 
 
 @pytest.mark.slow
@@ -51,3 +41,18 @@ def test_a_case_without_its_data_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "data" / "pairs.jsonl").unlink()
     result = compare(Case("gone", pairs, "lora", "cached", model=model), 1, 1, tmp_path, 60)
     assert result.skipped and "pairs.jsonl" in result.verdicts()[0]
+
+
+@pytest.mark.slow
+def test_the_bench_for_gpus_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All four sides of a case with a tiny model, from the command line to the table and the file."""
+    line = ["--device", "cpu", "--quick", "--cases", "7b-lora-cached-*", "--steps", "3", "--work", str(tmp_path)]
+    main([*line, "--json", str(tmp_path / "found.json")])
+    table = [row.split() for row in capsys.readouterr().out.splitlines() if row.startswith("7b-lora-cached-long ")]
+    assert [row[1] for row in table] == ["trl", "trl_best", "dsdpo", "dsdpo_equal"]
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["ratios"]) == len(found["ratios_to_best"]) == 1
+    runs = found["rounds"][0]
+    assert all(len(run["seconds"]) == 3 and run["start_seconds"] > 0 for run in runs.values())
+    assert (runs["trl"]["micro_pairs"], runs["trl_best"]["micro_pairs"]) == (2, 4)
+    np.testing.assert_allclose(runs["trl_best"]["losses"], runs["dsdpo_equal"]["losses"], atol=1e-5)
