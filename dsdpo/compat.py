@@ -147,6 +147,19 @@ def drop_overflowed_gradients(engine: Any) -> None:
         buffers.update(dict.fromkeys(buffers))
 
 
+def without_gathering(engine: Any) -> None:
+    """Take ZeRO-3's hooks off the modules of an engine whose parameters all stay whole: they would find nothing to do.
+
+    The optimizer's step still releases every parameter, and gathers it again. A parameter that it leaves released, as
+    after an overflow in fp16, is gathered when the forward pass asks its module for it.
+    """
+    # without training the engine's optimizer is the offload itself
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    offload._remove_module_hooks()
+    whole = offload.persistent_parameters
+    whole[0].all_gather(whole)
+
+
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
     """Whether ZeRO-3 holds this parameter in pieces."""
     return hasattr(parameter, "ds_id")

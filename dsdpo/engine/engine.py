@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -13,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from transformers import PreTrainedModel
 
-from dsdpo.compat import has_fp16, unlink_shared_buffers
+from dsdpo.compat import has_fp16, unlink_shared_buffers, without_gathering
 from dsdpo.config.hubs import same_model
 from dsdpo.config.kernels import LIGER_REMEDY, missing_liger
 from dsdpo.config.precision import Precision, no_fp16, precision_of
@@ -34,6 +35,9 @@ from dsdpo.plan.shape import ModelShape
 from dsdpo.runtime.builds import end_stale_builds, rebuild_broken_kernels
 from dsdpo.runtime.collectives import all_gather_object, raise_on_any_rank
 from dsdpo.runtime.env import Mesh
+
+_THRESHOLD = "stage3_param_persistence_threshold"  # elements up to which a parameter stays whole
+_DEEPSPEEDS_THRESHOLD = 100_000
 
 
 @dataclass(frozen=True)
@@ -151,11 +155,15 @@ def build_engine(
         fuse_lora(model)
     apply_kernels(base, hardware.kernels(config, lambda: base.config.model_type))
     packed = PackedModel(model, head, config.use_weighting)
+    all_whole = False
     if settings["zero_optimization"]["stage"] == 3:
         gather_by_layer(packed, base)
+        all_whole = keep_whole(settings["zero_optimization"], packed, mesh.dp_size)
     check_swap_room(packed, zero, mesh)
     optimizer = build_optimizer(parameter_groups(packed, config.weight_decay), config, zero, hardware.device)
     engine, *_ = deepspeed.initialize(model=packed, optimizer=optimizer, config=settings)
+    if all_whole:
+        without_gathering(engine)
     if mesh.world_size == 1 and not engine.zero_optimization():
         engine.enable_backward_allreduce = False  # it copies all gradients into one buffer and back, here for nothing
     return engine
@@ -168,7 +176,11 @@ def build_reference_engine(config: RunConfig, zero: ZeroConfig, mesh: Mesh, hard
     base = load_model(config.model_name_or_path, config, settings, attention, hardware.dtype)
     base.requires_grad_(False)
     apply_kernels(base, hardware.kernels(config, lambda: base.config.model_type))
-    engine, *_ = deepspeed.initialize(model=PackedModel(base), config=settings)
+    packed = PackedModel(base)
+    all_whole = keep_whole(settings["zero_optimization"], packed, mesh.dp_size)
+    engine, *_ = deepspeed.initialize(model=packed, config=settings)
+    if all_whole:
+        without_gathering(engine)
     engine.eval()
     return engine
 
@@ -185,6 +197,30 @@ def gather_by_layer(model: torch.nn.Module, base: PreTrainedModel) -> None:
     base.enable_input_require_grads()
     classes = sorted(base._no_split_modules or [])
     set_z3_leaf_modules(model, classes, raise_if_not_found=False)
+
+
+def keep_whole(block: dict[str, Any], model: torch.nn.Module, ranks: int) -> bool:
+    """Let ZeRO-3 leave whole, between layers and micro-steps, what takes next to no memory so; changes its settings.
+
+    On one rank that is everything: a parameter is then a view of its only shard, and to gather one would wait for the
+    GPU to be done with all that is queued. On more ranks it is an adapter's matrices: 14 in a layer, each of which is
+    gathered, released and counted by Python. A threshold in the user's JSON stays.
+
+    Args:
+        block: the `zero_optimization` settings, of stage 3.
+
+    Returns:
+        Whether every parameter stays whole.
+    """
+    if _THRESHOLD in block or block.get("offload_param", {}).get("device", "none") != "none":
+        return False
+    sizes = [(name, getattr(p, "ds_numel", p.numel())) for name, p in model.named_parameters()]
+    if ranks == 1:
+        block[_THRESHOLD] = sum(size for _, size in sizes)
+        return "stage3_model_persistence_threshold" not in block
+    adapter = [size for name, size in sizes if ".lora_" in name]
+    block[_THRESHOLD] = max([_DEEPSPEEDS_THRESHOLD, *adapter])
+    return False
 
 
 def held_here(engine: DeepSpeedEngine) -> str:

@@ -32,7 +32,7 @@ _PEFT_LAYERS = ("Linear", "Linear4bit", "Linear8bitLt")
 
 def uses_fused_lora(config: RunConfig) -> bool:
     """Whether the adapters of a run are computed as one operation, and not by PEFT's own forward."""
-    return config.finetuning_type == "lora"
+    return config.finetuning_type == "lora" and config.kernels != "none"
 
 
 def fuse_lora(model: nn.Module) -> int:
