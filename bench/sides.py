@@ -97,9 +97,10 @@ class Bench:
 
     @property
     def equal_row_tokens(self) -> int:
-        """Row length that holds as many pairs as TRL's micro-batch, whichever they are: of the longest ones."""
+        """Row length that holds as many pairs as TRL's micro-batch, whichever they are: of the longest ones. At least
+        what dsdpo asks for: the two longest sequences."""
         tokens = np.sort(Lengths.from_table(self.lengths).packed(True))[::-1]
-        return int(tokens[: self.case.micro_pairs].sum())
+        return max(int(tokens[: self.case.micro_pairs].sum()), 2 * self.case.pairs.max_length)
 
     def _dsdpo(self, side: Side) -> Run:
         """The product as a user starts it; its numbers are those of metrics.jsonl."""

@@ -21,6 +21,8 @@ from dsdpo.runtime.stop import StopFlag
 from dsdpo.train.run import Run
 from dsdpo.train.setup import set_up
 from tests.dist.grid import run_config
+from tests.dist.test_elastic import STEPS as END
+from tests.dist.test_elastic import assert_same, saved_state, task
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import ListOfExamples, random_pairs, save_model, save_tokenizer, tiny_llama_config
 
@@ -87,3 +89,18 @@ def test_one_rank_gathers_no_layer_and_learns_the_same(tmp_path: Path, finetunin
     assert whole["losses"] == partitioned["losses"] and whole["weights"] == partitioned["weights"]
     assert partitioned["fetches"] >= 12 and whole["fetches"] == 0
     assert whole["calls"] < 0.5 * partitioned["calls"]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "quantized", "reward"])
+def test_a_resumed_run_on_one_rank_is_the_same_to_the_bit(tmp_path: Path, kind: str) -> None:
+    """As with every parameter partitioned: state and losses, after a checkpoint was read back into whole ones."""
+    save_model(tmp_path / "model", tiny_llama_config(hidden_size=36, intermediate_size=52, head_dim=10))
+    save_tokenizer(tmp_path / "model")
+    tasks = [
+        task(tmp_path, kind, "partitioned", stage=3, until=END, save=True),
+        task(tmp_path, kind, "whole", stage=3, persist=True, until=2, save=True),
+        task(tmp_path, kind, "whole", stage=3, persist=True, until=END, save=True),
+    ]
+    partitioned, _, resumed = run_ranks("tests.dist.moves:go", 1, tasks)[0]
+    assert resumed["losses"] == partitioned["losses"]
+    assert_same(saved_state(tmp_path / "whole"), saved_state(tmp_path / "partitioned"))

@@ -59,7 +59,8 @@ def test_another_failure_is_not_tried_again() -> None:
 
 def test_a_row_for_equal_memory_holds_the_longest_pairs() -> None:
     assert CASE.micro_pairs == 2
-    assert bench([[10, 3, 4], [1, 1, 1], [20, 2, 2], [5, 5, 5]]).equal_row_tokens == 24 + 17
+    assert bench([[100, 30, 40], [1, 1, 1], [20, 2, 2], [50, 5, 5]]).equal_row_tokens == 170 + 60
+    assert bench([[1, 1, 1]]).equal_row_tokens == 2 * 64  # dsdpo takes no shorter rows
 
 
 def test_memory_is_judged_at_equal_pairs() -> None:
