@@ -61,6 +61,7 @@ KINDS: list[dict[str, Any]] = [
     {"stage": 1, "reference": "live"},
     {"stage": 2, "objective": "rm", "finetuning_type": "lora"},
     {"stage": 1, "objective": "kto"},
+    {"stage": 3, "persist": True},
 ]
 
 

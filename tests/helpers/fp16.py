@@ -31,8 +31,8 @@ def go(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Args:
         tasks: changes to `run_config`, and: `objective`, a stage, dpo by default; `folder`, of the run; `stage` and
-            `scale`, the ZeRO stage and the block `fp16` of the DeepSpeed JSON, `offload`; `until`, the step to stop
-            after; `save`, `export`, whether to do so then.
+            `scale`, the ZeRO stage and the block `fp16` of the DeepSpeed JSON, `offload`, `persist`; `until`, the step
+            to stop after; `save`, `export`, whether to do so then.
 
     Returns:
         For each: `lines` of metrics.jsonl; `state`, what this rank holds at the end; `scale`, where this rank began and
@@ -47,7 +47,7 @@ def go(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         stage, scale, saves = task.pop("stage"), task.pop("scale", {}), task.pop("save", False)
         exports = task.pop("export", False)
         zero: dict[str, Any] = {"stage": stage}
-        if stage == 3:
+        if stage == 3 and not task.pop("persist", False):
             zero["stage3_param_persistence_threshold"] = 0
         if task.pop("offload", False):
             zero["offload_optimizer"] = {"device": "cpu"}
