@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from dsdpo.config.schedules import SCHEDULES
 from dsdpo.config.schema import RunConfig
 
 
@@ -27,8 +28,13 @@ BLOCKS = _names(
     "aio",
 }
 
-_SCHEDULERS = {"linear": "WarmupDecayLR", "constant": "WarmupLR", "cosine": "WarmupCosineLR"}
 _BF16 = {"bf16": True, "fp32": False, "fp16": False}
+
+
+def _scheduler(config: RunConfig) -> str | None:
+    """DeepSpeed's name of the schedule, which has no settings there."""
+    return (SCHEDULES[config.lr_scheduler_type].deepspeed or None) if not config.lr_scheduler_kwargs else None
+
 
 # key -> (option that owns it, its value there; None: the two cannot be compared)
 OWNED: dict[str, tuple[str, Callable[[RunConfig], Any]]] = {
@@ -43,7 +49,7 @@ OWNED: dict[str, tuple[str, Callable[[RunConfig], Any]]] = {
     "optimizer.params.betas": ("adam_beta1", lambda c: [c.adam_beta1, c.adam_beta2]),
     "optimizer.params.eps": ("adam_epsilon", lambda c: c.adam_epsilon),
     "optimizer.params.weight_decay": ("weight_decay", lambda c: c.weight_decay),
-    "scheduler.type": ("lr_scheduler_type", lambda c: _SCHEDULERS[c.lr_scheduler_type]),
+    "scheduler.type": ("lr_scheduler_type", _scheduler),
     "scheduler.params.warmup_max_lr": ("learning_rate", lambda c: c.learning_rate),
     "scheduler.params.warmup_num_steps": ("warmup_steps", lambda c: c.warmup_steps or None),
     "scheduler.params.total_num_steps": ("max_steps", lambda c: c.max_steps),

@@ -13,6 +13,7 @@ from dsdpo.config.kernels import KERNEL_RULES, liger_installed
 from dsdpo.config.load import LoadResult
 from dsdpo.config.loss_rules import LOSS_RULES, Given, Rule
 from dsdpo.config.quantization import QUANTIZATION_RULES
+from dsdpo.config.schedule_rules import SCHEDULE_RULES
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.stages import STAGES
 from dsdpo.errors import Problem
@@ -228,6 +229,7 @@ RULES: list[Rule] = [
     *LOSS_RULES,
     *QUANTIZATION_RULES,
     *KERNEL_RULES,
+    *SCHEDULE_RULES,
     ("held-out-twice", ("eval_dataset", "val_size"), _one_held_out_set),
     ("val-size", ("val_size",), _val_size),
     ("create-new-adapter", ("create_new_adapter", "model_name_or_path"), _new_adapter),

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from dsdpo.config.fields import CONSENT, FREE, Checked, OneOf, ResumePolicy, Switch, resume_policy
 from dsdpo.config.hubs import ModelSource, picked_hub
 from dsdpo.config.losses import ANY_LOSS, LOSSES, RANKINGS
+from dsdpo.config.schedules import SCHEDULE_WORDS, check_schedule, read_kwargs, schedule_hint
 from dsdpo.config.stages import STAGE_ALIASES, STAGES
 from dsdpo.config.templates import DATE_WORDS, TEMPLATE_WORDS, check_date, check_template, template_hint
 from dsdpo.config.times import TIME_WORDS, check_time, seconds_of, time_hint
@@ -306,11 +307,20 @@ class RunConfig(BaseModel):
     """Peak learning rate of AdamW. Empty: 1e-6 for `full`, as in TRL, and 1e-5 for `lora`, since adapters take about
     ten times the rate of full training (LoRA Without Regret, 2025)."""
 
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", json_schema_extra=CONSENT)
-    """Course of the learning rate after the warm-up: half a cosine or a line down to 0, or constant."""
+    lr_scheduler_type: Annotated[str, Checked(check_schedule, SCHEDULE_WORDS, schedule_hint)] = Field(
+        "cosine", json_schema_extra=CONSENT
+    )
+    """Learning rate after the warm-up, by transformers' names. `cosine`, `linear` fall to 0, `constant` (or
+    `constant_with_warmup`) stays. `cosine_with_min_lr`, `cosine_warmup_with_min_lr` and `warmup_stable_decay` need
+    lr_scheduler_kwargs; `cosine_with_restarts`, `polynomial` and `inverse_sqrt` take them. All are functions of the
+    step: transformers' `reduce_lr_on_plateau` and `greedy` are not, and are refused."""
+
+    lr_scheduler_kwargs: dict[str, Any] | None = Field(None, json_schema_extra=CONSENT)
+    """Settings of lr_scheduler_type under transformers' names, such as `{min_lr_rate: 0.1}` for `cosine_with_min_lr` or
+    `{num_decay_steps: 100}` for `warmup_stable_decay`. Empty: its defaults."""
 
     warmup_ratio: float = Field(0.0, ge=0.0, lt=1.0, json_schema_extra=CONSENT)
-    """Share of all steps with a learning rate that rises linearly from 0."""
+    """Share of all steps in which the learning rate rises from 0, linearly unless lr_scheduler_kwargs say more."""
 
     warmup_steps: int = Field(0, ge=0, json_schema_extra=CONSENT)
     """Warm-up in steps; wins over warmup_ratio when above 0."""
@@ -411,6 +421,12 @@ class RunConfig(BaseModel):
         if isinstance(value, str):
             return [part.strip() for part in value.split(",") if part.strip()]
         return value
+
+    @field_validator("lr_scheduler_kwargs", mode="before")
+    @classmethod
+    def _json_text(cls, value: object) -> object:
+        """Accept JSON text, and numbers that YAML takes for text."""
+        return read_kwargs(value)
 
     @field_validator("stage", mode="before")
     @classmethod

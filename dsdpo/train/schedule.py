@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
+import torch
+from transformers import get_scheduler
+
+from dsdpo.config.schedule_rules import too_short, warmup_steps
 from dsdpo.config.schema import RunConfig
+from dsdpo.errors import ConfigError, Problem
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Number of steps and the learning rate of each: pure functions of the step."""
+    """Number of steps and the learning rate of each: pure functions of the step.
+
+    `kind` and `kwargs` are `lr_scheduler_type` and `lr_scheduler_kwargs`.
+    """
 
     total_steps: int
     warmup_steps: int
     peak: float
     kind: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def of(cls, config: RunConfig, steps_per_epoch: int) -> Schedule:
-        """The schedule of a run over a set with so many steps per epoch."""
+        """The schedule of a run over a set with so many steps per epoch.
+
+        Raises:
+            ConfigError: the run is too short for its schedule, which `max_steps` has not told before.
+        """
         total = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
-        warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
-        return cls(total, warmup, config.learning_rate, config.lr_scheduler_type)
+        if problem := too_short(config, total):
+            raise ConfigError([Problem("lr-scheduler-room", "lr_scheduler_kwargs", problem)])
+        warmup, kwargs = warmup_steps(config, total), config.lr_scheduler_kwargs or {}
+        return cls(total, warmup, config.learning_rate, config.lr_scheduler_type, kwargs)
 
     def learning_rate(self, step: int) -> float:
-        """Of 0-based step: linear from 0 over the warm-up, then as `lr_scheduler_type` says, as in transformers."""
-        if step < self.warmup_steps:
-            return self.peak * step / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        if self.kind == "linear":
-            return self.peak * max(0.0, 1 - progress)
-        if self.kind == "cosine":
-            return self.peak * 0.5 * (1 + math.cos(math.pi * progress))
-        return self.peak
+        """Of a 0-based step."""
+        return self.peak * self._factor(step)
+
+    @cached_property
+    def _factor(self) -> Callable[[int], float]:
+        """transformers' own function from the step to a factor on the peak. It makes one for an optimizer, of which it
+        reads the peak alone. Its `constant` has no warm-up, where ours has one."""
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.peak)
+        name = "constant_with_warmup" if self.kind == "constant" else self.kind
+        total = self.total_steps if self.kwargs.get("num_stable_steps") is None else None  # it takes one of the two
+        factor: Callable[[int], float] = get_scheduler(
+            name, optimizer, self.warmup_steps, total, dict(self.kwargs)
+        ).lr_lambdas[0]
+        return factor

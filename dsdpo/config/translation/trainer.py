@@ -273,7 +273,6 @@ TRAINER: dict[str, Rule] = {
     "load_best_model_at_end": refused(
         "the last weights are exported; `dsdpo export --step` takes an earlier checkpoint"
     ),
-    "lr_scheduler_kwargs": refused("the schedules have no further settings; delete the line"),
     **each(
         refused("the optimizer is AdamW, for every trained parameter; delete the line"),
         "optim_args optim_target_modules",

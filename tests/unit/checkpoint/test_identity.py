@@ -61,6 +61,7 @@ FREE = {
 CONSENT = {
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_ratio",
     "warmup_steps",
     "num_train_epochs",

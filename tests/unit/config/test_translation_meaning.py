@@ -130,7 +130,7 @@ def test_options_of_llama_factory(options: dict[str, Any], want: dict[str, Any],
         # another course
         (LLAMA_FACTORY, {"lr_scheduler_type": "constant", "warmup_steps": 5}, ("not-supported", "warmup_steps")),
         (TRL, {"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, ("not-supported", "warmup_ratio")),
-        (TRL, {"lr_scheduler_type": "polynomial"}, ("value", "lr_scheduler_type")),
+        (TRL, {"lr_scheduler_type": "reduce_lr_on_plateau"}, ("value", "lr_scheduler_type")),
         (TRL, {"optim": "paged_adamw_8bit"}, ("not-supported", "optim")),
         (TRL, {"data_seed": 1}, ("not-supported", "data_seed")),
         (TRL, {"train_sampling_strategy": "sequential"}, ("not-supported", "train_sampling_strategy")),
