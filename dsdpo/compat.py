@@ -1,4 +1,5 @@
-"""The one place for private or version-bound APIs of torch, deepspeed, transformers and peft; trl_kernel.py has trl's.
+"""The one place for private or version-bound APIs of torch, deepspeed, transformers, peft and accelerate; trl_kernel.py
+has trl's.
 
 pyproject.toml holds these packages to the range that the tests ran with. Imports stand inside the functions: this
 module is below everything and must cost nothing.
@@ -6,6 +7,7 @@ module is below everything and must cost nothing.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -228,3 +230,12 @@ def set_end_ids(model: Any, ids: int | list[int]) -> None:
     """Give a model's generation config its end tokens, also where transformers would make it anew of the config."""
     model.generation_config.eos_token_id = ids
     model.generation_config._from_model_config = False
+
+
+def tracker_class(name: str) -> Callable[..., Any]:
+    """A tracker of accelerate, without the PartialState of its logger, which would set the device and the threads."""
+    from accelerate import tracking
+
+    tracking.logger = logging.getLogger("accelerate.tracking")
+    found = tracking.LOGGER_TYPE_TO_CLASS[name]
+    return type(found.__name__, (found,), {"main_process_only": False})

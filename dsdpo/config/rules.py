@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from dsdpo.config import trackers
 from dsdpo.config.kernels import KERNEL_RULES, liger_installed
 from dsdpo.config.load import LoadResult
 from dsdpo.config.loss_rules import LOSS_RULES, Given, Rule
@@ -186,10 +186,7 @@ def adapter_problems(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _trackers(config: RunConfig, given: Given) -> str:
-    missing = [name for name in config.report_to if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"report_to names {', '.join(missing)}, not installed here; run `pip install 'dsdpo[track]'`"
-    return ""
+    return trackers.problem(config.report_to)
 
 
 # attn_implementation -> its package and how to get it. flash-attn and flash-attn-4 share the module flash_attn, so

@@ -35,7 +35,7 @@ class Argument:
         """Whether a value is allowed."""
         if self.words:
             return value in self.words
-        if isinstance(value, bool) or not isinstance(value, (int, self.kind)):
+        if isinstance(value, bool) or not isinstance(value, int if self.kind is int else (int, float)):
             return False
         return self.lowest <= value <= self.highest and value != float("inf")
 

@@ -19,6 +19,7 @@ from dsdpo.config.schedules import SCHEDULE_WORDS, check_schedule, read_kwargs, 
 from dsdpo.config.stages import STAGE_ALIASES, STAGES
 from dsdpo.config.templates import DATE_WORDS, TEMPLATE_WORDS, check_date, check_template, template_hint
 from dsdpo.config.times import TIME_WORDS, check_time, seconds_of, time_hint
+from dsdpo.config.trackers import ALL, TRACKERS
 
 LossType = Annotated[str, OneOf(lambda: [*LOSSES, *RANKINGS])]
 
@@ -353,7 +354,7 @@ class RunConfig(BaseModel):
     goes on from there."""
 
     logging_steps: int = Field(1, ge=1, json_schema_extra=FREE)
-    """Steps between lines on the terminal and in TensorBoard or wandb; metrics.jsonl has every step."""
+    """Steps between lines on the terminal and in the places of report_to; metrics.jsonl has every step."""
 
     save_steps: int | None = Field(500, ge=1, json_schema_extra=FREE)
     """Steps between checkpoints in output_dir/checkpoints; there is one after the last step too. Empty: none, but when
@@ -391,11 +392,14 @@ class RunConfig(BaseModel):
     eval_steps: int | None = Field(None, ge=1, json_schema_extra=FREE)
     """Steps between evaluations on the held-out pairs. Empty: only at the end."""
 
-    report_to: list[Literal["tensorboard", "wandb"]] = Field([], json_schema_extra=FREE)
-    """Further places for the metrics; needs the `track` extra."""
+    report_to: list[Annotated[str, OneOf(lambda: [*TRACKERS, ALL])]] = Field([], json_schema_extra=FREE)
+    """Further places for the metrics, by transformers' names, each with its package: the `track` extra has the first
+    three. `all`: those that are installed. Their project is `dsdpo`, or what WANDB_PROJECT, TRACKIO_PROJECT,
+    MLFLOW_EXPERIMENT_NAME, SWANLAB_PROJECT, COMET_PROJECT_NAME or CLEARML_PROJECT says. One that fails does not end the
+    run; a resumed run goes on in the same run there. Empty, or `none`: none."""
 
     run_name: str | None = Field(None, json_schema_extra=FREE)
-    """Name of the run in wandb. Empty: the name of output_dir."""
+    """Name of the run in the places of report_to. Empty: the name of output_dir."""
 
     plot_loss: bool = Field(False, json_schema_extra=FREE)
     """Write loss.png and the other curves at the end."""

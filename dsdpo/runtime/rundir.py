@@ -52,10 +52,9 @@ class RunDir:
         """main rank: folder of TensorBoard's event files."""
         return self.path / "tensorboard"
 
-    @property
-    def wandb_id(self) -> Path:
-        """main rank: 12 characters, the id of the run in wandb."""
-        return self.path / "wandb_id"
+    def tracker_id(self, tracker: str) -> Path:
+        """main rank: text; the id of the run in a tracker of `report_to`, such as wandb."""
+        return self.path / f"{tracker}_id"
 
     @property
     def checkpoints(self) -> Path:

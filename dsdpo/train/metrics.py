@@ -1,4 +1,4 @@
-"""What a run reports: one reduced vector per step, metrics.jsonl, TensorBoard or wandb, and the progress bar."""
+"""What a run reports: one reduced vector per step, metrics.jsonl, trackers, and the progress bar."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import json
 import resource
 import sys
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from deepspeed import comm
@@ -18,10 +16,12 @@ from tqdm import tqdm
 
 from dsdpo.checkpoint.saver import SaveStatus
 from dsdpo.config.schema import RunConfig
+from dsdpo.config.trackers import named_trackers
 from dsdpo.errors import IOFailure
 from dsdpo.objectives.base import MicroBatchLoss
 from dsdpo.runtime.files import write_atomically
 from dsdpo.runtime.rundir import RunDir
+from dsdpo.train.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -155,13 +155,6 @@ def _drop_after(path: Path, step: int) -> None:
     write_atomically(path, "".join(kept))
 
 
-def _wandb_id(path: Path, first_step: int) -> str:
-    """The id of a run in wandb, the same for every process that goes on with it."""
-    if first_step == 0 or not path.exists():
-        write_atomically(path, uuid.uuid4().hex[:12])
-    return path.read_text()
-
-
 class Reporter:
     """Writes metrics on the main rank; on the others every method does nothing.
 
@@ -192,24 +185,8 @@ class Reporter:
             dynamic_ncols=True,
             disable=config.disable_tqdm or not sys.stderr.isatty(),
         )
-        self._tensorboard: Any = None
-        self._wandb: Any = None
-        if "tensorboard" in config.report_to:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = {"purge_step": first_step + 1} if first_step else {}
-            self._tensorboard = SummaryWriter(str(run_dir.tensorboard), **purge)
-        if "wandb" in config.report_to and first_step is not None:
-            import wandb
-
-            self._wandb = wandb.init(
-                project="dsdpo",
-                id=_wandb_id(run_dir.wandb_id, self._first_step),
-                resume="allow",
-                name=config.run_name or run_dir.path.name,
-                dir=str(run_dir),
-                config=config.model_dump(),
-            )
+        names = named_trackers(config.report_to) if first_step is not None else []
+        self._trackers = Trackers(config, names, self._first_step, self.say)
 
     def start(self) -> None:
         """The steps begin: the time left is reckoned from here."""
@@ -270,11 +247,7 @@ class Reporter:
     def _track(self, record: dict[str, float], prefix: str) -> None:
         step = int(record["step"])
         values = {f"{prefix}/{key}": value for key, value in record.items() if key != "step"}
-        if self._tensorboard is not None:
-            for key, value in values.items():
-                self._tensorboard.add_scalar(key, value, step)
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
+        self._trackers.log(values, step)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -282,7 +255,4 @@ class Reporter:
             return
         self._bar.close()
         self._jsonl.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._trackers.close()

@@ -77,6 +77,9 @@ def test_types_and_defaults_are_said_in_words() -> None:
     assert by_name["beta"].allowed == "a number, above 0"
     assert by_name["eval_steps"].allowed == "a whole number, at least 1, or empty"
     assert by_name["precision"].allowed == "one of auto, fp32, bf16, fp16"
-    assert by_name["report_to"].allowed == "a list out of tensorboard, wandb"
+    assert (
+        by_name["report_to"].allowed
+        == "a list out of tensorboard, wandb, trackio, mlflow, swanlab, comet_ml, clearml, all"
+    )
     assert (by_name["dataset"].default, by_name["share_prefix"].default) == ("required", "true")
     assert (by_name["loss_type"].default, by_name["eval_steps"].default) == ("sigmoid", "empty")

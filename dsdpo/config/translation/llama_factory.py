@@ -186,7 +186,7 @@ LLAMA_FACTORY: dict[str, Rule] = {
     "disable_shuffling": refused("seed orders the data anew in every epoch; delete the line"),
     "early_stopping_steps": refused("training goes to its end; delete the line"),
     "include_effective_tokens_per_second": no_effect("the metrics of a step have it"),
-    "use_swanlab": refused("set report_to: wandb or tensorboard"),
+    "use_swanlab": refused("set report_to: swanlab, and SWANLAB_PROJECT where the command is started"),
     **each(
         no_effect("it belongs to use_swanlab"),
         "swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir "

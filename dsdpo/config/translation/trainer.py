@@ -138,12 +138,6 @@ def _save_total_limit(value: Any, given: Given) -> Meaning:
     return Sets({"save_total_limit": None if count is not None and count <= 0 else value})
 
 
-def _report_to(value: Any, given: Given) -> Meaning:
-    if value in ("all", ["all"]):
-        return NoEffect("the metrics in output_dir have every step; name tensorboard or wandb for more")
-    return Sets({"report_to": value})
-
-
 def _attention(value: Any, given: Given) -> Meaning:
     """Other kernels that compute the same."""
     name = str(value).removeprefix("kernels-community/").replace("-", "_")
@@ -190,7 +184,6 @@ SHARED: dict[str, Rule] = {
     "warmup_steps": _warmup_steps,
     "logging_steps": _logging_steps,
     "save_total_limit": _save_total_limit,
-    "report_to": _report_to,
     "attn_implementation": _attention,
     "lr_scheduler_type": _schedule,
     "save_steps": _steps("save_steps"),

@@ -373,7 +373,7 @@ def test_an_unset_list_was_set_nowhere(tmp_path: Path) -> None:
         ("max_time: 0s", "allowed: a time"),
         (f"seed: {2**64}", "at most 18446744073709551615"),
         ("max_tokens_per_row: 8", "at least 16"),
-        ("report_to: all", "tensorboard, wandb"),
+        ("report_to: neptune", "tensorboard, wandb"),
         ("report_to: [wandb, none]", "tensorboard, wandb"),
         ("beta: ''", "a number, above 0"),
     ],

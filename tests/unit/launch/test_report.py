@@ -265,7 +265,7 @@ def test_one_report_has_each_mistake_once(tmp_path: Path, run: dict[str, Any], m
     (tmp_path / "model" / "tokenizer.json").write_text(LFS)
     truncate(tmp_path / "model")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    run |= {"dataset_dir": "nowhere", "output_dir": "/proc/out", "max_time": 90, "sede": 1, "report_to": "all"}
+    run |= {"dataset_dir": "nowhere", "output_dir": "/proc/out", "max_time": 90, "sede": 1, "report_to": "neptune"}
     run |= {"max_tokens_per_row": 100, "template": "ours.jinja", "adapter_name_or_path": "model", "eval_steps": 5}
     run |= {"deepspeed": {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 1}}, "beta": 0}
     path = write(tmp_path, run)

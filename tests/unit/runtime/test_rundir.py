@@ -14,13 +14,21 @@ from dsdpo.runtime.rundir import RunDir
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "dsdpo"
-ARGUMENTS = {"rank": 0, "token": "TOKEN", "job": "JOB", "host": "NODE", "time": "TIME", "key": "KEY"}
+ARGUMENTS = {
+    "rank": 0,
+    "token": "TOKEN",
+    "job": "JOB",
+    "host": "NODE",
+    "time": "TIME",
+    "key": "KEY",
+    "tracker": "TRACKER",
+}
 # The same word with another meaning, or a sentence for a reader.
 OTHER_MEANING = {
     ("cli.py", "checkpoints"),  # the command
     ("cli.py", "metrics.jsonl"),  # in a help text
-    ("config/schema.py", "tensorboard"),  # a value of report_to
-    ("train/metrics.py", "tensorboard"),  # the same
+    ("config/trackers.py", "tensorboard"),  # a value of report_to
+    ("train/trackers.py", "tensorboard"),  # the same
     ("config/deepspeed_keys.py", "tensorboard"),  # a key of a DeepSpeed JSON
     ("config/deepspeed_keys.py", "metrics.jsonl"),  # what to use in place of a key
 }
@@ -57,7 +65,10 @@ def strings(path: Path) -> Iterator[str]:
 def spelled(text: str) -> set[str]:
     """Names of files in output_dir that a string spells: as a whole, before a slash, or with a name's own look."""
     names = {part for file in files() for part in Path(file).parts}
-    fixed = {re.split(r"TIME|TOKEN|JOB|00000", name)[0] for name in names} - {"", "rank-"}  # rank-: also in checkpoints
+    fixed = {re.split(r"TIME|TOKEN|JOB|TRACKER|00000", name)[0] for name in names} - {
+        "",
+        "rank-",
+    }  # rank-: also in checkpoints
     own_look = [name for name in fixed if re.search(r"[^a-z]", name)]
     found = {name for name in fixed if text == name or re.search(rf"(?<![\w.-]){re.escape(name)}/", text)}
     return found | {name for name in own_look if re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w])", text + " ")}
