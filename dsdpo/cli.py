@@ -167,12 +167,12 @@ def _chat(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _plot(args: argparse.Namespace, _: list[str]) -> None:
-    folder = Path(args.output_dir)
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}; give the output_dir of a run")
-    from dsdpo.tools.plots import plot
+    folders = [Path(name) for name in args.output_dir]
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise CheckpointError(f"there is no folder {missing[0]}; give the output_dir of a run")
+    from dsdpo.tools.plots import draw
 
-    for picture in plot(RunDir(folder)):
+    for picture in draw(folders, args.to):
         print(picture)
 
 
@@ -200,8 +200,9 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     _add_checkpoints(commands)
     _add_import(commands)
     _add_chat(commands)
-    plot = commands.add_parser("plot", help="PNG curves from metrics.jsonl")
-    plot.add_argument("output_dir", metavar="OUTPUT_DIR", help="output_dir of a run")
+    plot = commands.add_parser("plot", help="PNG curves from metrics.jsonl; of several runs, in one picture")
+    plot.add_argument("output_dir", metavar="OUTPUT_DIR", nargs="+", help="output_dir of a run")
+    plot.add_argument("--to", metavar="DIR", help="folder for the pictures of several runs (comparison)")
     plot.set_defaults(function=_plot)
     _add_import_config(commands)
     return parser, dict(commands.choices)

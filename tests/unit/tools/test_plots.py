@@ -7,9 +7,14 @@ import struct
 from pathlib import Path
 
 import pytest
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from dsdpo import cli
 from dsdpo.errors import DataError, IOFailure
 from dsdpo.runtime.rundir import RunDir
+from dsdpo.tools import plots
 from dsdpo.tools.plots import plot, read_metrics, smooth
 
 
@@ -81,7 +86,51 @@ def test_a_picture_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         plot(RunDir(tmp_path))
 
 
-def test_smoothing_keeps_a_line_where_it_is() -> None:
-    line = [float(i) for i in range(30)]
-    assert smooth(line, 5)[2:-2] == pytest.approx(line[2:-2])
-    assert smooth([3.0], 5) == [3.0]
+def test_the_average_starts_where_the_values_start() -> None:
+    falling = [10.0, 4.0, 2.0, 1.0]
+    assert smooth(falling, 20)[0] == 10.0
+    assert smooth([3.0] * 9, 5) == pytest.approx([3.0] * 9)
+    assert smooth(falling, 1) == falling
+    decay = 1 - 2 / 4
+    biased = 0.0
+    for count, value in enumerate(falling, 1):  # Adam's way to the same
+        biased = decay * biased + (1 - decay) * value
+        assert smooth(falling, 3)[count - 1] == pytest.approx(biased / (1 - decay**count))
+
+
+def test_the_title_names_run_model_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, [train_record(1)])
+    options = {"run_name": "mine", "model_name_or_path": "/models/org/base-1b", "dataset": ["pairs", "more"]}
+    (tmp_path / "run_config.yaml").write_text(yaml.safe_dump(options))
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, title, **look: titles.append(title))
+    plot(RunDir(tmp_path))
+    assert titles[0].splitlines() == ["Loss", "mine  |  org/base-1b  |  pairs, more"]
+
+
+def test_runs_are_drawn_over_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, steps in (("a", 9), ("b", 4), ("c", 6)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, [train_record(step) for step in range(1, steps)])
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plot", "a", "b", "c", "--to", "all"]) == 0
+    assert capsys.readouterr().out.split() == ["all/loss.png", "all/rewards.png", "all/accuracy.png"]
+    assert cli.main(["plot", "a", "b", "--to", "two"]) == 0
+    assert Path("all/loss.png").read_bytes() != Path("two/loss.png").read_bytes()
+    assert not list(tmp_path.glob("[abc]/*.png"))
+    assert cli.main(["plot", "a", "b"]) == 0
+    assert Path("comparison/loss.png").read_bytes() == Path("two/loss.png").read_bytes()
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels: list[str] = []
+    monkeypatch.setattr(Figure, "legend", lambda *args, **options: None)
+    monkeypatch.setattr(plots, "_draw_curve", lambda axes, curve: labels.append(curve.label))
+    for folder in ("x/out", "y/out", "y/other"):
+        (tmp_path / folder).mkdir(parents=True)
+        write(tmp_path / folder, [{"step": 1.0, "loss": 0.5}])
+    plots.overlay([RunDir(tmp_path / "x/out"), RunDir(tmp_path / "y/out")], tmp_path)
+    plots.overlay([RunDir(tmp_path / "x/out"), RunDir(tmp_path / "y/other")], tmp_path)
+    assert labels == [str(tmp_path / "x/out"), str(tmp_path / "y/out"), "out", "other"]
