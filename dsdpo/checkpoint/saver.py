@@ -85,6 +85,11 @@ class Saver:
     # --- what the training loop sees ---
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What each checkpoint says of its run."""
+        return self._facts
+
+    @property
     def status(self) -> SaveStatus:
         """Of the save in flight on this rank."""
         written = self._in_flight is not None and self._in_flight.written.done()

@@ -401,6 +401,16 @@ class RunConfig(BaseModel):
     run_name: str | None = Field(None, json_schema_extra=FREE)
     """Name of the run in the places of report_to. Empty: the name of output_dir."""
 
+    push_to_hub: bool = Field(False, json_schema_extra=FREE)
+    """Upload `final/` with its model card to the Hugging Face hub at the end, with the token of HF_TOKEN or `hf auth
+    login`. A push that fails is exit code 74; the weights are in output_dir."""
+
+    hub_model_id: str | None = Field(None, json_schema_extra=FREE)
+    """Repository of push_to_hub, made where it is missing. Empty: the name of output_dir, in the token's account."""
+
+    hub_private_repo: bool | None = Field(None, json_schema_extra=FREE)
+    """Whether a repository that push_to_hub makes is private. Empty: as the account's settings say."""
+
     plot_loss: bool = Field(False, json_schema_extra=FREE)
     """Write loss.png and the other curves at the end."""
 

@@ -29,6 +29,7 @@ from dsdpo.config.hubs import Hub, ModelSource, hub_of, picked_hub
 from dsdpo.data.templates import load_tokenizer
 from dsdpo.errors import CheckpointError, IOFailure
 from dsdpo.export.assemble import assemble
+from dsdpo.export.card import run_facts, write_card
 from dsdpo.model.adapters import SCORE_WEIGHT
 from dsdpo.runtime.files import follow_umask, fsync_path, fsync_tree
 from dsdpo.runtime.progress import track
@@ -189,6 +190,7 @@ def export(output_dir: Path, to: Path, merge: bool, step: int | None = None) -> 
         IOFailure: the file system refused.
     """
     check_target(to)
+    run_dir = RunDir(output_dir)
     source = finished_weights(output_dir) if step is None else None
     if source is None:
         checkpoint = _pick(output_dir, step)
@@ -199,11 +201,15 @@ def export(output_dir: Path, to: Path, merge: bool, step: int | None = None) -> 
         if merge:
             hub = picked_hub(read_run(checkpoint.path)["config"].get("hub", "huggingface"))
             _write_folder(to, merged(to, hub), load_tokenizer(str(to)), None)
+        write_card(to, read_run(checkpoint.path), run_dir, checkpoint.step)
         return checkpoint.path
     if merge and not (source / "adapter_config.json").exists():
         raise CheckpointError(f"{source} is a whole model, there is no adapter to merge: leave --merge away")
     if merge:
         _write_folder(to, merged(source), load_tokenizer(str(source)), None)
+        facts = run_facts(output_dir)
+        if facts is not None:
+            write_card(to, facts, run_dir)
     else:
         shutil.copytree(source, to, dirs_exist_ok=True)
     return source

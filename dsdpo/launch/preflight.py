@@ -21,10 +21,12 @@ from dsdpo.config.stages import STAGES
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.data import registry, template_files
 from dsdpo.errors import CheckpointError, ConfigError, IOFailure, Problem
+from dsdpo.export import push
 from dsdpo.model import files
 from dsdpo.runtime.env import has_gpu_driver, launched
 
 _MODEL = "model_name_or_path"
+_HUB_OPTIONS = {"push_to_hub", "hub_model_id", "output_dir"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def preflight(
     if config is not None:
         problems += registry.problems(config, loaded.faulty) + files.problems(config, loaded.faulty)
         problems += template_files.problems(config, loaded.faulty)
+        problems += push.problems(config) if task == "train" and not loaded.faulty & _HUB_OPTIONS else []
         problems += _check_folders(config, loaded.faulty) + _check_task(config, loaded.faulty, task)
         problems += files.folder_problems(model, "--model", adapter_allowed=True) if model else []
         asked = _asked(config, loaded.faulty, model)

@@ -133,8 +133,20 @@ def is_finished(task: Task, config: RunConfig) -> bool:
 
 
 def finish(task: Task, config: RunConfig) -> None:
-    """What follows a training that reached its end."""
-    if task.name == "train" and config.plot_loss:
+    """What follows a training that reached its end: curves, also into the model card, and the push to the hub.
+
+    Raises:
+        IOFailure: it cannot be written, or pushed.
+    """
+    if task.name != "train":
+        return
+    run_dir = RunDir(Path(config.output_dir))
+    if config.plot_loss:
+        from dsdpo.export.card import add_pictures
         from dsdpo.tools.plots import plot
 
-        plot(RunDir(Path(config.output_dir)))
+        add_pictures(run_dir.final, plot(run_dir))
+    if config.push_to_hub:
+        from dsdpo.export.push import push
+
+        print(f"pushed to {push(config)}", flush=True)

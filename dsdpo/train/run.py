@@ -26,6 +26,7 @@ from dsdpo.engine.engine import Hardware
 from dsdpo.engine.loss_scale import StepScaling
 from dsdpo.engine.row_tokens import FirstStep, Rows
 from dsdpo.errors import IOFailure, NumericError, StopRequested
+from dsdpo.export.card import write_card
 from dsdpo.export.huggingface import export_engine, set_aside
 from dsdpo.model.packed import ModelOutput, PackedInputs
 from dsdpo.objectives.base import Objective
@@ -219,6 +220,7 @@ class Run:
                 "them"
             )
         if self.mesh.is_main:
+            write_card(self.run_dir.final, self.saver.facts, self.run_dir)
             write_atomically(self.run_dir.completed, "")
         self._summarize()
 

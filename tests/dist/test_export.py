@@ -94,6 +94,7 @@ def test_a_checkpoint_gives_the_same_folder_as_the_engine(
     assert {path.name for path in (output_dir / "final").iterdir()} - {"README.md", "model.safetensors"} <= {
         path.name for path in (tmp_path / "to").iterdir()
     }
+    assert "fingerprint" in (tmp_path / "to" / "README.md").read_text()
     np.testing.assert_allclose(logits_of(load(tmp_path / "to")), expected, atol=1e-4)
 
 
@@ -112,6 +113,7 @@ def test_a_merged_adapter_is_a_whole_model_with_the_same_logits(exported: Any, c
     export(output_dir, tmp_path / "merged", merge=True)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     np.testing.assert_allclose(logits_of(merged), expected, atol=1e-4)
+    assert "library_name: transformers" in (tmp_path / "merged" / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "</s>"
 
 

@@ -113,6 +113,9 @@ def test_a_run_leaves_everything_behind(place: Path, first: tuple[int, str]) -> 
     assert (out / "COMPLETED").exists() and (out / "loss.png").stat().st_size > 5000
     assert list((out / "tensorboard").iterdir())
     assert yaml.safe_load((out / "run_config.yaml").read_text())["learning_rate"] == 0.01
+    card = (out / "final" / "README.md").read_text()
+    assert "library_name: peft" in card and "fingerprint" in card and "| held-out loss |" in card
+    assert "![loss](loss.png)" in card and (out / "final" / "loss.png").exists()
 
 
 def test_the_output_names_loss_accuracy_margin_speed_and_time_left(first: tuple[int, str]) -> None:

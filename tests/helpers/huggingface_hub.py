@@ -1,7 +1,9 @@
-"""Hugging Face's HTTP interface, as far as its clients ask it for revisions of models and data sets, served here."""
+"""Hugging Face's HTTP interface, as far as its clients ask it for revisions of models and data sets, or upload some
+files, served here."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterator
@@ -23,17 +25,23 @@ def commit_of(files: Files) -> str:
 
 
 class HuggingFace:
-    """What the hub holds: `models/org/name` or `datasets/org/name` -> branch or tag -> files. url: for HF_ENDPOINT."""
+    """What the hub holds: `models/org/name` or `datasets/org/name` -> branch or tag -> files. url: for HF_ENDPOINT.
+
+    `refuses` is the status that it has for each upload; None: it takes them.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.repositories: dict[str, dict[str, Files]] = {}
+        self.refuses: int | None = None
 
     def answer(self, target: str, body: bytes) -> Answer:
         """Status, body and headers."""
         parts = unquote(urlparse(target).path).strip("/").split("/")
         is_api = parts[0] == "api"
         parts = parts[1:] if is_api else parts
+        if parts[0] in ("validate-yaml", "repos") or parts[3:4] in (["preupload"], ["commit"]):
+            return self._upload(parts, body)
         if parts[0] not in ("models", "datasets"):
             parts = ["models", *parts]
         revisions = self.repositories.get("/".join(parts[:3]))
@@ -45,6 +53,29 @@ class HuggingFace:
         if files is None:
             return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
         return self._of_api("/".join(parts[1:3]), action, files, body) if is_api else _resolved("/".join(path), files)
+
+    def _upload(self, parts: list[str], body: bytes) -> Answer:
+        """Make a repository (of account `me`, where none is named), say how files come, take them in one commit."""
+        if self.refuses is not None:
+            return self.refuses, b"{}", {}
+        if parts[0] == "validate-yaml":
+            return 200, b"{}", {}
+        if parts[0] == "repos":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            self.repositories.setdefault(f"models/{name}", {"main": {}})
+            return 200, json.dumps({"url": f"{self.url}/{name}"}).encode(), {}
+        if parts[3] == "preupload":
+            paths = [entry["path"] for entry in json.loads(body)["files"]]
+            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
+            return 200, json.dumps({"files": modes}).encode(), {}
+        files = self.repositories["/".join(parts[:3])]["main"]
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        name = "/".join(parts[1:3])
+        commit = {"commitOid": commit_of(files), "commitUrl": f"{self.url}/{name}/commit/{commit_of(files)}"}
+        return 200, json.dumps({"success": True, **commit}).encode(), {}
 
     def _of_api(self, name: str, action: str, files: Files, body: bytes) -> Answer:
         listed = [{"type": "file", "path": path, "size": len(content)} for path, content in files.items()]

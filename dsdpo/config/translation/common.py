@@ -13,6 +13,6 @@ _NAMES = (
     "learning_rate lr_scheduler_type warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "max_grad_norm seed deepspeed output_dir logging_steps save_steps save_total_limit resume_from_checkpoint "
     "eval_steps report_to run_name plot_loss disable_tqdm quantization_bit quantization_type double_quantization "
-    "model_revision lr_scheduler_kwargs"
+    "model_revision lr_scheduler_kwargs push_to_hub hub_model_id hub_private_repo"
 )
 COMMON = frozenset(_NAMES.split())

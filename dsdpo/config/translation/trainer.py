@@ -176,7 +176,20 @@ def _optim(value: Any, given: Given) -> Meaning:
 
 
 _ELSEWHERE = "it is about speed alone"
-_UPLOAD = "nothing is uploaded: `hf upload` does that with the weights in output_dir"
+_UPLOAD = "push_to_hub uploads the weights at the end, to the newest revision"
+
+
+def _hub_strategy(value: Any, given: Given) -> Meaning:
+    if is_off(given.get("push_to_hub")) or word(value) in ("end", "every_save", "none"):
+        return NoEffect(_UPLOAD)
+    return Refused("checkpoints are not uploaded, the weights are at the end: write end")
+
+
+def _hub_token(value: Any, given: Given) -> Meaning:
+    if is_off(given.get("push_to_hub")) or is_off(value):
+        return NoEffect(NOT_SET)
+    return Refused("set HF_TOKEN where the command is started, and delete the line")
+
 
 # Rules for names that are ours, too, and say something else or more there.
 SHARED: dict[str, Rule] = {
@@ -251,9 +264,11 @@ TRAINER: dict[str, Rule] = {
     ),
     **each(
         no_effect(_UPLOAD),
-        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision "
-        "push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_model_revision",
+        "hub_always_push hub_revision push_to_hub_organization hub_model_revision",
     ),
+    "hub_strategy": _hub_strategy,
+    "push_to_hub_model_id": option("hub_model_id"),
+    **each(_hub_token, "hub_token push_to_hub_token"),
     "average_tokens_across_devices": only(
         "true",
         why="losses are averaged over the whole step",
