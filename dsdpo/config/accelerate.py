@@ -21,7 +21,7 @@ _UNSET = ("", "none", "auto", "no", "false")
 # FSDP's sharding strategies, by name and number, and `fsdp_reshard_after_forward` of its second version
 _NO_SHARD = ("NO_SHARD", "3")
 _GRADIENTS_ALONE = ("SHARD_GRAD_OP", "2", "_HYBRID_SHARD_ZERO2", "HYBRID_SHARD_ZERO2", "5", "FALSE")
-_FILES = {("cpu", 3): "zero3_offload", ("nvme", 3): "zero3_nvme"}
+_NAMES = {("cpu", 3): "zero3_offload", ("nvme", 3): "zero3_nvme"}
 
 
 def run_options(data: Any) -> dict[str, Any]:
@@ -82,8 +82,8 @@ def foreign_settings(data: Any) -> str:
         said = _of_fsdp(data.get("fsdp_config"))
     else:
         stage = block.get("zero_stage", 0)
-        file = json_of_stage(stage, block.get("offload_optimizer_device"))
-        said = f"its zero_stage {stage} is {file}: name that file in deepspeed" if file else "it shards nothing"
+        ours = name_of_stage(stage, block.get("offload_optimizer_device"))
+        said = f"its zero_stage {stage} is {ours} here: set deepspeed: {ours}" if ours else "it shards nothing"
     precision = str(data.get("mixed_precision") or "no").lower()
     if precision in ("bf16", "fp16"):
         said += f", and set precision: {precision}"
@@ -97,8 +97,8 @@ def _of_fsdp(block: Any) -> str:
     block = block if isinstance(block, dict) else {}
     wanted = str(block.get("fsdp_sharding_strategy", block.get("fsdp_reshard_after_forward", "FULL_SHARD"))).upper()
     stage = 0 if wanted in _NO_SHARD else 2 if wanted in _GRADIENTS_ALONE else 3
-    file = json_of_stage(stage, "cpu" if str(block.get("fsdp_offload_params")).lower() == "true" else None)
-    return f"its FSDP sharding ({wanted}) is {file}: name that file in deepspeed" if file else "it shards nothing"
+    ours = name_of_stage(stage, "cpu" if str(block.get("fsdp_offload_params")).lower() == "true" else None)
+    return f"its FSDP sharding ({wanted}) is {ours} here: set deepspeed: {ours}" if ours else "it shards nothing"
 
 
 def _of_ranks(data: Mapping[str, Any]) -> str:
@@ -110,11 +110,11 @@ def _of_ranks(data: Mapping[str, Any]) -> str:
     return f"; --num_accelerators {ranks // machines} starts as many ranks on a node{nodes}"
 
 
-def json_of_stage(stage: Any, offload: Any = None) -> str:
-    """The file in ds_configs for a ZeRO stage; empty for stage 0."""
+def name_of_stage(stage: Any, offload: Any = None) -> str:
+    """The name of the file in ds_configs for a ZeRO stage; empty for stage 0."""
     number = int(stage) if str(stage).isdigit() else 0
-    name = _FILES.get((str(offload).lower(), number), f"zero{number}")
-    return f"ds_configs/{name}.json" if 1 <= number <= 3 else ""
+    name = _NAMES.get((str(offload).lower(), number), f"zero{number}")
+    return name if 1 <= number <= 3 else ""
 
 
 def launch_problems(
@@ -171,7 +171,7 @@ def _sharding(config: RunConfig, settings: dict[str, Any], given: Mapping[str, s
     stage = str(zero.get("stage", 0))
     if given.get("DEEPSPEED_ZERO_STAGE", stage) != stage:
         wanted = given["DEEPSPEED_ZERO_STAGE"]
-        remedy = json_of_stage(wanted, given.get("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"))
+        remedy = name_of_stage(wanted, given.get("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"))
         remedy = f"set deepspeed: {remedy}, or zero_stage {stage} there" if remedy else f"set zero_stage {stage} there"
         ours = f"that of {_name(config)}" if config.deepspeed else "deepspeed is empty"
         found.append(f"zero_stage is {wanted}, but the run's stage is {stage} ({ours}); {remedy}")
@@ -181,7 +181,7 @@ def _sharding(config: RunConfig, settings: dict[str, Any], given: Mapping[str, s
         ours = str(own.get("device", "none")) if isinstance(own, dict) else "none"
         if wanted not in (*_UNSET, ours):
             text = f"offload_{block}_device is {wanted}, but that of the run is {ours}; set it in the DeepSpeed JSON"
-            found.append(f"{text}, such as ds_configs/zero3_offload.json")
+            found.append(f"{text}, such as zero3_offload")
     return [("deepspeed", text) for text in found]
 
 

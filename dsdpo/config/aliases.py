@@ -30,7 +30,7 @@ ELSEWHERE = {
     "epochs": "set num_train_epochs",
     "num_epochs": "set num_train_epochs",
     "deepspeed_config": "set deepspeed",
-    "zero_stage": "set deepspeed: ds_configs/zero3.json (or zero1, zero2)",
+    "zero_stage": "set deepspeed: zero3 (or zero1, zero2)",
     "num_processes": _LAUNCH,
     "num_accelerators": _LAUNCH,
     "num_gpus": _LAUNCH,

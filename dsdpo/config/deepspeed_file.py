@@ -1,4 +1,4 @@
-"""What the option `deepspeed` gives: a JSON file, JSON text, or a mapping in the run config."""
+"""What the option `deepspeed` gives: a JSON file, or the name of one of ours, JSON text, or a mapping in the YAML."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 
 from dsdpo.config.accelerate import foreign_settings
+from dsdpo.config.aliases import did_you_mean
 from dsdpo.errors import ConfigError, Problem
 from dsdpo.runtime.files import LFS_POINTER, LFS_TEXT
+from dsdpo.runtime.shipped import ds_configs
 
 _HERE = "deepspeed in the run config"
 
@@ -23,15 +25,17 @@ def named(deepspeed: str | dict[str, Any]) -> str:
 def read_settings(deepspeed: str | dict[str, Any]) -> dict[str, Any]:
     """The option's mapping, or the JSON object in its text or in the file that it names.
 
+    A word such as `zero3` is the name of a file in ds_configs/, unless there is a file of that name.
+
     Raises:
-        ConfigError: a missing or malformed file, duplicate keys, or settings of accelerate.
+        ConfigError: an unknown name, a missing or malformed file, duplicate keys, or settings of accelerate.
     """
     if isinstance(deepspeed, dict):
         data = deepspeed
     elif _is_text(deepspeed):
         data = _json_object(deepspeed, _HERE)
     else:
-        data = _read(deepspeed)
+        data = _read(_file_of(deepspeed), deepspeed)
     if found := foreign_settings(data):
         name = _HERE if named(deepspeed) == _HERE else f"deepspeed: {deepspeed}"
         raise _unreadable("accelerate-config", f"{name} {found}")
@@ -46,11 +50,30 @@ def _unreadable(code: str, text: str) -> ConfigError:
     return ConfigError(Problem(code, "deepspeed", text))
 
 
-def _read(path: str) -> dict[str, Any]:
+def _file_of(name: str) -> Path:
+    """The file that the option names. Raises ConfigError for a word that is neither a file nor a name."""
+    path, ours = Path(name), ds_configs()
+    if path.name != name or path.suffix or path.is_file():
+        return path
+    if name not in ours:
+        close = did_you_mean(name, ours)
+        text = (
+            f"deepspeed: {name} is neither a file nor a name; {close + ' ' if close else ''}allowed: "
+            f"{', '.join(ours)}, or the path of a DeepSpeed JSON"
+        )
+        raise _unreadable("deepspeed-name", text)
+    return ours[name]
+
+
+def _read(file: Path, path: str) -> dict[str, Any]:
+    """The object in a file that the option calls `path`. Raises ConfigError."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise _unreadable("deepspeed-file", f"deepspeed: there is no file {path}; give a DeepSpeed JSON") from None
+        text = (
+            f"deepspeed: there is no file {path}; give a DeepSpeed JSON, or one of the names {', '.join(ds_configs())}"
+        )
+        raise _unreadable("deepspeed-file", text) from None
     except (OSError, ValueError) as error:
         raise _unreadable("deepspeed-file", f"deepspeed: {path} cannot be read: {error}") from None
     if text.startswith(LFS_POINTER.decode()):

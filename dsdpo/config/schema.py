@@ -346,8 +346,9 @@ class RunConfig(BaseModel):
 
     # --- running ---
     deepspeed: str | dict[str, Any] | None = Field(None, json_schema_extra=FREE)
-    """DeepSpeed JSON, such as ds_configs/zero3.json, or its content as a mapping, on the command line as JSON. Empty:
-    ZeRO stage 0, every GPU holds everything."""
+    """DeepSpeed JSON: the name of one that comes with dsdpo (zero1, zero2, zero3, zero3_hpz, zero3_nvme,
+    zero3_offload), a path, or the content as a mapping, on the command line as JSON. Empty: ZeRO stage 0, every GPU
+    holds everything."""
 
     output_dir: str = Field(json_schema_extra=FREE)
     """Folder for this run's metrics, checkpoints, weights and plots. Where it holds a checkpoint of this run, training

@@ -138,6 +138,9 @@ def _paths_from_here(values: dict[str, Any], run_dir: RunDir) -> dict[str, str]:
     moved = {}
     for key in _PATHS:
         value = values.get(key)
-        if isinstance(value, str) and value and ((started_in / value).exists() or key == "cache_dir"):
-            moved[key] = str(started_in / value)
+        if not isinstance(value, str) or not value:
+            continue
+        path = started_in / value  # a folder may be called zero3, too, which then is the name of a DeepSpeed JSON
+        if key == "cache_dir" or (path.is_file() if key == "deepspeed" else path.exists()):
+            moved[key] = str(path)
     return moved

@@ -82,9 +82,9 @@ def message(error: BaseException, config: RunConfig, zero: ZeroConfig, mesh: Mes
     if config.gradient_checkpointing != "full":
         remedies.append("set gradient_checkpointing: full")
     if zero.stage < 3 and (mesh.world_size > 1 or zero.stage == 0):
-        remedies.append("use a higher ZeRO stage (deepspeed: ds_configs/zero3.json)")
+        remedies.append("use a higher ZeRO stage (deepspeed: zero3)")
     if zero.offload_optimizer == "none" and config.finetuning_type == "full":
-        remedies.append("offload the optimizer (deepspeed: ds_configs/zero3_offload.json)")
+        remedies.append("offload the optimizer (deepspeed: zero3_offload)")
     remedies.append("lower max_length, and max_tokens_per_row with it")
     return (
         f"rank {mesh.rank} has no GPU memory left: {said[:400]} The longest packed row is {row} (max_tokens_per_row), "

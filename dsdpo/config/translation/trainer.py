@@ -291,7 +291,7 @@ TRAINER: dict[str, Rule] = {
     "use_cpu": refused("set DS_ACCELERATOR=cpu where the command is started"),
     "no_cuda": refused("set DS_ACCELERATOR=cpu where the command is started"),
     **each(
-        refused("ranks run DeepSpeed: set deepspeed: ds_configs/zero3.json, or delete the line"),
+        refused("ranks run DeepSpeed: set deepspeed: zero3, or delete the line"),
         "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap accelerator_config parallelism_config",
     ),
     "fp8": refused("set precision: bf16"),

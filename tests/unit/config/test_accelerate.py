@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from dsdpo.config.accelerate import foreign_settings, json_of_stage, launch_problems
+from dsdpo.config.accelerate import foreign_settings, launch_problems, name_of_stage
 from dsdpo.config.schema import RunConfig
-from tests.helpers.zero import DS_CONFIGS
+from dsdpo.runtime.shipped import ds_configs
 
 LAUNCH = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_DEEPSPEED": "true", "PATH": "/bin"}
 
@@ -76,30 +76,33 @@ def test_every_message_names_both_values() -> None:
     config = RunConfig(model_name_or_path="m", dataset=["d"], output_dir="o")
     (problem,) = launch_problems(config, {}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, False)
     assert "zero_stage is 3" in str(problem) and "stage is 0" in str(problem)
-    assert "ds_configs/zero3.json" in str(problem)
+    assert "set deepspeed: zero3" in str(problem)
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu", "nvme"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_json_of_a_stage_exists(stage: int, offload: str) -> None:
-    assert (DS_CONFIGS / Path(json_of_stage(stage, offload)).name).is_file()
+def test_the_name_of_a_stage_is_one(stage: int, offload: str) -> None:
+    assert name_of_stage(stage, offload) in ds_configs()
 
 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}}, "zero3.json"),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}}, "deepspeed: zero3"),
         ({"deepspeed_config": {"zero_stage": 2}, "mixed_precision": "bf16"}, "precision: bf16"),
-        ({"deepspeed_config": {"zero_stage": 3, "offload_optimizer_device": "cpu"}}, "zero3_offload.json"),
+        ({"deepspeed_config": {"zero_stage": 3, "offload_optimizer_device": "cpu"}}, "deepspeed: zero3_offload"),
         ({"deepspeed_config": {"deepspeed_config_file": "mine.json"}}, "mine.json"),
         ({"distributed_type": "FSDP", "num_processes": 4}, "--num_accelerators 4"),
         ({"distributed_type": "FSDP", "num_processes": 32, "num_machines": 4}, "--num_accelerators 8"),
         ({"distributed_type": "FSDP", "num_processes": 32, "num_machines": 4}, "the 4 nodes"),
-        ({"fsdp_config": {"fsdp_sharding_strategy": "SHARD_GRAD_OP"}}, "zero2.json"),
-        ({"fsdp_config": {"fsdp_sharding_strategy": 1}}, "zero3.json"),
+        ({"fsdp_config": {"fsdp_sharding_strategy": "SHARD_GRAD_OP"}}, "deepspeed: zero2"),
+        ({"fsdp_config": {"fsdp_sharding_strategy": 1}}, "deepspeed: zero3"),
         ({"fsdp_config": {"fsdp_sharding_strategy": "NO_SHARD"}}, "shards nothing"),
-        ({"fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": False}}, "zero2.json"),
-        ({"fsdp_config": {"fsdp_reshard_after_forward": True, "fsdp_offload_params": True}}, "zero3_offload.json"),
+        ({"fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": False}}, "deepspeed: zero2"),
+        (
+            {"fsdp_config": {"fsdp_reshard_after_forward": True, "fsdp_offload_params": True}},
+            "deepspeed: zero3_offload",
+        ),
         ({"deepspeed_config": {}, "fsdp_config": {}, "mixed_precision": "fp16"}, "set precision: fp16"),
         ({"deepspeed_config": {}, "fsdp_config": {}, "mixed_precision": "fp8"}, "fp8 is not supported"),
         ({"compute_environment": "LOCAL_MACHINE"}, "shards nothing"),

@@ -14,6 +14,9 @@ from dsdpo.config.deepspeed import check_deepspeed
 from dsdpo.config.deepspeed_file import read_settings
 from dsdpo.config.deepspeed_keys import BLOCKS, FIXED, IGNORED, OWNED, PASSED, REFUSED, ZERO
 from dsdpo.config.load import load
+from dsdpo.config.schema import RunConfig
+from dsdpo.errors import ConfigError
+from dsdpo.runtime.shipped import ds_configs
 from tests.helpers.zero import DS_CONFIGS, HF_ZERO3, NVME
 
 KNOWN = {*PASSED, *OWNED, *FIXED, *REFUSED, *IGNORED, *BLOCKS}
@@ -30,6 +33,32 @@ def problems(tmp_path: Path, data: object, **options: Any) -> list[str]:
     zero, found = check_deepspeed(loaded)
     assert (zero is None) == bool(found)
     return [str(problem) for problem in found]
+
+
+def test_our_own_files_have_names_wherever_a_run_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zero3").mkdir()  # a folder is no DeepSpeed JSON
+    assert {"zero1", "zero2", "zero3", "zero3_hpz", "zero3_nvme", "zero3_offload"} <= set(ds_configs())
+    for name, path in ds_configs().items():
+        assert read_settings(name) == json.loads(path.read_text())
+        assert name in (RunConfig.model_fields["deepspeed"].description or "")
+
+
+@pytest.mark.parametrize("name", ["zero4", "stage3", "auto"])
+def test_another_name_is_refused_with_those_that_there_are(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_settings(name)
+    [problem] = caught.value.problems
+    assert problem.code == "deepspeed-name" and all(known in problem.text for known in ds_configs())
+
+
+def test_a_recorded_path_is_read_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds_configs").mkdir()
+    recorded = '{"zero_optimization": {"stage": 1}}'
+    for path in ("ds_configs/zero3.json", "zero2"):
+        (tmp_path / path).write_text(recorded)
+        assert read_settings(path) == json.loads(recorded)
 
 
 @pytest.mark.parametrize("path", sorted(DS_CONFIGS.iterdir()), ids=lambda path: path.stem)

@@ -22,6 +22,7 @@ PLAIN = "zero_optimization:\n  stage: 3\n"
 ACCELERATE, NO_TARGET = [("accelerate-config", "deepspeed")], [("lora-target-unknown", "lora_target")]
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 BATCH = [("accelerate-launch", "train_batch_size")]
+UNKNOWN = [("deepspeed-unknown-key", "deepspeed")]
 OTHER_STAGE = [("accelerate-launch", "deepspeed")]
 STAGE3 = '{"zero_optimization": {"stage": 3}}'
 
@@ -32,6 +33,9 @@ TABLE: dict[str, tuple[dict[str, str], dict[str, str], list[str], list[tuple[str
     "one that names a JSON": ({"a": NAMES_A_FILE}, {}, ["--deepspeed", "a"], ACCELERATE),
     "one as JSON": ({"a.json": '{"distributed_type": "NO"}'}, {}, ["--deepspeed", "a.json"], ACCELERATE),
     "DeepSpeed's keys as YAML": ({"z.yaml": PLAIN}, {}, ["--deepspeed", "z.yaml"], [("deepspeed-file", "deepspeed")]),
+    "a name": ({}, {}, ["--deepspeed", "zero2"], []),
+    "no such name": ({}, {}, ["--deepspeed", "zero4"], [("deepspeed-name", "deepspeed")]),
+    "a file of that name": ({"zero2": '{"zero": 1}'}, {}, ["--deepspeed", "zero2"], UNKNOWN),
     "no such JSON": ({}, {}, ["--deepspeed", "z.json"], [("deepspeed-file", "deepspeed")]),
     "half a mapping": ({}, {}, ["--deepspeed", '{"zero_optimization": '], [("deepspeed-file", "deepspeed")]),
     "a typo in a mapping": ({}, {}, ["--deepspeed", '{"zero": {}}'], [("deepspeed-unknown-key", "deepspeed")]),
