@@ -10,16 +10,13 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from dsdpo import __version__
 from dsdpo.config.parser import Parser
 from dsdpo.errors import CheckpointError, DsdpoError, config_error
 from dsdpo.runtime.env import launched
 from dsdpo.runtime.rundir import RunDir
-
-if TYPE_CHECKING:
-    from dsdpo.launch.task import Task
 
 INTERRUPTED = 130
 _NO_CONFIG = "give RUN.yaml, or options such as --model_name_or_path"
@@ -63,14 +60,14 @@ def main(argv: list[str] | None = None) -> int:
 def _launched_task(args: argparse.Namespace, overrides: list[str]) -> int:
     from dsdpo.launch.preflight import ClusterRequest
     from dsdpo.launch.supervisor import supervise
-    from dsdpo.launch.task import Task
+    from dsdpo.launch.task import Task, evaluation
     from dsdpo.launch.worker import join
 
     _name_config(args, overrides)
     more = {name: getattr(args, name) for name in ("model", "fresh", "confirmed") if hasattr(args, name)}
     task = Task(args.command, args.config, overrides, typed=tuple(args.typed), **more)
     if args.command == "eval":
-        task = _evaluation(args, task)
+        task = evaluation(task, args.usage_error)
     mesh = launched()
     if mesh is not None:
         return join(task, mesh, args.supervised)
@@ -87,26 +84,6 @@ def _name_config(args: argparse.Namespace, overrides: list[str], missing: str = 
         args.config = file
     if not args.config and not overrides:
         args.usage_error(missing)
-
-
-def _evaluation(args: argparse.Namespace, task: Task) -> Task:
-    """`dsdpo eval` with an output_dir in place of RUN.yaml, or as --model, in words of RUN.yaml and a model folder."""
-    from dsdpo.tools.trained import TrainedRun
-
-    weights = None if task.model is None else TrainedRun.find(task.model)
-    if weights is not None:
-        task = dataclasses.replace(task, model=str(weights.weights("eval")))
-    if not Path(task.path).is_dir():
-        if task.model is None:
-            args.usage_error("give --model DIR beside RUN.yaml, or a run's output_dir in place of RUN.yaml")
-        return task
-    run = TrainedRun.find(task.path)
-    if run is None:
-        raise CheckpointError(f"{task.path} is not the output_dir of a run; give one, or RUN.yaml with --model DIR")
-    model = task.model or str(run.weights("eval"))
-    return dataclasses.replace(
-        task, path=str(run.run_dir.run_config), model=model, overrides=run.evaluation(task.overrides)
-    )
 
 
 def _prepare(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -166,6 +143,16 @@ def _chat(args: argparse.Namespace, _: list[str]) -> None:
     chat(args.model, args.compare, args.prompts, AnswerSettings(**{name: getattr(args, name) for name in names}))
 
 
+def _files(args: argparse.Namespace, _: list[str]) -> None:
+    from dsdpo.tools.shipped import write_files
+
+    target = Path(args.to)
+    written, kept = write_files(target)
+    for file in written:
+        print(target / file)
+    print(f"wrote {len(written)} files to {target}" + (f"; {len(kept)} were there already" if kept else ""))
+
+
 def _plot(args: argparse.Namespace, _: list[str]) -> None:
     folders = [Path(name) for name in args.output_dir]
     if missing := [folder for folder in folders if not folder.is_dir()]:
@@ -205,6 +192,9 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     plot.add_argument("--to", metavar="DIR", help="folder for the pictures of several runs (comparison)")
     plot.set_defaults(function=_plot)
     _add_import_config(commands)
+    files = commands.add_parser("files", help="write DeepSpeed configs, launch and SLURM scripts, examples")
+    files.add_argument("--to", required=True, metavar="DIR", help="folder; what differs there is not overwritten")
+    files.set_defaults(function=_files)
     return parser, dict(commands.choices)
 
 

@@ -75,6 +75,12 @@ class ConfigError(DsdpoError):
         return type(self)(replace(problem, text=f"{where}: {problem.text}") for problem in self.problems)
 
 
+class CommandLineError(ConfigError):
+    """Options of a command that cannot be used."""
+
+    what = "problem{s} in the command line"
+
+
 def config_error(code: str, option: str, text: str) -> ConfigError:
     """The error of one problem."""
     return ConfigError(Problem(code, option, text))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsdpo.checkpoint import continuing
 from dsdpo.config.schema import RunConfig
-from dsdpo.errors import DsdpoError, HangError
+from dsdpo.errors import CheckpointError, DsdpoError, HangError
 from dsdpo.model.files import not_merged
 from dsdpo.runtime.command import command_line
 from dsdpo.runtime.env import launched
@@ -42,6 +43,31 @@ class Task:
 def resume_command(task: Task) -> str:
     """What goes on with a training that was stopped: the same command, but for what would begin it again."""
     return command_line([argument for argument in task.typed if argument not in ("--fresh", "--yes")])
+
+
+def evaluation(task: Task, usage_error: Callable[[str], object]) -> Task:
+    """`dsdpo eval` with an output_dir in place of RUN.yaml, or as --model, in words of RUN.yaml and a model folder.
+
+    Args:
+        usage_error: ends the program where neither a run nor a model is named.
+
+    Raises:
+        CheckpointError: a folder is no run, or the run has no weights yet.
+    """
+    from dsdpo.tools.trained import TrainedRun
+
+    weights = None if task.model is None else TrainedRun.find(task.model)
+    if weights is not None:
+        task = replace(task, model=str(weights.weights("eval")))
+    if not Path(task.path).is_dir():
+        if task.model is None:
+            usage_error("give --model DIR beside RUN.yaml, or a run's output_dir in place of RUN.yaml")
+        return task
+    run = TrainedRun.find(task.path)
+    if run is None:
+        raise CheckpointError(f"{task.path} is not the output_dir of a run; give one, or RUN.yaml with --model DIR")
+    model = task.model or str(run.weights("eval"))
+    return replace(task, path=str(run.run_dir.run_config), model=model, overrides=run.evaluation(task.overrides))
 
 
 def merge_before(config: RunConfig) -> None:

@@ -16,18 +16,12 @@ from transformers.generation.logits_process import (
 )
 
 from dsdpo.config.templates import check_template
-from dsdpo.errors import ConfigError, Problem
+from dsdpo.errors import Problem
 from dsdpo.tools.trained import TrainedRun
 
 DEFAULT_MAX_NEW_TOKENS = 256
 _SHORTEST = 8  # of max_length, as in a run config
 _COLDEST, _HOTTEST = 0.01, 100.0
-
-
-class CommandLineError(ConfigError):
-    """Options of a command that cannot be used."""
-
-    what = "problem{s} in the command line"
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from transformers import TextStreamer
 from dsdpo.data.dropped import Dropped
 from dsdpo.data.formats.conversations import SQL_PROMPT
 from dsdpo.data.messages import Message, check_prompt, read_message
-from dsdpo.errors import ConfigError, DataError, OutOfMemory, Problem
+from dsdpo.errors import CommandLineError, ConfigError, DataError, OutOfMemory, Problem
 from dsdpo.runtime.progress import show_library_progress
-from dsdpo.tools.answers import AnswerSettings, CommandLineError
+from dsdpo.tools.answers import AnswerSettings
 from dsdpo.tools.chat_model import BATCH_SIZE, ChatModel, as_messages, base_of, base_source, load_both
 from dsdpo.tools.screen import Screen
 from dsdpo.train.out_of_memory import is_out_of_memory

@@ -21,14 +21,14 @@ from dsdpo.data.dropped import Dropped
 from dsdpo.data.messages import Message
 from dsdpo.data.template_files import template_place
 from dsdpo.data.templates import ExampleEncoder, load_tokenizer
-from dsdpo.errors import CheckpointError, DataError, Problem
+from dsdpo.errors import CheckpointError, CommandLineError, DataError, Problem
 from dsdpo.export.huggingface import finished_weights
 from dsdpo.model.config_file import read_object
 from dsdpo.model.files import folder_problems
 from dsdpo.model.quantized import bitsandbytes_config, dequantize_in_forward
 from dsdpo.runtime.command import command_line
 from dsdpo.runtime.modelscope import OTHER_WEIGHTS
-from dsdpo.tools.answers import DEFAULT_MAX_NEW_TOKENS, GREEDY, AnswerSettings, CommandLineError, sampling
+from dsdpo.tools.answers import DEFAULT_MAX_NEW_TOKENS, GREEDY, AnswerSettings, sampling
 from dsdpo.tools.trained import TrainedRun
 
 BATCH_SIZE = 8

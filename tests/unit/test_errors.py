@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 from dsdpo import errors
-from dsdpo.tools.answers import CommandLineError
 
 
 def test_the_table_and_the_classes_agree() -> None:
@@ -27,7 +26,7 @@ def test_a_config_error_numbers_its_problems() -> None:
 
 def test_an_error_goes_to_another_process_and_says_where_it_was_found() -> None:
     problems = [errors.Problem("a", "seed", "one"), errors.Problem("b", "beta", "two")]
-    for error in (errors.ConfigError(problems), CommandLineError(problems)):
+    for error in (errors.ConfigError(problems), errors.CommandLineError(problems)):
         sent = pickle.loads(pickle.dumps(error))
         assert type(sent) is type(error) and sent.problems == problems and str(sent) == str(error)
         found = error.found_by("rank 1")

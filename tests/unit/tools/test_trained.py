@@ -11,7 +11,7 @@ from dsdpo import cli
 from dsdpo.config.load import load
 from dsdpo.config.rules import check_rules
 from dsdpo.config.schema import RunConfig
-from dsdpo.launch.task import Task
+from dsdpo.launch.task import Task, evaluation
 from dsdpo.runtime.lock import RunLock
 from dsdpo.runtime.rundir import RunDir
 from dsdpo.tools.trained import TrainedRun
@@ -36,7 +36,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainedRun:
 def task_of(*arguments: str) -> Task:
     """What `dsdpo eval` asks the ranks to do."""
     args, overrides = cli._parser()[0].parse_known_args(["eval", *arguments])
-    return cli._evaluation(args, Task("eval", args.config, overrides, args.model))
+    return evaluation(Task("eval", args.config, overrides, args.model), args.usage_error)
 
 
 def test_an_evaluation_has_the_run_s_options_and_weights(run: TrainedRun, tmp_path: Path) -> None:
@@ -105,3 +105,13 @@ def test_a_recorded_config_trains_again(run: TrainedRun) -> None:
     loaded = load(run.run_dir.run_config)
     assert not loaded.problems and not check_rules(loaded)
     assert loaded.origins.keys() >= {"beta", "max_length"} and "cpo_alpha" not in loaded.origins
+
+
+def test_the_name_of_a_deepspeed_config_is_no_path_of_the_run(run: TrainedRun, tmp_path: Path) -> None:
+    (tmp_path / "zero3").mkdir()
+    for value, moved in (("zero3", None), ("mine.json", str(tmp_path / "mine.json"))):
+        (tmp_path / "mine.json").touch()
+        recorded = yaml.safe_load(run.run_dir.run_config.read_text())
+        run.run_dir.run_config.write_text(yaml.safe_dump({**recorded, "deepspeed": value}))
+        found = TrainedRun.find("../outputs/sft")
+        assert found is not None and found.moved.get("deepspeed") == moved
