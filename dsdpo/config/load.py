@@ -25,7 +25,7 @@ from dsdpo.config.earlier import earlier_values, recorded_batch, remark
 from dsdpo.config.fields import Checked
 from dsdpo.config.hubs import hub_of
 from dsdpo.config.options import NUMERIC, base_kind, holds_numbers, is_switch, options, value_kinds
-from dsdpo.config.run_file import read_yaml
+from dsdpo.config.run_file import IN_PLACE, is_text, read_yaml
 from dsdpo.config.schema import RunConfig
 from dsdpo.config.translation.others import other_trainer
 from dsdpo.config.translation.translate import Translation, is_known, translate
@@ -63,11 +63,12 @@ def load(
     """Read `path`, apply `--key value` overrides and validate key by key; a user's mistake raises nothing.
 
     Args:
-        path: a YAML or JSON file; None where the command line says everything.
+        path: a YAML or JSON file, or its content as a JSON object; None where the command line says everything.
         fresh: whether what output_dir holds will be moved aside.
         ranks: how many there will be; None where that is not known.
     """
     values, lines, problems = read_yaml(path) if path else ({}, {}, [])
+    path = IN_PLACE if path and is_text(path) else path
     changes, command_problems = parse_overrides(overrides)
     problems += command_problems
     if values is None:

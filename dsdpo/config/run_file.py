@@ -11,6 +11,8 @@ import yaml
 from dsdpo.config.options import NUMERIC, base_kind, holds_numbers
 from dsdpo.errors import Problem
 
+IN_PLACE = "run config"  # how messages call one that is given as text
+
 
 class _Twice(yaml.constructor.ConstructorError):
     """A key that stands twice in a block."""
@@ -52,11 +54,19 @@ _LIST = "tag:yaml.org,2002:seq"
 _AS_TYPED = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "str"))
 
 
+def is_text(path: str | Path) -> bool:
+    """Whether what stands in the place of a run config's path is its content, as a JSON object."""
+    return str(path).lstrip().startswith("{")
+
+
 def read_yaml(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, int], list[Problem]]:
     """Values and line numbers of a file's top-level keys, and what is wrong with the file.
 
-    The values are None when nothing can be read.
+    The values are None when nothing can be read. Of a run config that is given as text there are no line numbers.
     """
+    if is_text(path):
+        values, _, problems = _read(str(path), IN_PLACE)
+        return values, {}, problems
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -65,6 +75,11 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, int], 
         if isinstance(error, UnicodeDecodeError):
             text = f"{path}: no UTF-8 text (byte {error.start + 1}); save it as UTF-8"
         return None, {}, [Problem("config-file", "", text)]
+    return _read(text, path)
+
+
+def _read(text: str, path: str | Path) -> tuple[dict[str, Any] | None, dict[str, int], list[Problem]]:
+    """The same of a text; messages call it `path`."""
     try:
         loader = Loader(text)
         node = loader.get_single_node()

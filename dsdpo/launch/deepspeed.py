@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -178,6 +179,8 @@ def _wait(launcher: subprocess.Popen[bytes], run_dir: RunDir) -> int:
 class StopRequests:
     """Within, a stop signal becomes output_dir/STOP, and a second Ctrl-C raises KeyboardInterrupt.
 
+    Signals reach the main thread alone; a run that another thread starts is stopped by the file.
+
     Attributes:
         launched: whether there are ranks to see that file; before, a signal raises StopRequested.
         received: name of the first signal.
@@ -191,6 +194,8 @@ class StopRequests:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequests:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         # nohup means SIGHUP; a batch script that ignores SIGUSR1 only means that it must not kill before this
         ignored = {number for number in STOP_SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
         handled = [number for number in STOP_SIGNALS if number not in ignored - {signal.SIGUSR1}]

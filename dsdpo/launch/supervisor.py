@@ -138,7 +138,7 @@ def _launch(
         asked = " ".join(filter(None, (cluster.include, cluster.exclude and f"all but {cluster.exclude}")))
         return Launch(command, environment, asked or _ranks(cluster.num_accelerators or devices or 1, devices))
     hosts = list(slots(cluster.hostfile, cluster.include, cluster.exclude))
-    check_hosts(hosts, task.path or ".", run_dir.path)
+    check_hosts(hosts, task.file or ".", run_dir.path)
     leave_environment(run_dir, token, os.environ)
     return Launch(command, without_secrets(environment), ", ".join(hosts))
 
@@ -266,6 +266,15 @@ def exit_code_from(task: str, run_dir: RunDir, status: int) -> int:
     if record.rank != 0:  # rank 0 has printed its own
         print(f"rank {record.rank}: {record.message}", file=sys.stderr)
     return record.code
+
+
+def error_from(task: str, run_dir: RunDir, code: int) -> DsdpoError:
+    """The error of a task that ended with an exit code other than 0, with what its rank said of it."""
+    record = _exit_record(run_dir)
+    said = record.message if record is not None and record.code == code else ""
+    said = said or f"{task} ended with exit code {code}; see the lines above"
+    kind = next((kind for kind in DsdpoError.__subclasses__() if kind.exit_code == code), DsdpoError)
+    return ConfigError(Problem("rank", "", said)) if kind is ConfigError else kind(said)
 
 
 def _exit_record(run_dir: RunDir) -> ExitRecord | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsdpo.checkpoint import continuing
+from dsdpo.config.run_file import is_text
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import CheckpointError, DsdpoError, HangError
 from dsdpo.model.files import not_merged
@@ -18,8 +19,8 @@ from dsdpo.runtime.rundir import RunDir
 
 @dataclass(frozen=True)
 class Task:
-    """What to do (`train`, `reference` or `eval`), on which YAML (empty: the options say everything), with which
-    options and `--model`.
+    """What to do (`train`, `reference` or `eval`), on which YAML (or its content as JSON; empty: the options say
+    everything), with which options and `--model`.
 
     `fresh` trains from the beginning though output_dir holds a run, which `confirmed` says without asking. `typed` are
     the arguments of the command as a user has typed them.
@@ -32,6 +33,11 @@ class Task:
     fresh: bool = False
     confirmed: bool = False
     typed: tuple[str, ...] = ()
+
+    @property
+    def file(self) -> str:
+        """The YAML; empty where there is none."""
+        return "" if is_text(self.path) else self.path
 
     def argv(self, token: str) -> list[str]:
         """The arguments that make a rank do this under a supervisor that holds the lock `token`."""
@@ -59,7 +65,7 @@ def evaluation(task: Task, usage_error: Callable[[str], object]) -> Task:
     weights = None if task.model is None else TrainedRun.find(task.model)
     if weights is not None:
         task = replace(task, model=str(weights.weights("eval")))
-    if not Path(task.path).is_dir():
+    if is_text(task.path) or not Path(task.path).is_dir():
         if task.model is None:
             usage_error("give --model DIR beside RUN.yaml, or a run's output_dir in place of RUN.yaml")
         return task
