@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from dsdpo.runtime.rundir import RunDir
+from dsdpo.tools.shipped import write_files
 from tests.cluster.machine import until
 from tests.cluster.slurm import Slurm
 from tests.faults.place import Place, losses, same_weights, weights
@@ -30,7 +31,10 @@ QUIET = {"OMP_NUM_THREADS": "1", "DSDPO_ENV": sys.prefix, "DS_ACCELERATOR": "cpu
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("jobs"))
+    """With the scripts as `dsdpo files` writes them: they need no checkout."""
+    place = Place(tmp_path_factory.mktemp("jobs"))
+    write_files(place.folder / "files")
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def submit(slurm: Slurm, place: Place) -> Callable[..., str]:
     """`sbatch OPTIONS slurm/train.sbatch run.yaml --output_dir OUT ...`; returns the job's id."""
 
     def submit(out: str, *arguments: str, options: tuple[str, ...] = ("--nodes=2",), **variables: str) -> str:
-        script = [str(ROOT / "slurm" / "train.sbatch"), str(place.folder / "run.yaml")]
+        script = [str(place.folder / "files" / "slurm" / "train.sbatch"), str(place.folder / "run.yaml")]
         command = ["--gpus-per-node=1", *options, *script, "--output_dir", str(place.folder / out)]
         if "--deepspeed" not in arguments:
             command += ["--deepspeed", place.zero(3)]
@@ -267,9 +271,10 @@ def test_plain_srun_starts_ranks_that_stop_and_go_on(slurm: Slurm, place: Place,
 def test_a_sweep_runs_every_line_on_what_was_prepared(slurm: Slurm, place: Place) -> None:
     settings = {**QUIET, "PYTHONPATH": str(ROOT), "DSDPO_SWEEP_DIR": str(place.folder / "sweep")}
     (place.folder / "sweep.txt").write_text('--beta 0.2 --run_name "a b"\n--beta 0.3\n')
-    prepare = [str(ROOT / "slurm" / "prepare.sbatch"), str(place.folder / "run.yaml"), "--output_dir", "sweep/data"]
+    scripts = place.folder / "files" / "slurm"
+    prepare = [str(scripts / "prepare.sbatch"), str(place.folder / "run.yaml"), "--output_dir", "sweep/data"]
     first = slurm.sbatch("--cpus-per-task=2", "--mem=0", *prepare, cwd=place.folder, **settings)
-    script = [str(ROOT / "slurm" / "array.sbatch"), str(place.folder / "run.yaml"), str(place.folder / "sweep.txt")]
+    script = [str(scripts / "array.sbatch"), str(place.folder / "run.yaml"), str(place.folder / "sweep.txt")]
     options = [f"--dependency=afterok:{first}", "--array=1-2%1", "--gpus-per-node=1"]
     array = slurm.sbatch(*options, *script, cwd=place.folder, **settings, DSDPO_FAULT="save:staged@2=12")
     until_saving(place, "sweep/2", 6)
