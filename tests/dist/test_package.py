@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -70,7 +69,7 @@ def test_the_wheel_holds_the_package_and_the_files_beside_it(wheel: Path) -> Non
 
 
 def test_it_trains_outside_of_the_repository(python: Path, tmp_path: Path) -> None:
-    """With the name of a DeepSpeed config, by the command and by a launch script that `dsdpo files` has written."""
+    """With the name of a DeepSpeed config; a launch script that `dsdpo files` has written finds that run."""
     dsdpo = python.with_name("dsdpo")
     where = "import dsdpo, dsdpo.runtime.shipped as s; print(dsdpo.__file__, s.root(), sep='\\n')"
     for path in call(python, "-c", where, cwd=tmp_path).splitlines():
@@ -88,7 +87,6 @@ def test_it_trains_outside_of_the_repository(python: Path, tmp_path: Path) -> No
     written = call(dsdpo, "files", "--to", "files", cwd=tmp_path).splitlines()[:-1]
     assert written == [f"files/{file}" for file in shipped_files(ROOT)]
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-    line = ["files/launch/one_node.sh", "run.yaml", "--output_dir", "second"]
-    assert "ZeRO stage 3, 1 rank" in call(*line, cwd=tmp_path, PATH=path)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2]
+    steps = (tmp_path / "out" / "metrics.jsonl").read_text()
+    assert "finished: nothing to do" in call("files/launch/one_node.sh", "run.yaml", cwd=tmp_path, PATH=path)
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == steps
