@@ -50,19 +50,24 @@ def _unreadable(code: str, text: str) -> ConfigError:
     return ConfigError(Problem(code, "deepspeed", text))
 
 
+def is_ours(deepspeed: str) -> bool:
+    """Whether the option is the name of a DeepSpeed JSON that comes with dsdpo, and no file here is called so."""
+    return deepspeed in ds_configs() and not Path(deepspeed).is_file()
+
+
 def _file_of(name: str) -> Path:
     """The file that the option names. Raises ConfigError for a word that is neither a file nor a name."""
     path, ours = Path(name), ds_configs()
+    if is_ours(name):
+        return ours[name]
     if path.name != name or path.suffix or path.is_file():
         return path
-    if name not in ours:
-        close = did_you_mean(name, ours)
-        text = (
-            f"deepspeed: {name} is neither a file nor a name; {close + ' ' if close else ''}allowed: "
-            f"{', '.join(ours)}, or the path of a DeepSpeed JSON"
-        )
-        raise _unreadable("deepspeed-name", text)
-    return ours[name]
+    close = did_you_mean(name, ours)
+    text = (
+        f"deepspeed: {name} is neither a file nor a name; {close + ' ' if close else ''}allowed: {', '.join(ours)}, or "
+        "the path of a DeepSpeed JSON"
+    )
+    raise _unreadable("deepspeed-name", text)
 
 
 def _read(file: Path, path: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from dsdpo.config.deepspeed_file import named, read_settings
+from dsdpo.config.deepspeed_file import is_ours, named, read_settings
 from dsdpo.config.deepspeed_keys import HPZ, IGNORED, OFFLOAD_OPTIMIZER, OFFLOAD_PARAM, OWNED, REFUSED, ZERO
 from dsdpo.config.precision import FP16, Precision, ScaleRule
 from dsdpo.config.schema import RunConfig
@@ -33,7 +33,8 @@ class ZeroConfig:
             other.
         hpz_size: ranks that share a second copy of the parameters' shards (ZeRO++ hpZ); 1 without it.
         raw: the whole JSON. Not to be changed.
-        path: file that it was read from, or words for the mapping in the run config; None without one.
+        path: file that it was read from, its name among ours, or words for the mapping in the run config; None without
+            one.
     """
 
     stage: int
@@ -82,10 +83,11 @@ class ZeroConfig:
         if world_size % self.hpz_size == 0:
             return []
         fitting = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+        where = " in a copy of it (`dsdpo files --to DIR`)" if is_ours(str(self.path)) else ""
         text = (
             f"{self.path}: {HPZ} is {self.hpz_size}, but {world_size} ranks train, which do not form groups of "
             f"{self.hpz_size}; allowed for {world_size}: {', '.join(fitting)}. Set the number of GPUs of a node, or "
-            "delete the key"
+            f"delete the key{where}"
         )
         return [Problem("deepspeed-ranks", "deepspeed", text)]
 

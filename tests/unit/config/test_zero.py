@@ -100,6 +100,12 @@ def test_hpz_fits_the_number_of_ranks(tmp_path: Path, size: int, world_size: int
     assert all(f"partition_size is {size}, but " in str(problem) and said in str(problem) for problem in found)
 
 
+def test_one_of_ours_is_changed_in_a_copy() -> None:
+    for path, is_ours in ((Path("zero3_hpz"), True), (DS_CONFIGS / "zero3_hpz.json", False)):
+        [problem] = ZeroConfig.load(config_of(path)).rank_problems(3)
+        assert ("dsdpo files --to" in problem.text) == is_ours
+
+
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no file"):
         ZeroConfig.load(config_of(tmp_path / "no.json"))
