@@ -88,8 +88,7 @@ def prepare(config: Config) -> None:
     Args:
         config: as for `train`.
     """
-    with _environment_kept():
-        prepare_data(load_config(config), trains=False)
+    prepare_data(load_config(config), trains=False)
 
 
 def load_config(config: Config) -> RunConfig:
