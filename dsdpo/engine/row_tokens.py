@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from deepspeed import DeepSpeedEngine, comm
 
 from dsdpo.config.schema import RunConfig
+from dsdpo.data.packing import MicroBatch
 from dsdpo.engine.engine import Hardware
 from dsdpo.plan import memory
 from dsdpo.plan.shape import ModelShape
@@ -36,6 +38,10 @@ class Rows:
     facts: dict[str, Any]
     is_estimate: bool = False
     remark: str = ""
+
+    def shorter(self) -> int | None:
+        """What another attempt may try where memory is full; None where the longest example takes as much."""
+        return memory.shorter_row(self.tokens, self.least)
 
     def __str__(self) -> str:
         return f"micro-batches of at most {self.tokens} tokens"
@@ -99,23 +105,28 @@ class FirstStep:
         if self._peak is None:
             self._peak = torch.cuda.max_memory_allocated(self._device)
 
-    def corrected(self, tokens: int, least: int) -> int | None:
-        """The longest row by what the step took, the same on all ranks; None where it tells nothing. A collective
-        call.
+    def correct(self, rows: Rows, micro_batches: Iterable[MicroBatch]) -> str:
+        """Set the longest row to what the step's memory allows, the same on all ranks. A collective call.
 
         Args:
-            tokens: of this rank's longest micro-batch, 0 without examples.
-            least: tokens of the longest example.
+            micro_batches: of this rank.
+
+        Returns:
+            What has changed, in words; empty where nothing has.
         """
         self._hook.remove()
         device, stage = self._device, self._engine.zero_optimization_stage()
         trained = ModelShape.from_module(self._engine.module).trained
         measured = memory.MeasuredStep(
-            tokens=tokens,
+            tokens=max((len(one.input_ids) for one in micro_batches if len(one.completions)), default=0),
             before=self._before,
             peak=torch.cuda.max_memory_allocated(device) if self._peak is None else self._peak,
             after=torch.cuda.memory_allocated(device),
             gradients=memory.gradient_bytes(trained, stage, comm.get_world_size()),
             usable=int(torch.cuda.mem_get_info(device)[1] * memory.USABLE),
         )
-        return memory.corrected_row(all_gather_object(measured), least)
+        before, found = rows.tokens, memory.corrected_row(all_gather_object(measured), rows.least)
+        if found is None:
+            return ""
+        rows.tokens = found
+        return f"rows of at most {found} tokens, by the memory that the first step took, instead of {before}"

@@ -30,7 +30,6 @@ from dsdpo.export.card import write_card
 from dsdpo.export.huggingface import export_engine, set_aside
 from dsdpo.model.packed import ModelOutput, PackedInputs
 from dsdpo.objectives.base import Objective
-from dsdpo.plan.memory import shorter_row
 from dsdpo.reference.source import Reference
 from dsdpo.runtime.collectives import any_rank, run_on_main
 from dsdpo.runtime.env import Mesh
@@ -103,8 +102,7 @@ class Run:
         """
         if self.mesh.is_main:
             options = self.config.model_dump() | {"hub": self.config.model_source.hub}
-            settings = yaml.safe_dump(options, sort_keys=False)
-            write_atomically(self.run_dir.run_config, settings)
+            write_atomically(self.run_dir.run_config, yaml.safe_dump(options, sort_keys=False))
             if self.first_step < self.schedule.total_steps:
                 set_aside(self.run_dir)  # of a run that was to end before, and was given more steps
         comm.barrier()
@@ -120,11 +118,8 @@ class Run:
         alone = 1 if self.rows.is_estimate else 0  # the first step says how long rows are: no other is planned before
         if alone and steps:
             self._first = FirstStep(self.engine, self.hardware.device)
-        config = self.config
-        batches = chain.from_iterable(
-            self.loader.training_batches(part, config.train_batch_size, config.seed, self.order)
-            for part in (steps[:alone], steps[alone:])
-        )
+        size, seed, parts = self.config.train_batch_size, self.config.seed, (steps[:alone], steps[alone:])
+        batches = chain.from_iterable(self.loader.training_batches(part, size, seed, self.order) for part in parts)
         self._since = time.perf_counter()
         return zip(steps, batches)
 
@@ -176,23 +171,15 @@ class Run:
     def _correct_rows(self, first: FirstStep, batch: Batch) -> None:
         """Take the length of rows that the first step's memory allows. A collective call."""
         self._first = None
-        computed = [len(one.input_ids) for one in batch.micro_batches if len(one.completions)]
-        corrected = first.corrected(max(computed, default=0), self.rows.least)
-        if corrected is None:
-            return
-        self.reporter.say(
-            f"rows of at most {corrected} tokens, by the memory that the first step took, instead of {self.rows.tokens}"
-        )
-        self.rows.tokens = corrected
-        for loader in [self.loader, *([self.held_out[0]] if self.held_out else [])]:
-            loader.max_tokens_per_row = corrected
+        if remark := first.correct(self.rows, batch.micro_batches):
+            self.reporter.say(remark)
+            for loader in (self.loader, *(self.held_out or ())[:1]):
+                loader.max_tokens_per_row = self.rows.tokens
 
     @property
-    def shorter_row(self) -> int | None:
-        """What another attempt may try where memory is full; None after the first checkpoint, and where an example
-        takes as much."""
-        has_saved = self.first_step > 0 or self.saver.last_step is not None
-        return None if has_saved else shorter_row(self.rows.tokens, self.rows.least)
+    def has_checkpoint(self) -> bool:
+        """Whether a process of this run has saved one."""
+        return self.first_step > 0 or self.saver.last_step is not None
 
     def finish(self) -> None:
         """What follows the last step: its report, a checkpoint where the run stops early, else the export of the

@@ -89,7 +89,7 @@ def run_task(
                 run = set_up(config, zero, mesh, hardware, train_set, eval_set, stop_flag, watch, trains)
                 memory.row_tokens = lambda: run.rows.tokens
                 if trains:
-                    memory.shorter_row = lambda: run.shorter_row
+                    memory.shorter_row = lambda: None if run.has_checkpoint else run.rows.shorter()
                     train(run)
                 with watch.slow("the end of the reports"):
                     run.reporter.close()

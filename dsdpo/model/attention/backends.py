@@ -77,7 +77,7 @@ def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale):  # type: ignore[no-
     """torch's own kernel, FlashAttention 2 inside. Its backward repeats bit for bit where torch is told to."""
     from torch.nn.attention.varlen import varlen_attn
 
-    gqa = varlen_keywords(q.shape[1] != k.shape[1])
+    gqa: Any = varlen_keywords(q.shape[1] != k.shape[1])
     return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0), **gqa)
 
 
