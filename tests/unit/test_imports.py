@@ -137,7 +137,7 @@ def test_the_package_imports_nothing_until_it_is_asked() -> None:
             pass
         else:
             raise SystemExit("it has every attribute")
-        import dsdpo.train.schedule
+        import dsdpo.train.trackers
         assert callable(dsdpo.train)
     """
     assert not loaded_after(code)
