@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.golden.cases import CASES, Case
 from tests.golden.differences import Comparison, Mode, compare
-from tests.golden.runs import ROOT, RunFailed, Side, base_cache, extract_package, resolve, save_inputs
+from tests.golden.runs import ROOT, RunFailed, Side, base_cache, extract_package, own_kernels, resolve, save_inputs
 
 
 class Golden:
@@ -31,14 +31,20 @@ class Golden:
         save_inputs(inputs)
         self._initial = inputs / "model" / "model.safetensors"
         code = extract_package(commit, folder / "base-package")
-        self._base = Side(f"base {commit[:7]}", code, inputs, folder / "base", base_cache(commit))
-        self._tree = Side("working tree", ROOT, inputs, folder / "tree")
-        for side in (self._base, self._tree):
+        self._base = Side(f"base {commit[:7]}", code, inputs, folder / "base", base_cache(commit), own_kernels(code))
+        self._tree: dict[Mode, Side] = {
+            "exact": Side("working tree", ROOT, inputs, folder / "tree", options=own_kernels(ROOT)),
+            "tolerance": Side("working tree", ROOT, inputs, folder / "tree-kernels"),
+        }
+        for side in (self._base, *self._tree.values()):
             side.check_package()
 
     def compare(self, case: Case, mode: Mode) -> Comparison:
-        """Train a case on both sides where there is no result yet, and compare. Raises RunFailed."""
-        return compare(self._base.result(case), self._tree.result(case), self._initial, mode)
+        """Train a case on both sides where there is no result yet, and compare. Raises RunFailed.
+
+        Exact mode takes `kernels: none`, which alone repeats the bits of the base.
+        """
+        return compare(self._base.result(case), self._tree[mode].result(case), self._initial, mode)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,8 +52,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.golden.compare", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--base", required=True, metavar="COMMIT")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--exact", dest="mode", action="store_const", const="exact", help="equal bits (the default)")
-    modes.add_argument("--tolerance", dest="mode", action="store_const", const="tolerance", help="equal to rounding")
+    modes.add_argument(
+        "--exact", dest="mode", action="store_const", const="exact", help="equal bits with kernels: none (the default)"
+    )
+    modes.add_argument(
+        "--tolerance",
+        dest="mode",
+        action="store_const",
+        const="tolerance",
+        help="equal to rounding with the default kernels",
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[case.name for case in CASES])
     args = parser.parse_args(arguments)
     commit = resolve(args.base)

@@ -10,8 +10,9 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -44,6 +45,12 @@ def extract_package(commit: str, folder: Path) -> Path:
     subprocess.run(["git", "-C", str(ROOT), "archive", "--format=tar", "-o", archive, commit, "dsdpo"], check=True)
     shutil.unpack_archive(archive, folder)
     return folder
+
+
+def own_kernels(code: Path) -> dict[str, Any]:
+    """The option that lets transformers and PEFT compute, as they did before there was one; empty before."""
+    schema = code / "dsdpo" / "config" / "schema.py"
+    return {"kernels": "none"} if "\n    kernels: " in schema.read_text() else {}
 
 
 def save_inputs(folder: Path) -> None:
@@ -88,6 +95,7 @@ class Side:
         inputs: as `save_inputs` writes them.
         folder: for the runs.
         cache: where results are kept from one comparison to the next; None keeps none.
+        options: of the run config, beside those of the case.
     """
 
     name: str
@@ -95,6 +103,7 @@ class Side:
     inputs: Path
     folder: Path
     cache: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def check_package(self) -> None:
         """Raises RunFailed where an interpreter of this side would import another dsdpo."""
@@ -108,11 +117,15 @@ class Side:
         out = self.folder / case.name / "out"
         if out.exists():
             return out
-        kept = self.cache and self.cache / f"{case.name}-{_digest(_settings(case), _content(self.inputs))[:16]}"
+        kept = self.cache and self.cache / f"{case.name}-{self._key(case)[:16]}"
         if kept and kept.exists():
             return kept
         self._train(case, out)
         return _keep(out, kept) if kept else out
+
+    def _key(self, case: Case) -> str:
+        own = [self.options] if self.options else []
+        return _digest(_settings(case), _content(self.inputs), *own)
 
     def _train(self, case: Case, out: Path) -> None:
         """Raises RunFailed."""
@@ -129,7 +142,7 @@ class Side:
         if case.resumes:
             source = self.result(next(other for other in CASES if other.name == case.resumes))
             paths["resume_from_checkpoint"] = str(source / "checkpoints" / f"step-{SAVED_STEP:08d}")
-        (place / "run.yaml").write_text(yaml.safe_dump({**COMMON, **case.options, **paths}))
+        (place / "run.yaml").write_text(yaml.safe_dump({**COMMON, **case.options, **self.options, **paths}))
         code = train(self.code, place / "run.yaml", case.ranks, place / "log", cwd=self.code)
         if code:
             end = (place / "log").read_text(errors="replace")[-LOG_END:]

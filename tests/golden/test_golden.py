@@ -31,3 +31,13 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
 def test_training_is_that_of_the_base_commit(golden: Golden, case: Case) -> None:
     found = golden.compare(case, MODE)
     assert not found.differences, row(case.name, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("lora", "lora-live")], ids=lambda case: case.name
+)
+def test_the_default_kernels_change_rounding_alone(golden: Golden, case: Case) -> None:
+    """LoRA is computed as one operation then."""
+    found = golden.compare(case, "tolerance")
+    assert not found.differences, row(case.name, found)

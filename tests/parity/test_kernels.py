@@ -62,7 +62,7 @@ def recomputing(model: PreTrainedModel) -> PreTrainedModel:
         ("llama", True, True),
         pytest.param("llama", False, False, marks=pytest.mark.slow),
         pytest.param("gemma3_text", False, True, marks=pytest.mark.slow),
-        pytest.param("qwen2 windowed", True, False, marks=pytest.mark.slow),
+        pytest.param("qwen2", True, False, marks=pytest.mark.slow),
         pytest.param("gpt2 scaled by layer", False, False, marks=pytest.mark.slow),
     ],
 )
