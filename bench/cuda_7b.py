@@ -67,6 +67,7 @@ TINY = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=512,
+    tie_word_embeddings=True,
 )
 QUICK_SECONDS = 330.0  # no run is started later than that
 
