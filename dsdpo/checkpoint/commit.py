@@ -80,9 +80,8 @@ def stage(folder: Path) -> Path:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
     except OSError as error:
-        raise IOFailure(
-            f"cannot make {staged}: {error.strerror or error}; free space or choose another output_dir"
-        ) from error
+        remedy = "free space or choose another output_dir"
+        raise IOFailure(f"cannot make {staged}: {error.strerror or error}; {remedy}") from error
     return staged
 
 
@@ -138,26 +137,27 @@ def commit(staged: Path, folder: Path, files: dict[str, FileRecord], facts: dict
     write_atomically(staged / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}))
     fault_point("save:manifest-written")
     try:
-        _remove(folder)
+        replaced = _take_name(folder)
         fault_point("save:before-rename")
         os.rename(staged, folder)
         fault_point("save:renamed")
         fsync_path(folder.parent)
     except OSError as error:
         raise IOFailure(f"cannot commit {folder}: {error.strerror or error}") from error
+    shutil.rmtree(replaced, ignore_errors=True)  # not before: its name tells `clear_unfinished` of a killed commit
 
 
 def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint, if it is there: first its name, so that half of one never looks like one."""
+def _take_name(folder: Path) -> Path:
+    """Rename a checkpoint, if it is there, so that half of one never looks like one; where it is then."""
+    doomed = folder.with_name(folder.name + _REMOVED)
     if folder.exists():
-        doomed = folder.with_name(folder.name + _REMOVED)
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    return doomed
 
 
 def read(folder: Path) -> Checkpoint:
@@ -315,6 +315,6 @@ def retain(run_dir: RunDir, limit: int | None, every_forever: int | None) -> lis
         elif sound == 0 or checkpoint.uncertain:
             keep = True
         if not keep:
-            _remove(checkpoint.path)
+            shutil.rmtree(_take_name(checkpoint.path), ignore_errors=True)
             removed.append(checkpoint.path)
     return removed

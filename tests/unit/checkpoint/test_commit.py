@@ -163,6 +163,26 @@ def test_a_save_that_replaces_a_checkpoint_is_never_without_one(tmp_path: Path) 
     )
 
 
+@pytest.mark.parametrize("point", ["all-written", "manifest-written", "before-rename", "renamed"])
+def test_a_commit_that_replaces_a_checkpoint_can_be_killed_anywhere(tmp_path: Path, point: str) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def kill(name: str) -> None:
+        if name == f"save:{point}":
+            raise SystemExit
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("dsdpo.checkpoint.commit.fault_point", kill)
+        with pytest.raises(SystemExit):
+            save(tmp_path, 2)
+    clear_unfinished(RunDir(tmp_path))
+    assert [(c.step, verify(c)) for c in checkpoints(RunDir(tmp_path))] == [(2, ""), (1, "")]
+    assert not leftovers(RunDir(tmp_path))
+    save(tmp_path, 2)
+    assert not leftovers(RunDir(tmp_path)), "the one that was replaced is removed"
+
+
 def test_what_a_killed_save_has_left_is_removed_and_what_was_set_aside_stays(tmp_path: Path) -> None:
     save(tmp_path, 1)
     save(tmp_path, 5)
