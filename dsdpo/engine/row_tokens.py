@@ -58,7 +58,7 @@ def find_rows(config: RunConfig, engine: DeepSpeedEngine, hardware: Hardware, le
     facts: dict[str, Any] = {"reference": config.reference_kind}
     if hardware.device.type != "cuda":
         # `auto` is 8192 there
-        tokens = config.row_tokens or max(memory.CPU_ROW_TOKENS, 2 * config.max_length)
+        tokens = config.row_tokens or max(memory.CPU_ROW_TOKENS, 2 * config.max_length, least)
         recompute = "none" if asked == "auto" else asked
         found = not isinstance(given, int)
         return Rows(tokens, recompute, least, found, {**facts, "gradient_checkpointing": recompute})
@@ -85,6 +85,11 @@ def find_rows(config: RunConfig, engine: DeepSpeedEngine, hardware: Hardware, le
     facts |= {"gradient_checkpointing": recompute, "gpu_memory": gpu_memory}
     tokens = row[recompute] if found else int(given or 0)
     return Rows(tokens, recompute, least, found, facts, is_estimate=found, remark=remark if asked == "auto" else "")
+
+
+def row_without_gradients(config: RunConfig, least: int) -> int:
+    """Tokens of an evaluation's longest row, which takes little memory. least: tokens of the longest example."""
+    return config.row_tokens or max(4 * config.max_length, least)
 
 
 class FirstStep:

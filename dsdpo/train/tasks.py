@@ -20,6 +20,7 @@ from dsdpo.data.loader import BatchLoader
 from dsdpo.data.prepare import open_prepared
 from dsdpo.engine.engine import Hardware, build_engine, start_process_group
 from dsdpo.engine.nvme import swap_removed
+from dsdpo.engine.row_tokens import row_without_gradients
 from dsdpo.errors import DataError, DsdpoError, IOFailure, StopRequested
 from dsdpo.objectives.stages import objective_of
 from dsdpo.reference.precompute import find_or_compute, open_store
@@ -138,8 +139,8 @@ def _evaluate(config: RunConfig, zero: ZeroConfig, mesh: Mesh, hardware: Hardwar
             print(line, flush=True)
 
     ids, device = np.arange(len(source)), hardware.device
-    # without gradients a micro-batch takes little: no need to look how much memory there is
-    loader = BatchLoader(source, mesh, config.row_tokens or 4 * config.max_length, config.share_prefix)
+    least = int(source.lengths(ids).packed(config.share_prefix).max(initial=0))
+    loader = BatchLoader(source, mesh, row_without_gradients(config, least), config.share_prefix)
     reference: Reference = NoReference()
     objective = objective_of(config)
     if objective.needs_reference:
