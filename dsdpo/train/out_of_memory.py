@@ -30,10 +30,12 @@ class Memory:
 
     Attributes:
         row_tokens: gives the longest packed row, in tokens; None until it is known.
+        recompute: gives `gradient_checkpointing`, decided where that is known.
         shorter_row: gives what another attempt may try; None where nothing shorter helps.
     """
 
     row_tokens: Callable[[], int | None]
+    recompute: Callable[[], str]
     shorter_row: Callable[[], int | None] = lambda: None
 
 
@@ -48,14 +50,14 @@ def out_of_memory_told(config: RunConfig, zero: ZeroConfig, mesh: Mesh) -> Itera
     Raises:
         OutOfMemory: with the row length, and what to lower.
     """
-    memory = Memory(lambda: config.row_tokens)
+    memory = Memory(lambda: config.row_tokens, lambda: config.gradient_checkpointing)
     try:
         yield memory
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         row, shorter = memory.row_tokens(), memory.shorter_row()
-        text = message(error, config, zero, mesh, row)
+        text = message(error, config, zero, mesh, row, memory.recompute())
         if row is not None and shorter is not None:
             run_dir = RunDir(Path(config.output_dir))
             with suppress(IOFailure):
@@ -71,7 +73,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def message(error: BaseException, config: RunConfig, zero: ZeroConfig, mesh: Mesh, row_tokens: int | None) -> str:
+def message(
+    error: BaseException, config: RunConfig, zero: ZeroConfig, mesh: Mesh, row_tokens: int | None, recompute: str
+) -> str:
     """What happened, the settings that decide how much memory a rank takes, and what to change, the cheapest first."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     row = "not known yet" if row_tokens is None else f"{row_tokens} tokens"
@@ -79,7 +83,7 @@ def message(error: BaseException, config: RunConfig, zero: ZeroConfig, mesh: Mes
     remedies = []
     if row_tokens is None or row_tokens > least:
         remedies.append(f"lower max_tokens_per_row (at least 2 * max_length = {least}; it changes no result)")
-    if config.gradient_checkpointing != "full":
+    if recompute != "full":
         remedies.append("set gradient_checkpointing: full")
     if zero.stage < 3 and (mesh.world_size > 1 or zero.stage == 0):
         remedies.append("use a higher ZeRO stage (deepspeed: zero3)")

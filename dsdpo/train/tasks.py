@@ -88,7 +88,7 @@ def run_task(
                 eval_set = open_prepared(config, "eval")
                 trains = task == "train"
                 run = set_up(config, zero, mesh, hardware, train_set, eval_set, stop_flag, watch, trains)
-                memory.row_tokens = lambda: run.rows.tokens
+                memory.row_tokens, memory.recompute = (lambda: run.rows.tokens), (lambda: run.rows.recompute)
                 if trains:
                     memory.shorter_row = lambda: None if run.has_checkpoint else run.rows.shorter()
                     train(run)

@@ -14,11 +14,15 @@ from dsdpo.runtime.env import Mesh
 from dsdpo.train.out_of_memory import out_of_memory_told
 
 
-def told(error: BaseException, row_tokens: int | None = None, ranks: int = 2, **options: Any) -> None:
+def told(
+    error: BaseException, row_tokens: int | None = None, recompute: str | None = None, ranks: int = 2, **options: Any
+) -> None:
     config = RunConfig(model_name_or_path="m", dataset=["d"], output_dir="o", **options)
     with out_of_memory_told(config, ZeroConfig.load(config), Mesh(1, ranks, 1)) as memory:
         if row_tokens is not None:
             memory.row_tokens = lambda: row_tokens
+        if recompute is not None:
+            memory.recompute = lambda: recompute
         raise error
 
 
@@ -62,6 +66,9 @@ def test_the_message_names_what_decides_and_what_can_be_lowered() -> None:
         "gradient_checkpointing",
     ):
         assert part in str(caught.value)
+    with pytest.raises(OutOfMemory) as caught:
+        told(full, 4096, "full", max_length=512, gradient_checkpointing="auto")
+    assert "gradient_checkpointing: full" not in str(caught.value)
     with pytest.raises(OutOfMemory) as caught:
         told(full, 1024, max_length=512, gradient_checkpointing="full", finetuning_type="full", deepspeed=zero3)
     for part in (
