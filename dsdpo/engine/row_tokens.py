@@ -63,14 +63,15 @@ def find_rows(config: RunConfig, engine: DeepSpeedEngine, hardware: Hardware, le
         found = not isinstance(given, int)
         return Rows(tokens, recompute, least, found, {**facts, "gradient_checkpointing": recompute})
     shape, element = ModelShape.from_module(engine.module), hardware.dtype.itemsize
-    _, gpu_memory = torch.cuda.mem_get_info(hardware.device)
+    gpu_memory = torch.cuda.mem_get_info(hardware.device)[1]
     free = memory.free_bytes(
         shape,
         stage=engine.zero_optimization_stage(),
         gpus=comm.get_world_size(),
         element=element,
-        gpu_memory=gpu_memory,
+        usable=_usable(hardware.device),
         allocated=torch.cuda.memory_allocated(hardware.device),
+        offloads=engine.zero_use_cpu_optimizer(),
     )
     free, gpu_memory = (min(values) for values in zip(*all_gather_object((free, gpu_memory))))
     row = {
@@ -90,6 +91,10 @@ def find_rows(config: RunConfig, engine: DeepSpeedEngine, hardware: Hardware, le
 def row_without_gradients(config: RunConfig, least: int) -> int:
     """Tokens of an evaluation's longest row, which takes little memory. least: tokens of the longest example."""
     return config.row_tokens or max(4 * config.max_length, least)
+
+
+def _usable(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[1] * memory.USABLE)
 
 
 class FirstStep:
@@ -127,8 +132,10 @@ class FirstStep:
             before=self._before,
             peak=torch.cuda.max_memory_allocated(device) if self._peak is None else self._peak,
             after=torch.cuda.memory_allocated(device),
-            gradients=memory.gradient_bytes(trained, stage, comm.get_world_size()),
-            usable=int(torch.cuda.mem_get_info(device)[1] * memory.USABLE),
+            gradients=memory.later_gradient_bytes(
+                trained, stage, comm.get_world_size(), self._engine.zero_use_cpu_optimizer()
+            ),
+            usable=_usable(device),
         )
         before, found = rows.tokens, memory.corrected_row(all_gather_object(measured), rows.least)
         if found is None:

@@ -77,6 +77,12 @@ def gradient_bytes(trained: int, stage: int, gpus: int) -> int:
     return GRADIENT_BYTES * trained // (gpus if stage >= 2 else 1)
 
 
+def later_gradient_bytes(trained: int, stage: int, gpus: int, offloads: bool) -> int:
+    """Of `gradient_bytes`, what is not there before the first backward pass. Stage 3 has its buffer from the start, on
+    the CPU where the optimizer is offloaded; so offloaded, stage 2 keeps them on the CPU."""
+    return 0 if stage == 3 or (offloads and stage == 2) else gradient_bytes(trained, stage, gpus)
+
+
 def gpu_bytes(shape: ModelShape, setup: Setup, gpus: int) -> dict[str, float]:
     """GPU memory by part, without activations, CUDA context and fragmentation."""
     e, stage = setup.element, setup.stage
@@ -134,18 +140,22 @@ def shorter_row(row: int, least: int) -> int | None:
     return shorter if shorter < row else None
 
 
-def free_bytes(shape: ModelShape, stage: int, gpus: int, element: int, gpu_memory: int, allocated: int) -> int:
+def free_bytes(
+    shape: ModelShape, stage: int, gpus: int, element: int, usable: int, allocated: int, offloads: bool
+) -> int:
     """What a model that is loaded and not yet trained leaves to activations.
 
     Args:
         stage: ZeRO's.
         element: bytes of an activation.
-        gpu_memory: bytes of the GPU.
+        usable: bytes of the GPU, that may be taken.
         allocated: those that are taken.
+        offloads: whether the optimizer's state lies on the CPU or on NVMe.
     """
+    moments = 0 if offloads else moments_bytes(shape.trained, stage, gpus)
+    growth = moments + later_gradient_bytes(shape.trained, stage, gpus, offloads)
     # The largest tensor, the embeddings or the head, is gathered whole, and takes as much again.
-    growth = moments_bytes(shape.trained, stage, gpus) + gradient_bytes(shape.trained, stage, gpus)
-    return max(int(gpu_memory * USABLE) - allocated - growth - 2 * element * shape.largest_tensor, 0)
+    return max(usable - allocated - growth - 2 * element * shape.largest_tensor, 0)
 
 
 @dataclass(frozen=True)
@@ -157,7 +167,7 @@ class MeasuredStep:
         before: taken before the step.
         peak: most that was taken before the optimizer's update.
         after: taken after the step: Adam's moments are there now.
-        gradients: taken between forward pass and update, by the formula.
+        gradients: taken between forward pass and update and not before, by the formula.
         usable: that may be taken at all.
     """
 

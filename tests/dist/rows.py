@@ -12,7 +12,7 @@ from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.packing import MicroBatch
 from dsdpo.engine.engine import start_process_group
 from dsdpo.model.packed import ModelOutput
-from dsdpo.plan.memory import gradient_bytes
+from dsdpo.plan.memory import gradient_bytes, later_gradient_bytes
 from dsdpo.plan.shape import ModelShape
 from dsdpo.runtime.env import launched
 from dsdpo.runtime.rundir import RunDir
@@ -29,7 +29,8 @@ def corrected(folder: str, model: str, stage: int, bytes_of_token: list[int]) ->
     """Train three steps of a run as on GPUs of `MEMORY` bytes that take so many for a token on each rank; resume it.
 
     Returns:
-        The longest row before and after the first step, (step, tokens) of this rank's micro-batches, and what the
+        Bytes of gradients that the engine has before it trains, those that come later, and all, by the formulas; the
+        longest row before and after the first step, (step, tokens) of this rank's micro-batches, and what the
         resumed run begins with.
     """
     mesh = launched()
@@ -47,6 +48,10 @@ def corrected(folder: str, model: str, stage: int, bytes_of_token: list[int]) ->
 
     run = made(3)
     told["before"] = run.rows.tokens
+    buffer = getattr(run.engine.optimizer, "grad_partitions_flat_buffer", None)
+    trained = ModelShape.from_module(run.engine.module).trained
+    later = later_gradient_bytes(trained, stage, mesh.world_size, run.engine.zero_use_cpu_optimizer())
+    told["gradients"] = (0 if buffer is None else buffer.nbytes, later, gradient_bytes(trained, stage, mesh.world_size))
     run.rows.is_estimate = True
     forward = run.forward
 
@@ -55,13 +60,15 @@ def corrected(folder: str, model: str, stage: int, bytes_of_token: list[int]) ->
         told["seen"].append((run.done, tokens))
         return forward(micro_batch)
 
+    def peak(device: torch.device) -> int:
+        of_update = MEMORY if any(run.engine.basic_optimizer.state.values()) else 0  # Adam's moments are there
+        return bytes_of_token[mesh.rank] * max(tokens for _, tokens in told["seen"]) + later + of_update
+
     run.forward = seen  # type: ignore[method-assign]
     cuda: Any = torch.cuda
     cuda.reset_peak_memory_stats = cuda.memory_allocated = lambda device: 0
     cuda.mem_get_info = lambda device: (MEMORY, MEMORY)
-    cuda.max_memory_allocated = lambda device: (
-        bytes_of_token[mesh.rank] * max(tokens for _, tokens in told["seen"]) + _gradients(run)
-    )
+    cuda.max_memory_allocated = peak
     take_steps(run)
     run.saver.save(3)
     run.reporter.close()
@@ -73,8 +80,3 @@ def corrected(folder: str, model: str, stage: int, bytes_of_token: list[int]) ->
     again.engine.destroy()
     torch.distributed.destroy_process_group()
     return told
-
-
-def _gradients(run: Run) -> int:
-    trained = ModelShape.from_module(run.engine.module).trained
-    return gradient_bytes(trained, run.engine.zero_optimization_stage(), run.mesh.world_size)

@@ -25,4 +25,6 @@ def test_the_first_step_corrects_the_row(tmp_path: Path, stage: int) -> None:
         assert max(tokens for step, tokens in told["seen"] if step == 0) > 128, "or nothing is proved"
         assert max(tokens for step, tokens in told["seen"] if step > 0) <= 128
         assert told["resumed"] == (3, 128, False)
+        there, later, gradients = told["gradients"]
+        assert there + later == pytest.approx(gradients, rel=0.01)
     assert len(ranks[0]["seen"]) == len(ranks[1]["seen"])

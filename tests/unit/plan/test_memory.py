@@ -83,13 +83,21 @@ def test_quantized_weights_take_their_bits_and_a_scale_for_64() -> None:
 
 
 def test_a_row_takes_what_training_leaves() -> None:
-    """Of 80 GB: 90 %, less the weights, Adam's moments and gradients, and the largest tensor twice."""
-    gpu = {"gpu_memory": 80 * 10**9, "allocated": 14 * 10**9}
-    assert free_bytes(SHAPE, 3, 8, 2, **gpu) == (
-        72 * 10**9 - 14 * 10**9 - 12 * 7 * 10**9 // 8 - 2 * 2 * SHAPE.largest_tensor
-    )
+    """Less than is usable by the weights, Adam's moments and gradients, and the largest tensor twice."""
+    gpu = {"usable": 72 * 10**9, "allocated": 14 * 10**9, "offloads": False}
+    largest = 2 * 2 * SHAPE.largest_tensor
+    assert free_bytes(SHAPE, 2, 8, 2, **gpu) == 58 * 10**9 - 12 * 7 * 10**9 // 8 - largest
+    assert free_bytes(SHAPE, 3, 8, 2, **gpu) == 58 * 10**9 - 8 * 7 * 10**9 // 8 - largest  # has its gradients already
     assert free_bytes(SHAPE, 0, 8, 2, **gpu) == 0
     assert free_bytes(replace(SHAPE, trained=0), 3, 8, 2, **gpu) > free_bytes(SHAPE, 3, 8, 2, **gpu)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_is_offloaded_takes_no_room_from_rows(stage: int) -> None:
+    """A 7B model in full on one GPU: its moments and gradients alone are 84 GB."""
+    gpu = {"usable": 22 * 10**9, "allocated": 3 * 10**9, "offloads": True}
+    assert free_bytes(SHAPE, stage, 1, 2, **gpu) == 19 * 10**9 - 2 * 2 * SHAPE.largest_tensor
+    assert free_bytes(SHAPE, 1, 1, 2, **gpu) == 0  # stage 1 has all gradients on the GPU
 
 
 def test_bytes_on_disks() -> None:
