@@ -94,7 +94,8 @@ def row_without_gradients(config: RunConfig, least: int) -> int:
 
 
 def _usable(device: torch.device) -> int:
-    return int(torch.cuda.mem_get_info(device)[1] * memory.USABLE)
+    free, total = torch.cuda.mem_get_info(device)
+    return memory.usable_bytes(total, free, torch.cuda.memory_reserved(device))
 
 
 class FirstStep:

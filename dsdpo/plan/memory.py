@@ -18,6 +18,7 @@ RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)  # the fastest first
 CPU_ROW_TOKENS = 8192
 USEFUL_ROW = 8192  # tokens; a GPU gains little from longer ones, but for ZeRO-3's gathers
 USABLE = 0.9  # of a GPU's memory; the rest goes to fragmentation, NCCL and the CUDA context
+_OF_WHAT_IS_LEFT = 0.95  # of what other processes, NCCL and the context leave; the rest goes to fragmentation
 GRADIENT_BYTES = 4  # for a trained weight: gradients are kept and sent in fp32, in bf16 runs too
 _WEIGHT_BYTES = 4  # the fp32 copy that the optimizer works on
 _MOMENTS_BYTES = 8  # Adam's two moments in fp32, which appear in the first step
@@ -140,6 +141,16 @@ def shorter_row(row: int, least: int) -> int | None:
     return shorter if shorter < row else None
 
 
+def usable_bytes(total: int, free: int, reserved: int) -> int:
+    """What this process may take of a GPU's memory, with what it has. The same from run to run where it is alone.
+
+    Args:
+        total, free: bytes of the GPU, and those that no process holds.
+        reserved: those that this process's allocator holds.
+    """
+    return round(min(USABLE * total, _OF_WHAT_IS_LEFT * (free + reserved)))
+
+
 def free_bytes(
     shape: ModelShape, stage: int, gpus: int, element: int, usable: int, allocated: int, offloads: bool
 ) -> int:
@@ -148,7 +159,7 @@ def free_bytes(
     Args:
         stage: ZeRO's.
         element: bytes of an activation.
-        usable: bytes of the GPU, that may be taken.
+        usable: bytes of the GPU, see `usable_bytes`.
         allocated: those that are taken.
         offloads: whether the optimizer's state lies on the CPU or on NVMe.
     """

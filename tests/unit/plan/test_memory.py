@@ -24,6 +24,7 @@ from dsdpo.plan.memory import (
     moments_bytes,
     shorter_row,
     swap_bytes,
+    usable_bytes,
 )
 from dsdpo.plan.setup import Setup
 from dsdpo.plan.shape import ModelShape, TensorShape
@@ -98,6 +99,14 @@ def test_what_is_offloaded_takes_no_room_from_rows(stage: int) -> None:
     gpu = {"usable": 22 * 10**9, "allocated": 3 * 10**9, "offloads": True}
     assert free_bytes(SHAPE, stage, 1, 2, **gpu) == 19 * 10**9 - 2 * 2 * SHAPE.largest_tensor
     assert free_bytes(SHAPE, 1, 1, 2, **gpu) == 0  # stage 1 has all gradients on the GPU
+
+
+def test_memory_of_other_processes_is_not_counted_on() -> None:
+    """A context and NCCL's buffers are in the tenth that stays free: rows are then the same from run to run."""
+    gpu = 24 * 10**9
+    assert usable_bytes(gpu, free=gpu, reserved=0) == 21_600_000_000
+    assert usable_bytes(gpu, free=7 * 10**9, reserved=16 * 10**9) == 21_600_000_000
+    assert usable_bytes(gpu, free=4 * 10**9, reserved=10 * 10**9) == 13_300_000_000
 
 
 def test_bytes_on_disks() -> None:
