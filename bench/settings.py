@@ -16,7 +16,6 @@ def run_config(case: Case, folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "model_name_or_path": str(case.model),
         "finetuning_type": "full" if case.finetuning == "full" else "lora",
-        "gradient_checkpointing": case.gradient_checkpointing,
         "dataset": case.pairs.dataset,
         "dataset_dir": str(case.pairs.folder.resolve()),
         "max_length": case.pairs.max_length,
@@ -32,6 +31,8 @@ def run_config(case: Case, folder: Path) -> dict[str, Any]:
         "output_dir": str(folder / "dsdpo"),
         "disable_tqdm": True,
     }
+    if case.gradient_checkpointing:  # else the default, which recomputes where memory asks for it
+        settings["gradient_checkpointing"] = "full"
     if case.finetuning != "full":
         settings["lora_rank"] = case.lora_rank
     if case.finetuning == "qlora":

@@ -110,7 +110,8 @@ class Bench:
         command = [sys.executable, "-m", "dsdpo", "train", str(self.folder / "run.yaml")]
         command += ["--num_accelerators", str(self.case.ranks)]
         if side == "dsdpo_equal":
-            command += ["--max_tokens_per_row", str(self.equal_row_tokens)]
+            recompute = "full" if self.case.gradient_checkpointing else "none"
+            command += ["--max_tokens_per_row", str(self.equal_row_tokens), "--gradient_checkpointing", recompute]
         code, log, memory_gb = self._start(side, command, self._environment())
         if code:
             return Run(side, failed=_last_words(log))
