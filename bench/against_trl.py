@@ -30,7 +30,7 @@ def compare(
     """All rounds of one case, told as they go. A side that failed once is not started again.
 
     Args:
-        until: on time.monotonic(); no run of a side is started later.
+        until: on time.monotonic(); no run of a side is started later, and one that goes on is ended.
     """
     result = Result(case, warmup)
     try:
@@ -38,6 +38,7 @@ def compare(
     except BenchError as error:
         result.skipped = str(error)
         return result
+    bench.until = until
     result.lengths = bench.lengths.tolist()
     sides = case.sides
     for number in range(rounds):

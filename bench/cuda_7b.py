@@ -6,8 +6,9 @@
 
 LoRA, QLoRA and full fine-tuning, cached and live reference, short, long and 8k-token pairs (CASES). One GPU without
 ZeRO for adapters, ZeRO-3 for full fine-tuning and on several GPUs. TRL runs at its defaults, and at its best: Liger's
-kernels and the largest micro-batch that fits, halved from the whole step until it does. dsdpo runs at its defaults, and
-with rows of as many pairs as TRL's micro-batch at its defaults, to compare the memory.
+kernels and the largest micro-batch that fits, halved from the whole step until it does. Gradient checkpointing, which
+is on in TRL's defaults and takes time, is off without --gradient_checkpointing. dsdpo runs at its defaults, and with
+rows of as many pairs as TRL's micro-batch at its defaults, to compare the memory, then without recomputing too.
 
 Told: pairs/s, dsdpo's over each of TRL's by round, logical and physical tokens/s, MFU by the formula in
 dsdpo/plan/flops.py, the peak of the GPU's allocator on rank 0, the share of a step that the GPU may have waited for the
@@ -22,7 +23,7 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
@@ -69,7 +70,7 @@ TINY = LlamaConfig(
     max_position_embeddings=512,
     tie_word_embeddings=True,
 )
-QUICK_SECONDS = 330.0  # no run is started later than that
+QUICK_SECONDS = 330.0  # of which each case may take its share
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class PairLengths:
     tokens: tuple[int, int, int]
     batch: int
     micro_pairs: int
+
+    def on(self, gpus: int) -> PairLengths:
+        """The same with the next larger step that is a whole number of TRL's micro-batches on each GPU."""
+        once = gpus * self.micro_pairs
+        return replace(self, batch=math.ceil(self.batch / once) * once)
 
 
 @dataclass(frozen=True)
@@ -165,8 +171,8 @@ def case_of(row: CudaCase, asked: argparse.Namespace, lengths: PairLengths, pair
         device=asked.device,
         zero3=on_gpu and row.finetuning == "full",
         gradient_checkpointing=asked.gradient_checkpointing,
-        trl_accumulation=max(1, lengths.batch // asked.gpus // lengths.micro_pairs),
-        sides=("trl", "trl_best", "dsdpo", "dsdpo_equal"),
+        trl_accumulation=lengths.batch // asked.gpus // lengths.micro_pairs,
+        sides=("dsdpo", "dsdpo_equal", "trl", "trl_best"),  # the search for the last one's micro-batch takes longest
     )
 
 
@@ -242,6 +248,7 @@ def options(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", default="*", metavar="GLOB", help="names to run, such as `7b-lora-*` (all)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a tiny model (cuda)")
     parser.add_argument("--quick", action="store_true", help="16 layers, LoRA and full, one round of 5 steps")
+    parser.add_argument("--seconds", type=float, metavar="S", help="end then, with the numbers so far (--quick: 330)")
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs (all)")
     parser.add_argument("--spread", type=float, default=0.5, metavar="X", help="lengths vary by this share (0.5)")
     parser.add_argument("--layers", type=int, metavar="N", help="decoder layers (32: 7B)")
@@ -254,6 +261,7 @@ def options(line: list[str] | None = None) -> argparse.Namespace:
     asked.layers = asked.layers or (16 if asked.quick else 32)
     asked.steps = asked.steps or (5 if asked.quick else 10)
     asked.rounds = 1 if asked.quick else asked.rounds
+    asked.seconds = asked.seconds or (QUICK_SECONDS if asked.quick and asked.device == "cuda" else math.inf)
     if asked.steps <= asked.warmup:
         parser.error(f"--steps must exceed --warmup {asked.warmup}")
     return asked
@@ -271,7 +279,7 @@ def model_config(asked: argparse.Namespace) -> LlamaConfig:
 def main(line: list[str] | None = None) -> None:
     """Make the model and the pairs, run, tell."""
     asked = options(line)
-    until = time.monotonic() + QUICK_SECONDS if asked.quick else math.inf
+    began = time.monotonic()
     end_runs_on_sigterm()
     config, peak = model_config(asked), asked.peak_tflops
     if asked.device == "cuda":
@@ -286,11 +294,11 @@ def main(line: list[str] | None = None) -> None:
     model = make_model(asked.work / f"llama-{shape}", config, asked.device, dtype).resolve()
     if asked.device == "cuda":
         torch.cuda.empty_cache()
-    results, told = [], []
-    for row in QUICK_CASES if asked.quick else CASES:
-        if not any(fnmatch(row.name, glob) for glob in asked.cases.split(",")):
-            continue
-        lengths = (TINY_LENGTHS if asked.device == "cpu" else LENGTHS)[row.lengths]
+    results, told, globs = [], [], asked.cases.split(",")
+    chosen = [c for c in (QUICK_CASES if asked.quick else CASES) if any(fnmatch(c.name, glob) for glob in globs)]
+    for number, row in enumerate(chosen, 1):
+        until = began + asked.seconds * number / len(chosen)
+        lengths = (TINY_LENGTHS if asked.device == "cpu" else LENGTHS)[row.lengths].on(asked.gpus)
         folder = asked.work / f"pairs-{asked.device}-{row.lengths}"
         pairs = make_pairs(folder, lengths.batch * asked.steps, lengths.tokens, asked.spread, config.vocab_size)
         case = case_of(row, asked, lengths, pairs, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -74,6 +75,7 @@ class Bench:
         lengths: prompt, chosen and rejected tokens of the pairs in step order, int64 [steps * batch, 3].
         timeout: seconds after which a run is ended.
         same_malloc: give TRL the allocator settings that dsdpo's supervisor gives its ranks.
+        until: on time.monotonic(); a run that goes on then is ended.
     """
 
     case: Case
@@ -81,6 +83,7 @@ class Bench:
     lengths: np.ndarray
     timeout: float
     same_malloc: bool
+    until: float = math.inf
     _fits: int | None = field(init=False, default=None)
 
     def run(self, side: Side) -> Run:
@@ -188,7 +191,8 @@ class Bench:
             start_new_session=True,
         )
         # Not its process group alone: dsdpo's supervisor starts the launcher in a session of its own.
-        watchdog = threading.Timer(self.timeout, _end, [process.pid])
+        most = max(min(self.timeout, self.until - time.monotonic()), 0.0)
+        watchdog = threading.Timer(most, _end, [process.pid])
         watchdog.start()
         try:
             with RankMemory(process.pid) as memory, (self.folder / f"{side}.log").open("w") as copy:
@@ -198,7 +202,7 @@ class Bench:
                     copy.flush()
                 code = process.wait()
             if watchdog.finished.is_set():
-                log.append((time.monotonic(), f"TimeoutError: took longer than --timeout {self.timeout:.0f}"))
+                log.append((time.monotonic(), f"TimeoutError: took longer than {most:.0f} s"))
             elif code < 0:
                 peak = f"{sum(memory.gb):.1f} GiB"
                 log.append((time.monotonic(), f"ChildProcessError: killed by signal {-code} at {peak}: out of memory?"))

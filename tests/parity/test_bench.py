@@ -49,7 +49,7 @@ def test_the_bench_for_gpus_runs_on_a_cpu(tmp_path: Path, capsys: pytest.Capture
     line = ["--device", "cpu", "--quick", "--cases", "7b-lora-cached-*", "--steps", "3", "--work", str(tmp_path)]
     main([*line, "--json", str(tmp_path / "found.json")])
     table = [row.split() for row in capsys.readouterr().out.splitlines() if row.startswith("7b-lora-cached-long ")]
-    assert [row[1] for row in table] == ["trl", "trl_best", "dsdpo", "dsdpo_equal"]
+    assert [row[1] for row in table] == ["dsdpo", "dsdpo_equal", "trl", "trl_best"]
     (found,) = json.loads((tmp_path / "found.json").read_text())
     assert len(found["ratios"]) == len(found["ratios_to_best"]) == 1
     runs = found["rounds"][0]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
+import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import pytest
 from bench.cases import Case, Pairs, Side
 from bench.cuda_7b import CASES, LENGTHS, QUICK_CASES, TINY_LENGTHS, memory_verdict, options
 from bench.report import Result
+from bench.settings import run_config
 from bench.sides import Bench, Run
 
 CASE = Case(
@@ -77,12 +82,32 @@ def test_every_case_has_a_name_and_lengths_of_its_own() -> None:
     assert {row.finetuning for row in CASES} == {"lora", "qlora", "full"}
     assert sum(LENGTHS["8k"].tokens) == 8192
     for lengths in (*LENGTHS.values(), *TINY_LENGTHS.values()):
-        assert lengths.batch % lengths.micro_pairs == 0
+        assert lengths.on(1) == lengths
+        for gpus in (2, 3, 8):
+            step = lengths.on(gpus).batch
+            assert step >= lengths.batch and step % (gpus * lengths.micro_pairs) == 0
 
 
 def test_quick_is_one_round_of_a_few_steps() -> None:
     asked = options(["--quick", "--device", "cpu", "--rounds", "3"])
     assert (asked.layers, asked.steps, asked.rounds, asked.gpus) == (16, 5, 1, 1)
     assert options(["--device", "cpu"]).layers == 32
+    assert (asked.seconds, options(["--quick", "--device", "cpu", "--seconds", "60"]).seconds) == (math.inf, 60)
     with pytest.raises(SystemExit):
         options(["--device", "cpu", "--steps", "2"])
+
+
+def test_a_run_that_goes_on_at_the_end_is_ended(tmp_path: Path) -> None:
+    class Sleepers(SmallGpu):
+        def _dsdpo(self, side: Side) -> Run:
+            code, log, _ = self._start(side, [sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ))
+            return Run(side, failed=f"{code}: {log[-1][1]}")
+
+    gpu = Sleepers(CASE, tmp_path, np.array([[1, 1, 1]]), 3600, False, until=time.monotonic() + 1)
+    failed = gpu.run("dsdpo").failed
+    assert failed and failed.startswith("-9: TimeoutError: took longer than 1 s")
+
+
+def test_dsdpo_runs_at_its_defaults(tmp_path: Path) -> None:
+    assert "gradient_checkpointing" not in run_config(CASE, tmp_path)
+    assert run_config(replace(CASE, gradient_checkpointing=True), tmp_path)["gradient_checkpointing"] == "full"
