@@ -64,14 +64,15 @@ def find_rows(config: RunConfig, engine: DeepSpeedEngine, hardware: Hardware, le
         return Rows(tokens, recompute, least, found, {**facts, "gradient_checkpointing": recompute})
     shape, element = ModelShape.from_module(engine.module), hardware.dtype.itemsize
     gpu_memory = torch.cuda.mem_get_info(hardware.device)[1]
+    stage, offloads = engine.zero_optimization_stage(), engine.zero_use_cpu_optimizer()
     free = memory.free_bytes(
         shape,
-        stage=engine.zero_optimization_stage(),
+        stage=stage,
         gpus=comm.get_world_size(),
         element=element,
         usable=_usable(hardware.device),
         allocated=torch.cuda.memory_allocated(hardware.device),
-        offloads=engine.zero_use_cpu_optimizer(),
+        offloads=offloads,
     )
     free, gpu_memory = (min(values) for values in zip(*all_gather_object((free, gpu_memory))))
     row = {
@@ -83,7 +84,7 @@ def find_rows(config: RunConfig, engine: DeepSpeedEngine, hardware: Hardware, le
     lengths = ", ".join(f"{tokens} with {one}" for one, tokens in row.items())
     remark = f"gradient_checkpointing: {recompute}; by the formula, rows fit of {lengths} (a useful one has {useful})"
     found = not isinstance(given, int)
-    facts |= {"gradient_checkpointing": recompute, "gpu_memory": gpu_memory}
+    facts |= {"gradient_checkpointing": recompute, "gpu_memory": gpu_memory, "zero_stage": stage, "offloads": offloads}
     tokens = row[recompute] if found else int(given or 0)
     return Rows(tokens, recompute, least, found, facts, is_estimate=found, remark=remark if asked == "auto" else "")
 

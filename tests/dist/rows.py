@@ -11,6 +11,7 @@ import torch
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.packing import MicroBatch
 from dsdpo.engine.engine import start_process_group
+from dsdpo.engine.row_tokens import find_rows
 from dsdpo.model.packed import ModelOutput
 from dsdpo.plan.memory import gradient_bytes, later_gradient_bytes
 from dsdpo.plan.shape import ModelShape
@@ -26,12 +27,12 @@ MEMORY = 10**9
 
 
 def corrected(folder: str, model: str, stage: int, bytes_of_token: list[int]) -> dict[str, Any]:
-    """Train three steps of a run as on GPUs of `MEMORY` bytes that take so many for a token on each rank; resume it.
+    """Train three steps as on two GPUs of `MEMORY` bytes that take so many for a token on each rank; resume the run.
 
     Returns:
-        Bytes of gradients that the engine has before it trains, those that come later, and all, by the formulas; the
-        longest row before and after the first step, (step, tokens) of this rank's micro-batches, and what the
-        resumed run begins with.
+        Bytes of gradients that the engine has before it trains, those that come later, and all, by the formulas; what
+        is found on such GPUs; the longest row before and after the first step, (step, tokens) of this rank's
+        micro-batches, and what the resumed run begins with.
     """
     mesh = launched()
     assert mesh is not None
@@ -67,8 +68,10 @@ def corrected(folder: str, model: str, stage: int, bytes_of_token: list[int]) ->
     run.forward = seen  # type: ignore[method-assign]
     cuda: Any = torch.cuda
     cuda.reset_peak_memory_stats = cuda.memory_allocated = lambda device: 0
-    cuda.mem_get_info = lambda device: (MEMORY, MEMORY)
+    cuda.mem_get_info = lambda device: (MEMORY >> mesh.rank, MEMORY)  # another process has half of the second GPU
     cuda.max_memory_allocated = peak
+    on_gpu = find_rows(config, run.engine, replace(hardware, device=torch.device("cuda")), least=10, mean_step=100)
+    told["on_gpu"] = (on_gpu.tokens, on_gpu.recompute, on_gpu.facts, on_gpu.is_estimate)
     take_steps(run)
     run.saver.save(3)
     run.reporter.close()
