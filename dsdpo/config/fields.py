@@ -40,6 +40,12 @@ class Checked:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
+# What pydantic and transformers' parser read as a switch.
+SWITCH_WORDS = dict.fromkeys(("true", "yes", "on", "y", "t", "1"), "true") | dict.fromkeys(
+    ("false", "no", "off", "n", "f", "0"), "false"
+)
+
+
 @dataclass(frozen=True)
 class Switch:
     """In `Annotated[Literal[...], Switch(on, off)]`: `true` and `false`, as other trainers write it, and earlier run
@@ -53,10 +59,8 @@ class Switch:
 
     def word(self, value: Any) -> Any:
         """The word that a value means; a value that is no switch as it is."""
-        text = str(value).strip().lower() if isinstance(value, (bool, str)) else ""
-        if text in ("true", "yes", "on", "1"):
-            return self.on
-        return self.off if text in ("false", "no", "off", "0") else value
+        found = SWITCH_WORDS.get(str(value).strip().lower()) if isinstance(value, (bool, int, str)) else None
+        return {"true": self.on, "false": self.off}.get(found or "", value)
 
 
 ResumePolicy = Literal["fixed", "free", "consent"]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from dsdpo.config.fields import SWITCH_WORDS
+
 
 @dataclass(frozen=True)
 class Sets:
@@ -35,14 +37,13 @@ Rule: TypeAlias = Callable[[Any, Given], Meaning]
 """(value, all options of the run as they were given) -> what the option means."""
 
 NOT_SET = "it is not set"
-_WORDS = dict.fromkeys(("yes", "on", "y", "t", "1"), "true") | dict.fromkeys(("no", "off", "n", "f", "0"), "false")
 _OFF = ("", "none", "null", "false", "0.0", "{}", "[]")
 
 
 def word(value: Any) -> str:
     """A value as a word to compare: `True`, `yes`, `y` and `t` give `true`."""
     text = "none" if value is None else str(value).strip().lower()
-    return _WORDS.get(text, text)
+    return SWITCH_WORDS.get(text, text)
 
 
 def is_off(value: Any) -> bool:

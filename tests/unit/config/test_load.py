@@ -150,6 +150,14 @@ def test_a_date_is_text(tmp_path: Path) -> None:
     assert sound(tmp_path, MINIMAL + "run_name: 2024-01-01\n").run_name == "2024-01-01"
 
 
+@pytest.mark.parametrize("text", ["true", "False", "yes", "No", "on", "off", "y", "n", "T", "f", "1", "0"])
+def test_a_switch_that_became_a_word_is_read_as_a_switch(tmp_path: Path, text: str) -> None:
+    """In a file and on the command line; a switch that is one says what each of them means."""
+    on = sound(tmp_path, f"{MINIMAL}disable_dropout: {text}\n").disable_dropout
+    for asked in ((f"{MINIMAL}gradient_checkpointing: {text}\n",), (MINIMAL, "--gradient_checkpointing", text)):
+        assert sound(tmp_path, *asked).gradient_checkpointing == ("full" if on else "none")
+
+
 def test_lists_may_be_comma_separated(tmp_path: Path) -> None:
     config = sound(tmp_path, MINIMAL + "loss_type: sigmoid, sft\nloss_weights: [1, 0.5]\n")
     assert config.weighted_losses == {"sigmoid": 1.0, "sft": 0.5}
