@@ -11,6 +11,7 @@ from functools import cache
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -55,7 +56,7 @@ def use_liger(model: PreTrainedModel) -> None:
         elif name.endswith("MLP") and (forward := _mlp_forward(module)):
             module.forward = MethodType(forward, module)
         elif name.endswith("Attention") and kind not in _INTERLEAVED:
-            use_rope(module, liger_rotary_pos_emb)
+            use_rope(module, on_copies(liger_rotary_pos_emb))
 
 
 def _use_norm(module: Any, norm: _Norm, forward: Callable[..., Any]) -> None:
@@ -83,6 +84,19 @@ def use_rope(attention: Any, rope: Callable[..., Any]) -> None:
     the layer gets the same forward over a copy of these."""
     assert _ROPE in type(attention).forward.__code__.co_names, f"{type(attention)} does not call {_ROPE}"
     attention.forward = MethodType(_with_rope(type(attention).forward, rope), attention)
+
+
+@cache
+def on_copies(rope: Callable[..., Any]) -> Callable[..., Any]:
+    """A `rope` that turns queries and keys where they lie, for selective checkpointing too: it keeps what their
+    projections gave, does not see what a kernel writes there, and would have turned ones turned again."""
+
+    def turned(query: torch.Tensor, key: torch.Tensor, *more: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack():
+            query, key = query.clone(), key.clone()
+        return rope(query, key, *more)
+
+    return turned
 
 
 @cache

@@ -121,7 +121,7 @@ class PackedModel(nn.Module):
             position_ids=inputs.position_ids,
             packed_layout=inputs.layout,
             use_cache=False,
-        ).last_hidden_state[0]
+        ).last_hidden_state.squeeze(0)
         if isinstance(self.head, ValueHead):
             return ModelOutput(values=self.head(hidden.index_select(0, inputs.last_positions)))
         return ModelOutput(*self.head(inputs.predicting(hidden), inputs.target_ids, self.weighting))

@@ -67,7 +67,8 @@ def varlen_attention(
     keys and values lie in memory as [T, heads, D], as their projections have written them: only the copies move.
     """
     cu_q, cu_k, max_q, max_k = layout.varlen
-    query_THD, key_TGD, value_TGD = (x[0].transpose(0, 1) for x in (query_BHTD, key_BGTD, value_BGTD))
+    # squeezed, not indexed: the backward of x[0] fills zeros and copies
+    query_THD, key_TGD, value_TGD = (x.squeeze(0).transpose(0, 1) for x in (query_BHTD, key_BGTD, value_BGTD))
     key_KGD, value_KGD = (layout.keys(x.flatten(1)).unflatten(1, x.shape[1:]) for x in (key_TGD, value_TGD))
     output_THD = kernel(query_THD, key_KGD, value_KGD, cu_q, cu_k, max_q, max_k, scale)
     return output_THD.transpose(0, 1).unsqueeze(0)

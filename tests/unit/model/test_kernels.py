@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dsdpo.errors import ConfigError
 from dsdpo.model.attention.names import NAMES
 from dsdpo.model.kernels import apply_kernels, choose_kernels, decoder_layers
-from dsdpo.model.liger import _INTERLEAVED, use_rope
+from dsdpo.model.liger import _INTERLEAVED, on_copies, use_rope
+from dsdpo.model.recompute import recompute_layers
 from dsdpo.model.support import COMPARED, LIGER
+from dsdpo.plan.memory import Recompute
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
 
@@ -66,6 +69,39 @@ def test_rotary_positions_of_one_model_alone(kind: str) -> None:
     assert len(calls) == 1 and modeling.apply_rotary_pos_emb is own
     other.load_state_dict(model.state_dict())
     assert torch.equal(found, other(ids).logits) and not torch.equal(found, others)
+
+
+class TurnsInPlace(torch.autograd.Function):
+    """Rotary positions written where queries and keys lie, out of autograd's sight, as Liger's kernel does."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        ctx.save_for_backward(cos, sin)
+        laid = [x.transpose(1, 2).contiguous() for x in (query, key)]
+        for x, turned in zip(laid, apply_rotary_pos_emb(*laid, cos, sin, unsqueeze_dim=2)):
+            x.data.copy_(turned)
+        return tuple(x.transpose(1, 2) for x in laid)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return (*apply_rotary_pos_emb(*gradients, cos, -sin), None, None)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_rope_in_place_goes_with_recomputation(recompute: Recompute) -> None:
+    wanted, model = (tiny("llama").train() for _ in range(2))
+    model.load_state_dict(wanted.state_dict())
+    recompute_layers(model, recompute)
+    for module in model.modules():
+        if type(module).__name__.endswith("Attention"):
+            use_rope(module, on_copies(TurnsInPlace.apply))
+    ids = torch.arange(6)[None]
+    for each in (wanted, model):
+        each(ids, labels=ids).loss.backward()
+    torch.testing.assert_close(
+        {name: p.grad for name, p in model.named_parameters()}, {name: p.grad for name, p in wanted.named_parameters()}
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(LIGER))
