@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from dsdpo.config.kernels import missing_liger
 from dsdpo.model.attention.register import NAMES
 from dsdpo.model.kernels import apply_kernels
+from dsdpo.model.recompute import recompute_layers
 from dsdpo.model.support import COMPARED, LIGER
+from dsdpo.plan.memory import RECOMPUTE, Recompute
 from tests.helpers.tiny import random_pairs
 from tests.parity.test_families import PAIRS, VARLEN_ON_CPU, difference, gradients, packed, plain, tiny_model
 
@@ -51,27 +53,28 @@ def trained(model: PreTrainedModel, logps: torch.Tensor) -> dict[str, torch.Tens
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def recomputing(model: PreTrainedModel) -> PreTrainedModel:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+def recomputing(model: PreTrainedModel, recompute: Recompute) -> PreTrainedModel:
+    recompute_layers(model, recompute)
     return model.train()
 
 
 @pytest.mark.parametrize(
-    ("name", "lora", "recomputes"),
+    ("name", "lora", "recompute"),
     [
-        ("llama", True, True),
-        pytest.param("llama", False, False, marks=pytest.mark.slow),
-        pytest.param("gemma3_text", False, True, marks=pytest.mark.slow),
-        pytest.param("qwen2", True, False, marks=pytest.mark.slow),
-        pytest.param("gpt2 scaled by layer", False, False, marks=pytest.mark.slow),
+        ("llama", True, "full"),
+        pytest.param("llama", False, "none", marks=pytest.mark.slow),
+        pytest.param("llama", True, "selective", marks=pytest.mark.slow),
+        pytest.param("gemma3_text", False, "full", marks=pytest.mark.slow),
+        pytest.param("qwen2", True, "none", marks=pytest.mark.slow),
+        pytest.param("gpt2 scaled by layer", False, "none", marks=pytest.mark.slow),
     ],
 )
-def test_compiled_layers_on_cpu(name: str, lora: bool, recomputes: bool, compiled_anew: None) -> None:
+def test_compiled_layers_on_cpu(name: str, lora: bool, recompute: Recompute, compiled_anew: None) -> None:
     """They compute the same, and of 30 rows of different shape none after the third compiles anything."""
     model = tiny_model(name)
     model.set_attn_implementation(NAMES["sdpa"])
     model = with_lora(model) if lora else model
-    model = recomputing(model) if recomputes else model
+    model = recomputing(model, recompute)
     expected = packed(model, PAIRS, True)
     wanted = trained(model, expected)
     apply_kernels(model, "compile")
@@ -96,8 +99,8 @@ def paths() -> list[Any]:
 @pytest.mark.parametrize(
     ("kernels", "name", "backend"), [pytest.param(*path, marks=on_cuda, id=" ".join(path)) for path in paths()]
 )
-@pytest.mark.parametrize("recomputes", [False, True])
-def test_on_cuda_in_bf16(kernels: Any, name: str, backend: str, recomputes: bool, compiled_anew: None) -> None:
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_on_cuda_in_bf16(kernels: Any, name: str, backend: str, recompute: Recompute, compiled_anew: None) -> None:
     """As near to fp32 eager as eager itself in bf16, within a factor of 2."""
     if kernels == "liger" and (missing := missing_liger()):
         pytest.skip(missing)
@@ -107,7 +110,7 @@ def test_on_cuda_in_bf16(kernels: Any, name: str, backend: str, recomputes: bool
     rounded = plain(model.bfloat16(), PAIRS)
     logps_off, gradients_off = (rounded - exact).norm(), difference(gradients(model, rounded), wanted)[0]
     model.set_attn_implementation(NAMES[backend])
-    model = recomputing(model) if recomputes else model
+    model = recomputing(model, recompute)
     apply_kernels(model, kernels)
     found = packed(model, PAIRS, True)
     assert (found - exact).norm() < 2 * logps_off
