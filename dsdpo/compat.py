@@ -88,6 +88,26 @@ def same_trainable(model: torch.nn.Module) -> Iterator[None]:
         parameter.requires_grad_(id(parameter) in before)
 
 
+@contextmanager
+def no_tensor_parallelism() -> Iterator[None]:
+    """Inside, PEFT loads adapters as those of a model that is not tensor parallel; none is here.
+
+    On ranks peft 0.19 imports a class for that before it looks, which transformers 5.17 does not have.
+    """
+    from peft.utils import save_and_load
+
+    name = "_maybe_shard_state_dict_for_tp"
+    own = getattr(save_and_load, name, None)
+    if own is None:
+        yield
+        return
+    setattr(save_and_load, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        setattr(save_and_load, name, own)
+
+
 def unlink_shared_buffers(rank: int) -> None:
     """Remove the name of the shared memory through which DeepSpeed's CPU ranks of one host reduce.
 
@@ -179,6 +199,17 @@ def unpacked_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape) if state is None else state.shape)
 
 
+def _alias_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As newer versions of transformers do: a message's reasoning under each name that templates read."""
+    found = []
+    for message in messages:
+        names = ("reasoning_content", "thinking", "reasoning")
+        reasoning = next((message[name] for name in names if message.get(name) is not None), None)
+        aliases = {} if reasoning is None else {"reasoning_content": reasoning}
+        found.append({**({"thinking": reasoning} if aliases else {}), **message, **aliases})
+    return found
+
+
 def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | dict[str, str] | None) -> Callable[..., str]:
     """`tokenizer.apply_chat_template(…, tokenize=False)` for messages and tools of plain JSON values.
 
@@ -209,8 +240,7 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase, chat_template: str | dict[
         )
     special = {"documents": None, **tokenizer.special_tokens_map}
     compiled: dict[str, Any] = {}
-    # newer versions of transformers give a message's reasoning under each name that templates read
-    with_aliases = getattr(chat_template_utils, "_alias_reasoning_fields", list)
+    with_aliases = getattr(chat_template_utils, "_alias_reasoning_fields", _alias_reasoning)
 
     def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, for_reply: bool, **more: Any) -> str:
         """The text of a conversation; each template is compiled once."""

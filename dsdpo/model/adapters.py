@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dsdpo.compat import active_adapter, same_trainable
+from dsdpo.compat import active_adapter, no_tensor_parallelism, same_trainable
 from dsdpo.config.schema import RunConfig
 from dsdpo.errors import ConfigError, config_error
 from dsdpo.model.load import set_score
@@ -94,7 +94,9 @@ def load_lora(model: PreTrainedModel, folder: str, dropout: float = 0.0) -> peft
         if SCORE_WEIGHT in weights:
             set_score(model, weights[SCORE_WEIGHT])
         lora.task_type = lora.modules_to_save = None
-    tuned = peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=lora, autocast_adapter_dtype=False)
+    exactly = {"config": lora, "is_trainable": True, "autocast_adapter_dtype": False}
+    with no_tensor_parallelism():
+        tuned = peft.PeftModel.from_pretrained(model, folder, **exactly)
     _check_complete(tuned, folder)
     return _with_score(tuned)
 
@@ -128,7 +130,7 @@ def continue_lora(model: PreTrainedModel, folder: str, keep_reference: bool, dro
     """
     policy = load_lora(model, folder, dropout)
     if keep_reference:
-        with same_trainable(policy):
+        with same_trainable(policy), no_tensor_parallelism():
             policy.load_adapter(folder, REFERENCE, is_trainable=False, autocast_adapter_dtype=False)
     return policy
 

@@ -287,13 +287,15 @@ def _load(name: str, quantization: Quantization | None = None) -> Any:
 
 
 def _with_adapter(base: Any, folder: str) -> Any:
-    with _no_future_warnings():
+    with _quiet_peft():
         return PeftModel.from_pretrained(base, folder).eval()
 
 
 @contextmanager
-def _no_future_warnings() -> Iterator[None]:
-    """PEFT asks transformers for an attribute by its old name, which nobody here can change."""
+def _quiet_peft() -> Iterator[None]:
+    """PEFT asks transformers for an attribute by its old name, and peft 0.19 warns of merging an adapter on tied
+    embeddings, which is not done here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         yield

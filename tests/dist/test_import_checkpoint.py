@@ -88,7 +88,8 @@ def test_plain_loading_gives_the_engines_logits(imported: Any, case: Case) -> No
     folder, _, expected = imported[case]
     base = logits_of(folder.parents[1] / case.model)
     assert np.abs(base - expected).max() > 0.05, "training must have moved the model to prove anything"
-    np.testing.assert_allclose(logits_of(folder), expected, atol=1e-5 if not case.bf16 else 1e-2)
+    # of logits between 2 and 4 in bf16: two roundings
+    np.testing.assert_allclose(logits_of(folder), expected, atol=1e-5 if not case.bf16 else 2**-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import cProfile
 import pstats
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from dsdpo.config.zero import ZeroConfig
 from dsdpo.data.loader import Batch
@@ -54,14 +58,28 @@ def train_and_count(model: str, finetuning: str) -> list[dict[str, Any]]:
             flat.view(torch.int32).long().sum().item() for flat in run.engine.optimizer.fp32_partitioned_groups_flat
         ]
         profile = cProfile.Profile()
-        profile.runcall(_micro_step, run, batch_of(run), update=False)
+        with counted_fetches() as fetches:
+            profile.runcall(_micro_step, run, batch_of(run), update=False)
         stats: Any = pstats.Stats(profile)
-        fetches = sum(calls[0] for (_, _, name), calls in stats.stats.items() if name == "_fetch_sub_module_impl")
-        found.append({"losses": losses, "weights": weights, "calls": stats.total_calls, "fetches": fetches})
+        found.append({"losses": losses, "weights": weights, "calls": stats.total_calls, "fetches": len(fetches)})
         run.reporter.close()
         run.engine.destroy()
     torch.distributed.destroy_process_group()
     return found
+
+
+@contextmanager
+def counted_fetches() -> Iterator[list[None]]:
+    """How often DeepSpeed gathers a layer's parameters."""
+    own, calls = PartitionedParameterCoordinator.fetch_sub_module, []
+
+    def fetch(*args: Any, **keywords: Any) -> None:
+        calls.append(None)
+        own(*args, **keywords)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PartitionedParameterCoordinator, "fetch_sub_module", fetch)
+        yield calls
 
 
 def batch_of(run: Run) -> Batch:
@@ -88,7 +106,8 @@ def test_one_rank_gathers_no_layer_and_learns_the_same(tmp_path: Path, finetunin
     partitioned, whole = found
     assert whole["losses"] == partitioned["losses"] and whole["weights"] == partitioned["weights"]
     assert partitioned["fetches"] >= 12 and whole["fetches"] == 0
-    assert whole["calls"] < 0.5 * partitioned["calls"]
+    if sys.version_info < (3, 12):  # from then on cProfile does not see what runs under torch.compiler.disable
+        assert whole["calls"] < 0.5 * partitioned["calls"]
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "quantized", "reward"])

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dsdpo.model.attention.register import NAMES
 from dsdpo.model.lora import fuse_lora
-from dsdpo.model.support import COMPARED
+from tests.helpers.tiny import FAMILIES
 from tests.parity.test_families import PAIRS, difference, packed, tiny_model
 
 
@@ -36,7 +36,7 @@ def computed(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return logps.detach(), {name: p.grad.float() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("kind", sorted(COMPARED))
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_computes_what_peft_does(kind: str) -> None:
     """And takes every output that was computed with another's."""
     base = tiny_model(kind)
@@ -54,7 +54,7 @@ def test_every_family_computes_what_peft_does(kind: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("kind", sorted(COMPARED))
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_on_cuda_in_bf16(kind: str) -> None:
     """Within twice PEFT's own error against fp32."""
     base = tiny_model(kind)

@@ -15,8 +15,9 @@ from dsdpo.model.attention.names import NAMES
 from dsdpo.model.kernels import apply_kernels, choose_kernels, decoder_layers
 from dsdpo.model.liger import _INTERLEAVED, on_copies, use_rope
 from dsdpo.model.recompute import recompute_layers
-from dsdpo.model.support import COMPARED, LIGER
+from dsdpo.model.support import LIGER
 from dsdpo.plan.memory import Recompute
+from tests.helpers.tiny import FAMILIES
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
 
@@ -114,7 +115,7 @@ def test_what_liger_replaces_is_there(kind: str) -> None:
     assert len(mlps) == 1 and (hasattr(mlps[0], "gate_up_proj") or hasattr(mlps[0], "gate_proj"))
 
 
-@pytest.mark.parametrize("kind", sorted(COMPARED))
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_every_type_has_layers_to_compile(kind: str) -> None:
     names = {
         "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2},

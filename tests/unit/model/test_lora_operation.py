@@ -191,6 +191,8 @@ def add_second(block: Any) -> None:
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=r".*_proj"), block, adapter_name="second")
     for layer in block.children():
         layer._active_adapter = ["default", "second"]
+        for matrices in (layer.lora_A, layer.lora_B):
+            matrices.requires_grad_()  # peft 0.19 freezes the first adapter
 
 
 def add_hooks(block: Any) -> None:
