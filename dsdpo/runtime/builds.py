@@ -1,7 +1,8 @@
 """Kernels that DeepSpeed compiles in the first run that needs them: what a killed build leaves must not end later runs.
 
 torch keeps each in a folder below TORCH_EXTENSIONS_DIR, where ninja builds it. A file `lock`, which the builder holds
-open, keeps a build to one process.
+open, keeps a build to one process: up to torch 2.14 while the file exists, from 2.15 on by flock, which ends with the
+process.
 
 ninja puts each compiler into a process group of its own: a kill of the run's group leaves compilers behind, which write
 into the folder where the next run builds. An object file that one of them cut short while the other's ninja noted it
@@ -10,6 +11,7 @@ as done is never compiled again, and every later start fails to link it.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shutil
@@ -63,18 +65,16 @@ def clear_leftovers(folder: Path, began: float) -> bool:
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / "lock"
-    try:
-        descriptor = os.open(lock, os.O_CREAT | os.O_EXCL)
-    except FileExistsError:
-        while lock.exists():
-            time.sleep(_POLL_S)
+    descriptor = _take(lock)
+    if descriptor is None:
         return True
     try:
         files = [path for path in folder.iterdir() if path != lock]
         done_elsewhere = not files or any(p.suffix == ".so" and p.stat().st_mtime >= began for p in files)
         leftovers = any(path.stat().st_mtime < began for path in files)
         if done_elsewhere or not leftovers:
-            lock.unlink()
+            if not _locks_by_flock():
+                lock.unlink()
             return done_elsewhere
         aside = folder.with_name(f"{folder.name}.broken-{uuid.uuid4().hex[:8]}")
         folder.rename(aside)  # with our lock: who waits for it builds next
@@ -85,11 +85,36 @@ def clear_leftovers(folder: Path, began: float) -> bool:
     return True
 
 
+def _locks_by_flock() -> bool:
+    from torch.utils import cpp_extension
+
+    return not hasattr(cpp_extension, "FileBaton")
+
+
+def _take(lock: Path) -> int | None:
+    """Take torch's lock on a build: its descriptor. None: another process had it, and has ended its build now."""
+    if _locks_by_flock():
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            os.close(descriptor)
+            return None
+        return descriptor
+    try:
+        return os.open(lock, os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        while lock.exists():
+            time.sleep(_POLL_S)
+        return None
+
+
 def end_stale_builds(patience: float = 600.0) -> Thread:
     """Wait, beside the rest, for DeepSpeed's kernels that another process builds, but not for one that was killed.
 
-    Nobody removes the lock of a killed build: every later run would wait for it for ever, before its first step. A
-    build that goes on is none of ours unless torch comes to wait for it, so nobody waits here.
+    Up to torch 2.14 nobody removes the lock of a killed build: every later run would wait for it for ever, before its
+    first step. A build that goes on is none of ours unless torch comes to wait for it, so nobody waits here.
 
     Args:
         patience: seconds without a new object file after which the build is taken for a killed process's, unless a
@@ -102,13 +127,14 @@ def end_stale_builds(patience: float = 600.0) -> Thread:
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    waits = Thread(target=_end_stale_builds, args=(root, patience), name="stale builds", daemon=True)
+    locks = [] if _locks_by_flock() else [*root.glob("*/lock"), *root.glob("*/*/lock")]
+    waits = Thread(target=_end_stale_builds, args=(locks, patience), name="stale builds", daemon=True)
     waits.start()
     return waits
 
 
-def _end_stale_builds(root: Path, patience: float) -> None:
-    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+def _end_stale_builds(locks: list[Path], patience: float) -> None:
+    for lock in locks:
         while True:
             try:
                 lock.stat()
