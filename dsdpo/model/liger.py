@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from inspect import unwrap
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -82,8 +83,9 @@ def _mlp_forward(module: nn.Module) -> Callable[..., Any] | None:
 def use_rope(attention: Any, rope: Callable[..., Any]) -> None:
     """Let one attention layer turn its queries and keys with `rope`, which transformers reads from a module's globals:
     the layer gets the same forward over a copy of these."""
-    assert _ROPE in type(attention).forward.__code__.co_names, f"{type(attention)} does not call {_ROPE}"
-    attention.forward = MethodType(_with_rope(type(attention).forward, rope), attention)
+    forward = unwrap(type(attention).forward)  # transformers 5.24 wraps it to take earlier names of its arguments
+    assert _ROPE in forward.__code__.co_names, f"{type(attention)} does not call {_ROPE}"
+    attention.forward = MethodType(_with_rope(forward, rope), attention)
 
 
 @cache
