@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dsdpo.errors import ConfigError
-from dsdpo.model.attention.names import NAMES
+from dsdpo.model.attention.register import NAMES
 from dsdpo.model.kernels import apply_kernels, choose_kernels, decoder_layers
 from dsdpo.model.liger import _INTERLEAVED, on_copies, use_rope
 from dsdpo.model.recompute import recompute_layers
