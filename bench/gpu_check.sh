@@ -4,9 +4,10 @@
 #     bench/gpu_check.sh          on a machine with an NVIDIA GPU
 #     bench/gpu_check.sh --cpu    tries the script itself: a tiny model, no GPU tests
 #
-# Parts: versions and card; the tests that need a GPU; the quick bench; a run that is killed and resumed. Each has a log
-# and a time limit: the bench takes what the others leave of the 8 minutes. The exit code has a bit for each part that failed: 1 versions, 2 tests, 4 bench, 8 resume.
-# Results go to $OUT, or to outputs/gpu_check. Whatever a part leaves running is ended with it.
+# Parts: versions and card; the tests that need a GPU; the quick bench; a run that is killed and resumed. Each has a
+# log and a time limit: the bench takes what the others leave of the 8 minutes. The exit code has a bit for each part
+# that failed: 1 versions, 2 tests, 4 bench, 8 resume. Results go to $OUT, or to outputs/gpu_check. Whatever a part
+# leaves running is ended with it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

@@ -63,6 +63,7 @@ def kernels(layer: nn.Module, x: torch.Tensor) -> int:
 
 
 def main() -> None:
+    """Time a step of both in turn, count the kernels that each starts, and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"hidden": 512, "intermediate": 1408, "tokens": 512, "rank": 16, "rounds": 7}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
