@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from tests.helpers.ranks import run_as_ranks
-from tests.helpers.tiny import save_model, save_pairs, save_tokenizer, tiny_llama_config
+from tests.helpers.runs import save_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,22 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, data, and run.yaml."""
-    folder = tmp_path_factory.mktemp("kernels")
-    save_model(folder / "model", tiny_llama_config())
-    save_tokenizer(folder / "model")
-    save_pairs(folder / "pairs.jsonl", 40)
-    settings = {
-        "model_name_or_path": str(folder / "model"),
-        "dataset": "pairs.jsonl",
-        "dataset_dir": str(folder),
-        "max_length": 64,
-        "train_batch_size": 8,
-        "max_steps": 4,
-        "learning_rate": 0.01,
-        "cache_dir": str(folder / "cache"),
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    return folder
+    return save_run(tmp_path_factory.mktemp("kernels"), max_steps=4)
 
 
 def losses(output_dir: Path) -> list[float]:

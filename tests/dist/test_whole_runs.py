@@ -22,7 +22,7 @@ from dsdpo.runtime.rundir import RunDir
 from tests.helpers.disks import mounted
 from tests.helpers.nvme import built_async_io
 from tests.helpers.ranks import free_port, run_as_ranks
-from tests.helpers.tiny import save_model, save_pairs, save_tokenizer, tiny_llama_config
+from tests.helpers.runs import save_run
 
 ROOT = Path(__file__).parents[2]
 METRICS = {
@@ -46,25 +46,10 @@ METRICS = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, data, and run.yaml."""
     folder = tmp_path_factory.mktemp("runs")
-    save_model(folder / "model", tiny_llama_config())
-    save_tokenizer(folder / "model")
-    save_pairs(folder / "pairs.jsonl", 40)
-    settings = {
-        "model_name_or_path": str(folder / "model"),
-        "dataset": "pairs.jsonl",
-        "dataset_dir": str(folder),
-        "val_size": 8,
-        "max_length": 64,
-        "train_batch_size": 8,
-        "max_steps": 6,
-        "learning_rate": 0.01,
-        "precision": "fp32",
-        "deepspeed": str(ROOT / "ds_configs" / "zero3.json"),
-        "cache_dir": str(folder / "cache"),
-        "output_dir": str(folder / "first"),
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    return folder
+    zero3 = str(ROOT / "ds_configs" / "zero3.json")
+    return save_run(
+        folder, val_size=8, max_steps=6, precision="fp32", deepspeed=zero3, output_dir=str(folder / "first")
+    )
 
 
 def start(place: Path, *arguments: str, command: str = "train") -> subprocess.Popen[str]:
