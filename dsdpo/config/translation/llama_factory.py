@@ -21,7 +21,7 @@ from dsdpo.config.translation.rules import (
     refused,
     word,
 )
-from dsdpo.config.translation.trainer import BATCH_OF_EXAMPLES, TRAINER_DEFAULTS, uncut
+from dsdpo.config.translation.trainer import BATCH_OF_EXAMPLES, LIGER_BY_ITSELF, TRAINER_DEFAULTS, uncut
 
 _LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
 _ATTENTION = {
@@ -217,10 +217,11 @@ LLAMA_FACTORY: dict[str, Rule] = {
     "flash_attn": _attention,
     **each(
         no_effect("it is about speed and memory alone"),
-        "use_unsloth use_unsloth_gc enable_liger_kernel use_reentrant_gc upcast_layernorm upcast_lmhead_output "
+        "use_unsloth use_unsloth_gc use_reentrant_gc upcast_layernorm upcast_lmhead_output "
         "use_kv_cache use_v1_kernels disable_version_checking offload_folder device_map compute_dtype "
         "print_param_status",
     ),
+    "enable_liger_kernel": no_effect(LIGER_BY_ITSELF),
     "disable_gradient_checkpointing": flag("gradient_checkpointing", on=False, off=True),
     "moe_aux_loss_coef": refused("a router has no loss of its own here; delete the line"),
     "train_from_scratch": refused("training begins with trained weights; delete the line"),

@@ -176,6 +176,7 @@ def _optim(value: Any, given: Given) -> Meaning:
 
 
 _ELSEWHERE = "it is about speed alone"
+LIGER_BY_ITSELF = "kernels: auto takes Liger's kernels wherever they run"
 _UPLOAD = "push_to_hub uploads the weights at the end, to the newest revision"
 
 
@@ -258,10 +259,11 @@ TRAINER: dict[str, Rule] = {
     ),
     **each(
         no_effect(_ELSEWHERE),
-        "tf32 torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config "
-        "use_cache torch_empty_cache_steps gradient_checkpointing_kwargs activation_checkpointing_kwargs "
-        "jit_mode_eval",
+        "tf32 torch_compile_backend torch_compile_mode liger_kernel_config use_cache torch_empty_cache_steps "
+        "gradient_checkpointing_kwargs activation_checkpointing_kwargs jit_mode_eval",
     ),
+    "torch_compile": flag("kernels", on="compile"),
+    "use_liger_kernel": no_effect(LIGER_BY_ITSELF),
     **each(
         no_effect(_UPLOAD),
         "hub_always_push hub_revision push_to_hub_organization hub_model_revision",

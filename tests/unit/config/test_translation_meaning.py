@@ -206,6 +206,8 @@ def test_our_names_keep_our_meaning_beside_options_of_ours_alone(tmp_path: Path)
         (["--bf16=N"], {"precision": "fp32"}),
         (["--use_peft", "t", "--lora_r", "4"], {"finetuning_type": "lora", "lora_rank": 4}),
         (["--use_peft", "n"], {"finetuning_type": "full"}),
+        (["--torch_compile"], {"kernels": "compile"}),
+        (["--torch_compile", "False", "--use_liger_kernel"], {"kernels": "auto"}),
         (["--gradient_checkpointing", "y"], {"gradient_checkpointing": "full"}),
         (["--gradient_checkpointing", "f", "beta=0.2"], {"gradient_checkpointing": "none", "beta": 0.2}),
         (["--use_peft", "--lora_target_modules", '["q_proj", "k_proj"]'], {"lora_target": ["q_proj", "k_proj"]}),
