@@ -41,7 +41,7 @@ def write(folder: Path, state: dict[str, dict[str, torch.Tensor]], cuts: list[fl
     return Fragments(folder, join_indices(parts), len(bounds) - 1)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.floats(0, 1), max_size=4), low=st.floats(0, 1), high=st.floats(0, 1), seed=st.integers(0, 99))
 def test_any_range_of_any_cut(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[float], low: float, high: float, seed: int

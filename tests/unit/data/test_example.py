@@ -38,7 +38,7 @@ def test_digests_tell_where_the_parts_meet() -> None:
 
 
 @given(st.lists(contents(), min_size=2, max_size=8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_equal_digests_mean_equal_ids_completions_and_masks(examples: list) -> None:
     """Whatever K. An all-true mask is another example than none: what is stored covers the mask as it was given."""
     assert len({example_digest(*example) for example in examples}) == len(set(examples))
@@ -61,7 +61,7 @@ def test_digests_tell_k_and_masks_apart() -> None:
 
 
 @given(seed=st.integers(0, 1000), counts=st.lists(st.integers(1, MAX_COMPLETIONS), min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_lengths_are_those_of_each_example(seed: int, counts: list[int]) -> None:
     examples = random_examples(9, tuple(counts), seed, masks=True, empty=True)
     lengths = Lengths.of(examples)

@@ -10,13 +10,13 @@ from dsdpo.errors import DataError
 
 
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
     assert sorted(permute(np.arange(n), n, seed, epoch)) == list(range(n))
 
 
 @given(n=st.integers(1, 300), batch=st.integers(1, 50), epoch=st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_steps_of_an_epoch_hold_each_pair_once(n: int, batch: int, epoch: int) -> None:
     per_epoch = steps_per_epoch(n, batch)
     steps = [step_example_ids(epoch * per_epoch + s, n, batch, seed=7) for s in range(per_epoch)]

@@ -12,7 +12,7 @@ PLANS = {"tokens": st.lists(st.integers(3, 200), min_size=1, max_size=60), "worl
 
 
 @given(**PLANS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_each_example_once_nothing_too_long_every_rank_the_same_steps(tokens: list[int], world: int) -> None:
     plan = plan_step(np.array(tokens), world, 256)
     assert all(len(micro_step) == world for micro_step in plan)
@@ -22,7 +22,7 @@ def test_each_example_once_nothing_too_long_every_rank_the_same_steps(tokens: li
 
 
 @given(**PLANS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_micro_step_is_wasted(tokens: list[int], world: int) -> None:
     """At least one row of every micro-step has a pair: nobody computes dummies only."""
     assert all(any(micro_step) for micro_step in plan_step(np.array(tokens), world, 256))
@@ -54,7 +54,7 @@ def micro_batches(draw: st.DrawFn) -> list[TokenizedExample]:
 
 
 @given(examples=micro_batches(), share_prefix=st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_micro_batch_scores_exactly_what_the_masks_say(examples: list[TokenizedExample], share_prefix: bool) -> None:
     micro_batch = build_micro_batch(examples, range(len(examples)), share_prefix)
     ids, positions = micro_batch.input_ids, micro_batch.position_ids
@@ -76,7 +76,7 @@ def test_a_micro_batch_scores_exactly_what_the_masks_say(examples: list[Tokenize
 
 
 @given(examples=micro_batches())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_predicts_a_token_sees_its_own_example_alone(examples: list[TokenizedExample]) -> None:
     """Shared prompt or not: what a scored token follows, in its segment and that one's prefix, is its sequence."""
     for share_prefix in (True, False):
@@ -96,7 +96,7 @@ def test_what_predicts_a_token_sees_its_own_example_alone(examples: list[Tokeniz
 
 
 @given(examples=micro_batches())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_sharing_the_prompt_changes_no_target_or_position(examples: list[TokenizedExample]) -> None:
     shared, plain = (build_micro_batch(examples, range(len(examples)), share) for share in (True, False))
     assert np.array_equal(shared.target_ids, plain.target_ids)
@@ -113,7 +113,7 @@ def test_indices_are_those_of_the_batch() -> None:
 
 
 @given(examples=micro_batches(), share_prefix=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_segments_follow_one_another_and_point_to_their_prompts(
     examples: list[TokenizedExample], share_prefix: bool
 ) -> None:

@@ -18,7 +18,7 @@ from dsdpo.data.split import PROMPT_KEYS, held_out_groups, prompt_key
 from dsdpo.errors import DataError
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=40), st.data())
 def test_the_number_held_out_is_as_close_as_one_more_or_less_group_allows(sizes, data) -> None:
     n = sum(sizes)

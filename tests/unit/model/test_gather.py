@@ -57,7 +57,7 @@ def check(gather: RowGather, rows: int, dtype: torch.dtype, device: str = "cpu")
 
 
 @given(layouts())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_keys_of_any_layout(segments: list[Segment]) -> None:
     rows = sum(s.length for s in segments)
     gather = PackedLayout(segments, CPU).keys
@@ -74,7 +74,7 @@ def test_keys_of_any_layout(segments: list[Segment]) -> None:
 @given(
     st.integers(1, 20).flatmap(lambda rows: st.tuples(st.just(rows), st.lists(st.integers(0, rows - 1), max_size=40)))
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_rows_that_repeat_or_are_missing(case: tuple[int, list[int]]) -> None:
     rows, index = case
     check(RowGather(np.array(index, dtype=np.int64), rows, CPU), rows, torch.float32)
@@ -97,7 +97,7 @@ def test_each_position_once_needs_no_order() -> None:
 
 
 @given(layouts(), st.sampled_from([(4, 2), (3, 3)]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_attention_does_not_move_what_lies_in_rows(segments: list[Segment], heads: tuple[int, int]) -> None:
     """The kernel gets contiguous rows, and its output becomes [1, T, H, D] without a copy."""
     rows, given = sum(s.length for s in segments), []

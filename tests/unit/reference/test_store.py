@@ -69,7 +69,7 @@ def test_chunks_of_pairs_are_those_that_stores_have_always_had(tmp_path: Path) -
 
 
 @given(seed=st.integers(0, 10**6), counts=st.lists(st.integers(1, MAX_COMPLETIONS), min_size=1, max_size=5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_examples_of_any_k_share_a_store(seed: int, counts: list[int]) -> None:
     examples = random_examples(14, tuple(counts), seed, masks=True, empty=True)
     lengths, keys = Lengths.of(examples), ListOfExamples(examples).digests(np.arange(14))
